@@ -1,0 +1,290 @@
+"""S3D-G, the text-video model of MIL-NCE (Miech et al., CVPR 2020), in one file.
+
+Needs torch and numpy only: copy this file anywhere, or `from s3dg import S3D`. The video network is
+the gated separable Inception of Xie et al. (arXiv 1712.04851); the text network is a max over word
+features. Both end in the same 512-d space, where a dot product scores a video against a sentence.
+Attribute names give the keys of the public checkpoints, so weights interchange both ways.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+VOCABULARY_ROWS = 66250  # the released word list, plus row 0 for padding
+WORD_DIM = 300
+HIDDEN_DIM = 2048
+RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
+
+
+class Tokenizer:
+    r"""Turns a sentence into word indices: a LongTensor [max_words], zero-padded.
+
+    words: the word list, in the order of the embedding's rows; word i has index i + 1, 0 pads.
+    Tokens are the matches of [\w']+ in the lower-cased sentence. Words outside the list are
+    dropped, then the sentence is cut to max_words. Anything but a string (None, NaN) is a missing
+    caption and counts as an empty sentence.
+    """
+
+    def __init__(self, words, max_words):
+        self.index = {str(word): i + 1 for i, word in enumerate(words)}
+        self.max_words = max_words
+
+    def __call__(self, sentence):
+        found = re.findall(r"[\w']+", sentence.lower()) if isinstance(sentence, str) else []
+        ids = [self.index[word] for word in found if word in self.index][: self.max_words]
+        return torch.tensor(ids + [0] * (self.max_words - len(ids)), dtype=torch.long)
+
+
+def load_words(path):
+    """Reads a word list: a one-dimensional numpy array of unicode strings, never pickled."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no word list at {path}: give the path of the dictionary (.npy)")
+    try:
+        words = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a word list (a numpy array of strings): {error}") from None
+    if not isinstance(words, np.ndarray) or words.ndim != 1 or words.dtype.kind != "U":
+        raise ValueError(f"{path} is not a word list: a one-dimensional array of strings is needed")
+    return words
+
+
+def load_word_vectors(path):
+    """Reads word vectors: a float tensor [words + 1, 300] whose row 0 is the padding's."""
+    vectors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or vectors.shape[1] != WORD_DIM:
+        raise ValueError(f"{path} does not hold word vectors: a tensor [words + 1, {WORD_DIM}]")
+    return vectors.detach().float()
+
+
+def triple(value):
+    return (value,) * 3 if isinstance(value, int) else tuple(value)
+
+
+class STConv3D(nn.Module):
+    """Convolution, BatchNorm, ReLU; `separable` splits it into 1xkxk and then kx1x1."""
+
+    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, separable=False):
+        super().__init__()
+        (kt, kh, kw), (st, sh, sw), (pt, ph, pw) = map(triple, (kernel, stride, padding))
+        self.separable = separable
+        if separable:
+            space = {"kernel_size": (1, kh, kw), "stride": (1, sh, sw), "padding": (0, ph, pw)}
+            time = {"kernel_size": (kt, 1, 1), "stride": (st, 1, 1), "padding": (pt, 0, 0)}
+            self.conv1 = nn.Conv3d(in_channels, out_channels, bias=False, **space)
+            self.bn1 = nn.BatchNorm3d(out_channels)
+            self.conv2 = nn.Conv3d(out_channels, out_channels, bias=False, **time)
+            self.bn2 = nn.BatchNorm3d(out_channels)
+        else:
+            self.conv1 = nn.Conv3d(
+                in_channels, out_channels, (kt, kh, kw), (st, sh, sw), (pt, ph, pw), bias=False
+            )
+            self.bn1 = nn.BatchNorm3d(out_channels)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.separable:
+            x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return x
+
+
+class SelfGating(nn.Module):
+    """Scales each channel by a sigmoid of the clip's mean features (S3D-G)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        weights = torch.sigmoid(self.fc(x.mean(dim=(2, 3, 4))))
+        return x * weights[:, :, None, None, None]
+
+
+class MaxPool3dTFPadding(nn.Module):
+    """Max-pool with TensorFlow's 'SAME' zeros for (kernel - stride), the smaller half first."""
+
+    def __init__(self, kernel, stride):
+        super().__init__()
+        sides = [
+            (total // 2, total - total // 2)
+            for total in (max(k - s, 0) for k, s in zip(kernel, stride, strict=True))
+        ]
+        self.padding = [side for pair in reversed(sides) for side in pair]  # F.pad: last axis first
+        self.pool = nn.MaxPool3d(kernel, stride, ceil_mode=True)
+
+    def forward(self, x):
+        return self.pool(F.pad(x, self.padding))
+
+
+class InceptionBlock(nn.Module):
+    """Four branches, each gated, concatenated: 1x1x1; two 1x1x1 + separable 3x3x3; pool + 1x1x1."""
+
+    def __init__(self, in_channels, b0, b1_a, b1_b, b2_a, b2_b, b3, gating=True):
+        super().__init__()
+        self.conv_b0 = STConv3D(in_channels, b0, 1)
+        self.conv_b1_a = STConv3D(in_channels, b1_a, 1)
+        self.conv_b1_b = STConv3D(b1_a, b1_b, 3, padding=1, separable=True)
+        self.conv_b2_a = STConv3D(in_channels, b2_a, 1)
+        self.conv_b2_b = STConv3D(b2_a, b2_b, 3, padding=1, separable=True)
+        self.maxpool_b3 = nn.MaxPool3d(3, stride=1, padding=1)
+        self.conv_b3_b = STConv3D(in_channels, b3, 1)
+        self.gating = gating
+        if gating:
+            self.gating_b0 = SelfGating(b0)
+            self.gating_b1 = SelfGating(b1_b)
+            self.gating_b2 = SelfGating(b2_b)
+            self.gating_b3 = SelfGating(b3)
+        self.output_channels = b0 + b1_b + b2_b + b3
+
+    def forward(self, x):
+        b0 = self.conv_b0(x)
+        b1 = self.conv_b1_b(self.conv_b1_a(x))
+        b2 = self.conv_b2_b(self.conv_b2_a(x))
+        b3 = self.conv_b3_b(self.maxpool_b3(x))
+        if self.gating:
+            b0, b1 = self.gating_b0(b0), self.gating_b1(b1)
+            b2, b3 = self.gating_b2(b2), self.gating_b3(b3)
+        return torch.cat((b0, b1, b2, b3), dim=1)
+
+
+class SentenceEmbedding(nn.Module):
+    """The text network: frozen word vectors, a hidden layer, a max over the words, a projection."""
+
+    def __init__(self, dim, word2vec_path="", token_to_word_path="data/dict.npy"):
+        super().__init__()
+        self.token_to_word_path = token_to_word_path
+        self._tokenizer = None
+        if word2vec_path:
+            table = load_word_vectors(word2vec_path)
+        else:
+            table = torch.randn(VOCABULARY_ROWS, WORD_DIM)
+        self.word_embd = nn.Embedding.from_pretrained(table, freeze=True)
+        self.fc1 = nn.Linear(WORD_DIM, HIDDEN_DIM)
+        self.fc2 = nn.Linear(HIDDEN_DIM, dim)
+
+    @property
+    def tokenizer(self):
+        """Raw text's tokenizer. The word list is read at first use: token ids need none."""
+        if self._tokenizer is None:
+            words, rows = load_words(self.token_to_word_path), self.word_embd.num_embeddings
+            if len(words) + 1 != rows:
+                raise ValueError(
+                    f"{self.token_to_word_path} has {len(words)} words, but the word embedding has "
+                    f"{rows} rows: one row a word and one for padding are needed"
+                )
+            self._tokenizer = Tokenizer(words, RAW_TEXT_WORDS)
+        return self._tokenizer
+
+    def forward(self, x, raw_text=False):
+        """x: word indices [N, words], or N sentences with raw_text. Returns [N, dim]."""
+        if raw_text:
+            sentences = [x] if isinstance(x, str) else x
+            x = torch.stack([self.tokenizer(sentence) for sentence in sentences])
+            x = x.to(self.word_embd.weight.device)
+        words = F.relu(self.fc1(self.word_embd(x)))
+        return self.fc2(words.amax(dim=1))  # padding positions take part, as in the release
+
+
+def space_to_depth(video):
+    """[B, 3, T, H, W] -> [B, 24, T/2, H/2, W/2]; channel order: t, h, w offset, then colour."""
+    b, c, t, h, w = video.shape
+    if t % 2 or h % 2 or w % 2:
+        raise ValueError(f"the space_to_depth stem needs even T, H and W, not {t}x{h}x{w}")
+    blocks = video.reshape(b, c, t // 2, 2, h // 2, 2, w // 2, 2)
+    blocks = blocks.permute(0, 3, 5, 7, 1, 2, 4, 6)
+    return blocks.reshape(b, 8 * c, t // 2, h // 2, w // 2)
+
+
+class S3D(nn.Module):
+    """The joint text-video model.
+
+    num_classes: size of the joint embedding.
+    gating: self-gating after the stem and on every Inception branch (S3D-G).
+    space_to_depth: the stem of the public weights: 2x2x2 blocks become channels.
+    word2vec_path: word vectors [words + 1, 300]; without them the table is random, 66250 rows.
+    init: 'uniform' (PyTorch's defaults) or 'kaiming_normal' for the convolutions.
+    token_to_word_path: the word list, read only when raw text is given.
+    """
+
+    def __init__(
+        self,
+        num_classes=512,
+        gating=True,
+        space_to_depth=False,
+        word2vec_path="",
+        init="uniform",
+        token_to_word_path="data/dict.npy",
+    ):
+        super().__init__()
+        if init not in ("uniform", "kaiming_normal"):
+            raise ValueError(f"init is 'uniform' or 'kaiming_normal', not {init!r}")
+        self.num_classes = num_classes
+        self.space_to_depth = space_to_depth
+        if space_to_depth:
+            self.conv1 = STConv3D(24, 64, (2, 4, 4), 1, (1, 2, 2))
+        else:
+            self.conv1 = STConv3D(3, 64, (3, 7, 7), 2, (1, 3, 3))
+        self.conv_2b = STConv3D(64, 64, 1)
+        self.conv_2c = STConv3D(64, 192, 3, padding=1, separable=True)
+        self.gating = SelfGating(192) if gating else nn.Identity()
+        self.maxpool_2a = MaxPool3dTFPadding((1, 3, 3), (1, 2, 2))
+        self.maxpool_3a = MaxPool3dTFPadding((1, 3, 3), (1, 2, 2))
+
+        def inception(in_channels, *branches):
+            return InceptionBlock(in_channels, *branches, gating=gating)
+
+        self.mixed_3b = inception(192, 64, 96, 128, 16, 32, 32)
+        self.mixed_3c = inception(256, 128, 128, 192, 32, 96, 64)
+        self.maxpool_4a = MaxPool3dTFPadding((3, 3, 3), (2, 2, 2))
+        self.mixed_4b = inception(480, 192, 96, 208, 16, 48, 64)
+        self.mixed_4c = inception(512, 160, 112, 224, 24, 64, 64)
+        self.mixed_4d = inception(512, 128, 128, 256, 24, 64, 64)
+        self.mixed_4e = inception(512, 112, 144, 288, 32, 64, 64)
+        self.mixed_4f = inception(528, 256, 160, 320, 32, 128, 128)
+        self.maxpool_5a = MaxPool3dTFPadding((2, 2, 2), (2, 2, 2))
+        self.mixed_5b = inception(832, 256, 160, 320, 32, 128, 128)
+        self.mixed_5c = inception(832, 384, 192, 384, 48, 128, 128)
+        self.fc = nn.Linear(self.mixed_5c.output_channels, num_classes)
+        self.text_module = SentenceEmbedding(num_classes, word2vec_path, token_to_word_path)
+        if init == "kaiming_normal":
+            for module in self.modules():
+                if isinstance(module, nn.Conv3d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, video=None, text=None, mode="all", mixed5c=False):
+        """Embeds videos, texts or both.
+
+        video: float [B, 3, T, H, W], RGB in [0, 1]. text: word indices [N, words].
+        mode: 'all' -> (video [B, num_classes], text [N, num_classes]); 'text' -> the latter;
+        'video' -> the former, or with mixed5c the pooled [B, 1024] feature before the projection.
+        """
+        if mode == "all":
+            return self.forward_video(video), self.text_module(text)
+        if mode == "video":
+            return self.forward_video(video, mixed5c=mixed5c)
+        if mode == "text":
+            return self.text_module(text)
+        raise ValueError(f"mode is 'all', 'video' or 'text', not {mode!r}")
+
+    def forward_video(self, video, mixed5c=False):
+        """video: float [B, 3, T, H, W] in [0, 1] -> [B, num_classes], or [B, 1024] with mixed5c."""
+        if self.space_to_depth:
+            net = self.conv1(space_to_depth(video))
+            net = net[:, :, 1:, 1:, 1:]  # the even kernel pads one too many at the front
+        else:
+            net = self.conv1(video)
+        net = self.maxpool_2a(net)
+        net = self.conv_2c(self.conv_2b(net))
+        net = self.maxpool_3a(self.gating(net))
+        net = self.mixed_3c(self.mixed_3b(net))
+        net = self.maxpool_4a(net)
+        net = self.mixed_4c(self.mixed_4b(net))
+        net = self.mixed_4f(self.mixed_4e(self.mixed_4d(net)))
+        net = self.maxpool_5a(net)
+        net = self.mixed_5c(self.mixed_5b(net))
+        net = net.mean(dim=(2, 3, 4))
+        return net if mixed5c else self.fc(net)

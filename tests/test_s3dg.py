@@ -1,0 +1,194 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden_json, golden_random, golden_weight
+
+import s3dg
+from loss import MILNCELoss
+from s3dg import S3D, Tokenizer
+
+STEMS = {"std": False, "s2d": True}
+VIDEO_SHAPES = [(2, 3, 8, 64, 64), (1, 3, 16, 112, 112), (1, 3, 32, 96, 128)]
+GOLDEN_NAMES = {"std": "standard", "s2d": "space_to_depth"}
+
+
+@pytest.fixture(scope="module")
+def golden_models():
+    """Both stems with the golden weights, float64, in evaluation mode."""
+    models = {}
+    for stem, space_to_depth in STEMS.items():
+        model = S3D(space_to_depth=space_to_depth).double().eval()
+        model.load_state_dict({k: golden_weight(k, v.shape) for k, v in model.state_dict().items()})
+        models[stem] = model
+    return models
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_keys_and_shapes_are_the_public_releases(golden_models, stem):
+    expected = golden_json("state_dict")["state_dict"][GOLDEN_NAMES[stem]]
+    state = golden_models[stem].state_dict()
+    assert [[name, list(value.shape)] for name, value in state.items()] == expected
+
+
+@pytest.mark.parametrize("shape", VIDEO_SHAPES)
+@pytest.mark.parametrize("stem", STEMS)
+def test_video_outputs_match_the_golden_values(golden_models, golden_values, stem, shape):
+    name = "x".join(map(str, shape))
+    video = torch.as_tensor(golden_random(f"golden/video/{name}").random_sample(shape))
+    with torch.inference_mode():
+        embedding = golden_models[stem](video, None, mode="video")
+        mixed5c = golden_models[stem](video, None, mode="video", mixed5c=True)
+    for value, key in ((embedding, "embedding"), (mixed5c, "mixed5c")):
+        np.testing.assert_allclose(value, golden_values[f"{stem}/{name}/{key}"], rtol=1e-9)
+
+
+def golden_tokens():
+    tokens = golden_random("golden/tokens").randint(0, 66250, (6, 20))
+    tokens[0, 4:] = 0
+    tokens[1] = 0
+    return torch.as_tensor(tokens)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_text_outputs_match_the_golden_values(golden_models, golden_values, stem):
+    with torch.inference_mode():
+        text = golden_models[stem](None, golden_tokens(), mode="text")
+    np.testing.assert_allclose(text, golden_values[f"{stem}/text"], rtol=1e-9)
+
+
+def test_float32_stays_within_a_thousandth_of_the_largest_value(golden_models, golden_values):
+    name = "2x3x8x64x64"
+    video = torch.as_tensor(golden_random(f"golden/video/{name}").random_sample((2, 3, 8, 64, 64)))
+    model = S3D().eval()
+    model.load_state_dict(golden_models["std"].state_dict())
+    with torch.inference_mode():
+        embedding, text = model(video.float(), golden_tokens())
+    for value, key in ((embedding, f"std/{name}/embedding"), (text, "std/text")):
+        expected = golden_values[key]
+        assert np.abs(value.numpy() - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_a_training_step_matches_the_golden_loss_gradients_and_statistics(golden_values):
+    model = S3D().double().train()
+    model.load_state_dict({k: golden_weight(k, v.shape) for k, v in model.state_dict().items()})
+    shape = (3, 3, 8, 64, 64)
+    video = torch.as_tensor(golden_random("golden/train/video").random_sample(shape))
+    tokens = torch.as_tensor(golden_random("golden/train/tokens").randint(0, 66250, (12, 20)))
+    video_embd, text_embd = model(video, tokens)
+    loss = MILNCELoss()(video_embd, text_embd)
+    loss.backward()
+
+    np.testing.assert_allclose(loss.item(), golden_values["train/loss"], rtol=1e-9)
+    np.testing.assert_allclose(video_embd.detach(), golden_values["train/video"], rtol=1e-9)
+    np.testing.assert_allclose(text_embd.detach(), golden_values["train/text"], rtol=1e-9)
+    parameters = dict(model.named_parameters())
+    names = golden_json("state_dict")["parameters_sorted"]
+    assert sorted(parameters) == names
+    norms = [-1.0 if parameters[n].grad is None else parameters[n].grad.norm() for n in names]
+    np.testing.assert_allclose(norms, golden_values["train/grad_norms"], rtol=1e-9)
+    for key, expected in golden_values.items():
+        if key.startswith("train/grad/"):
+            gradient = parameters[key.removeprefix("train/grad/")].grad.flatten()[:256]
+            np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+    means = [v for v in model.state_dict().values() if v.shape == (384,)]
+    expected = golden_values["train/bn_running_mean"]
+    assert any(np.allclose(v, expected, rtol=1e-9, atol=1e-12) for v in means)
+
+
+def test_word_embedding_is_frozen_and_sized_by_its_vectors(tmp_path):
+    vectors = torch.randn(8, 300)
+    torch.save(vectors, tmp_path / "word2vec.pth")
+    table = S3D(word2vec_path=tmp_path / "word2vec.pth").text_module.word_embd.weight
+    assert torch.equal(table, vectors) and not table.requires_grad
+
+
+def test_word_vectors_of_another_shape_are_refused(tmp_path):
+    torch.save(torch.randn(8, 50), tmp_path / "word2vec.pth")
+    with pytest.raises(ValueError, match=r"word2vec\.pth.*300"):
+        S3D(word2vec_path=tmp_path / "word2vec.pth")
+
+
+def test_kaiming_normal_scales_convolutions_by_their_fan_in():
+    model = S3D(init="kaiming_normal")
+    weight = model.mixed_4c.conv_b1_b.conv1.weight
+    fan_in = weight[0].numel()
+    assert weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)
+
+
+def test_without_gating_the_network_has_no_gates():
+    model = S3D(gating=False).eval()
+    assert not any("gating" in name for name, _ in model.named_parameters())
+    with torch.inference_mode():
+        assert model(torch.rand(1, 3, 8, 32, 32), mode="video").shape == (1, 512)
+
+
+def test_unknown_mode_and_init_are_refused(golden_models):
+    with pytest.raises(ValueError, match="mode"):
+        golden_models["std"](None, None, mode="audio")
+    with pytest.raises(ValueError, match="init"):
+        S3D(init="zeros")
+
+
+def test_odd_sizes_are_refused_by_the_space_to_depth_stem(golden_models):
+    with pytest.raises(ValueError, match="even"):
+        golden_models["s2d"](torch.rand(1, 3, 7, 64, 64), mode="video")
+
+
+@pytest.mark.parametrize("case", golden_json("misc")["text"]["cases"], ids=str)
+def test_tokenizer_matches_the_golden_ids(case):
+    tokenizer = Tokenizer(golden_json("misc")["text"]["vocab"], case["max_words"])
+    assert tokenizer(case["sentence"]).tolist() == case["ids"]
+
+
+def test_tokenizer_lower_cases_and_takes_none_and_null_for_words():
+    tokenizer = Tokenizer(np.array(["none", "null", "cut"]), 4)
+    assert tokenizer("CUT None, null").tolist() == [3, 1, 2, 0]
+    assert tokenizer(float("nan")).tolist() == [0, 0, 0, 0]
+    assert tokenizer("").dtype == torch.long
+
+
+def test_raw_text_equals_its_token_ids(tmp_path):
+    np.save(tmp_path / "dict.npy", np.array(["cut", "the", "tomato"]))
+    torch.save(torch.randn(4, 300), tmp_path / "word2vec.pth")
+    model = S3D(word2vec_path=tmp_path / "word2vec.pth", token_to_word_path=tmp_path / "dict.npy")
+    tokens = torch.tensor([[1, 2, 3] + [0] * 13])
+    assert torch.equal(
+        model.text_module(["Cut the tomato!"], raw_text=True), model(None, tokens, "text")
+    )
+
+
+def test_raw_text_without_a_word_list_names_the_missing_file(tmp_path):
+    model = S3D(token_to_word_path=tmp_path / "absent.npy")
+    with pytest.raises(FileNotFoundError, match=r"absent\.npy"):
+        model.text_module(["cut"], raw_text=True)
+
+
+def test_raw_text_with_a_list_that_does_not_fit_is_refused(tmp_path):
+    np.save(tmp_path / "dict.npy", np.array(["cut"]))
+    model = S3D(token_to_word_path=tmp_path / "dict.npy")
+    with pytest.raises(ValueError, match="66250 rows"):
+        model.text_module(["cut"], raw_text=True)
+
+
+@pytest.mark.parametrize("content", [np.array(["a", 1], dtype=object), np.arange(3)])
+def test_word_lists_are_data_only(tmp_path, content):
+    np.save(tmp_path / "dict.npy", content, allow_pickle=True)
+    with pytest.raises(ValueError, match="not a word list"):
+        s3dg.load_words(tmp_path / "dict.npy")
+
+
+def test_the_file_works_alone_in_an_empty_folder(tmp_path):
+    (tmp_path / "s3dg.py").write_text(Path(s3dg.__file__).read_text())
+    code = (
+        "import sys, torch; from s3dg import S3D; m = S3D(space_to_depth=True).eval();"
+        "print(tuple(m(torch.rand(1, 3, 8, 64, 64), torch.zeros(2, 20).long())[1].shape));"
+        "assert not {'pandas', 'av', 'args', 'utils'} & set(sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "(2, 512)"
