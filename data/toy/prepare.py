@@ -1,0 +1,493 @@
+"""Draws the toy data set: narrated how-to videos, and three held-out evaluation sets beside them.
+
+    python data/toy/prepare.py                      # the default: 160 videos of about half a minute
+    python data/toy/prepare.py --num_videos 24      # seconds, for tests
+
+A video is a dim backdrop in front of which a handful of coloured shapes do things, one step of
+two to four seconds after the other. Its narrator is as unreliable as those of HowTo100M: a caption
+names the colour, the shape and the action of a step, but comes up to a few seconds early or late,
+and one sentence in three or so is idle talk. Learning from it takes what MIL-NCE is for, several
+candidate captions per clip. Everything lies in the layouts and formats of the real data sets:
+
+    videos/toy00000.mp4 ...   captions/toy00000.csv ...   howto100m_videos.csv
+    word2vec.pth   dict.npy
+    youcook/validation/<task>/<video>.{mp4,mkv,webm}      validation_youcook.csv
+    msrvtt/<video>.mp4                                    msrvtt_test.csv
+    hmdb/<label>/<video>.avi                              hmdb51.csv
+
+The evaluation sets have a fixed size, whatever --num_videos says, so that figures of runs on more
+or fewer training videos compare. They are drawn from random streams that no training video shares.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+WIDTH, HEIGHT = 320, 240
+MARGIN = 12  # how far the camera may drift: the backdrop is drawn that much larger on each side
+FPS = 25
+# HMDB-51 windows are taken at a file's own rate, where 8 frames at 25 fps would show a third of a
+# second: too little to tell one action from another. A low rate makes them last as in training.
+HMDB_FPS = 8
+
+COLOURS = {
+    "red": (215, 30, 35),
+    "yellow": (245, 235, 40),
+    "green": (25, 165, 50),
+    "cyan": (20, 215, 225),
+    "blue": (30, 60, 230),
+    "purple": (160, 40, 190),
+    "white": (250, 250, 250),
+    "black": (5, 5, 5),
+}
+SHAPES = ("ball", "box", "triangle", "star", "ring", "cross")
+
+# Each action as an instruction (YouCook2 is written in these), as a remark and as a description (as
+# MSR-VTT is); narrators use all three. None depends on left and right: training flips its clips.
+ACTIONS = {
+    "rise": ("raise the {a}", "the {a} rises", "a {a} is rising"),
+    "fall": ("drop the {a}", "the {a} falls", "a {a} is falling"),
+    "slide": ("slide the {a}", "the {a} slides across", "a {a} is sliding"),
+    "spin": ("spin the {a}", "the {a} spins around", "a {a} is spinning"),
+    "grow": ("grow the {a}", "the {a} gets bigger", "a {a} is growing"),
+    "shrink": ("shrink the {a}", "the {a} gets smaller", "a {a} is shrinking"),
+    "shake": ("shake the {a}", "the {a} shakes", "a {a} is shaking"),
+    "meet": ("join the {a} and the {b}", "the {a} meets the {b}", "a {a} and a {b} are meeting"),
+}
+INSTRUCTION, REMARK, DESCRIPTION = range(3)
+OPENERS = (
+    ("we're going to", "now", "next you want to", "go ahead and", "then just", "let's", "so you"),
+    ("and now", "you can see", "look how", "watch as", "so", "see that"),
+    ("here", "so here", "as you can see", "over here", "and there"),
+)
+FILLERS = (
+    "so now what we're going to do is",
+    "hey guys welcome back to my channel",
+    "okay that looks really good",
+    "make sure you take your time with this",
+    "it's going to take a little while",
+    "thanks for watching don't forget to subscribe",
+    "i like to do it this way",
+    "alright let's keep going",
+    "you know what i mean",
+    "this is my favorite part",
+    "just like that",
+    "if you have any questions leave a comment below",
+)
+
+HMDB_LABELS = ("slide", "spin", "grow", "shrink", "shake", "meet")
+HMDB_CLIPS = 18  # per label, of which each split trains on 11, tests on 5 and leaves 2 unused
+YOUCOOK_VIDEOS, YOUCOOK_STEPS = 25, 4
+MSRVTT_CLIPS = 80
+
+SETTINGS = "settings.json"  # the stamp: what the files beside it were made with
+PARTIAL = ".partial"  # where they are made; they move to their places when all of them exist
+OUTPUTS = (
+    "videos",
+    "captions",
+    "howto100m_videos.csv",
+    "word2vec.pth",
+    "dict.npy",
+    "youcook",
+    "validation_youcook.csv",
+    "msrvtt",
+    "msrvtt_test.csv",
+    "hmdb",
+    "hmdb51.csv",
+)
+
+
+class Step(NamedTuple):
+    action: str
+    a: tuple  # (colour, shape) of who does it ...
+    b: tuple  # ... and of whom it meets
+    start: float
+    end: float
+
+
+# ---- what happens, and what is said --------------------------------------------------------------
+
+
+def pick(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def sentence(step, form):
+    return ACTIONS[step.action][form].format(a=" ".join(step.a), b=" ".join(step.b))
+
+
+def random_steps(rng, count):
+    """A training video's steps: like a recipe, it keeps using the same few things."""
+    things = list(itertools.product(COLOURS, SHAPES))
+    cast = [things[i] for i in rng.choice(len(things), 4, replace=False)]
+    steps, now = [], rng.uniform(0.5, 2.0)
+    for _ in range(count):
+        a, b = rng.choice(len(cast), 2, replace=False)
+        end = now + rng.uniform(2.0, 4.0)
+        steps.append(Step(pick(rng, list(ACTIONS)), cast[a], cast[b], now, end))
+        now = end + rng.uniform(0.2, 1.0)
+    return steps
+
+
+def narrate(rng, steps, seconds):
+    """Captions [(start, end, text)] in order of time: one per step, displaced, and idle talk."""
+    captions = []
+    for step in steps:
+        form = rng.integers(3)
+        text = f"{pick(rng, OPENERS[form])} {sentence(step, form)}"
+        duration = rng.uniform(1.5, 3.5)
+        middle = (step.start + step.end) / 2 + np.clip(rng.normal(0, 1.3), -4, 4)
+        captions.append((middle - duration / 2, text, duration))
+        if rng.random() < 0.45:
+            captions.append((step.end + rng.uniform(-1, 1), pick(rng, FILLERS), duration))
+    rows = []
+    for start, text, duration in sorted(captions):
+        start = max(0.0, min(start, seconds - 1.0))
+        rows.append((round(start, 2), round(min(start + duration, seconds), 2), text))
+    return rows
+
+
+def distinct_steps(rng, count, seconds, actions=tuple(ACTIONS)):
+    """`count` steps no two of which do the same with the same thing, each with times 0..seconds."""
+    choices = list(itertools.product(actions, COLOURS, SHAPES))
+    steps = []
+    for i in rng.permutation(len(choices))[:count]:
+        action, colour, shape = choices[i]
+        b = (pick(rng, [c for c in COLOURS if c != colour]), pick(rng, SHAPES))
+        steps.append(Step(action, (colour, shape), b, 0.0, seconds))
+    return steps
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+# In planes of Y'CbCr, which is what the encoders take.
+
+
+def to_ycbcr(rgb):
+    r, g, b = rgb
+    y = 16 + 0.257 * r + 0.504 * g + 0.098 * b
+    return y, 128 - 0.148 * r - 0.291 * g + 0.439 * b, 128 + 0.439 * r - 0.368 * g - 0.071 * b
+
+
+def outline(shape, u, v):
+    """How far (u, v) lies outside the shape of unit size; negative inside."""
+    if shape == "ball":
+        return np.hypot(u, v) - 0.9
+    if shape == "box":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.8
+    if shape == "triangle":
+        return np.maximum(v * 0.5 + np.abs(u) * 0.866, -v) - 0.55
+    if shape == "ring":
+        return np.abs(np.hypot(u, v) - 0.75) - 0.22
+    if shape == "cross":
+        u, v = np.abs(u), np.abs(v)
+        return np.minimum(np.maximum(u - 1.0, v - 0.3), np.maximum(v - 1.0, u - 0.3))
+    # A star of four points: the astroid-like curve |u|^p + |v|^p = 1 with p well below 1.
+    return (np.sqrt(np.abs(u)) + np.sqrt(np.abs(v))) ** 2 * 0.75 - 0.95
+
+
+def paint(image, shape, colour, x, y, radius, angle):
+    """One shape onto a [3, H, W] image; one half is paler, so that even a ball can spin."""
+    reach = int(radius * 1.45) + 2
+    left, right = max(0, int(x) - reach), min(WIDTH, int(x) + reach)
+    top, bottom = max(0, int(y) - reach), min(HEIGHT, int(y) + reach)
+    radius, cos, sin = np.float32([radius, math.cos(angle), math.sin(angle)])
+    dx = (np.arange(left, right, dtype=np.float32) - np.float32(x)) / radius
+    dy = (np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(y)) / radius
+    u, v = dx * cos + dy * sin, dy * cos - dx * sin
+    cover = np.clip(0.5 - outline(shape, u, v) * radius, 0, 1)
+    pale = np.clip(0.5 + v * radius, 0, 1) * np.float32(0.45)
+    for channel, value in zip(image, colour, strict=True):
+        patch = channel[top:bottom, left:right]
+        patch[:] = patch + cover * (value + pale * (128 - value) - patch)
+
+
+def backdrop(rng):
+    """Dim, soft blotches of little colour, larger than the picture by the camera's drift."""
+    blotches = rng.uniform(-1, 1, (3, 5, 6)) * [[[25]], [[9]], [[9]]]
+    blotches += np.reshape([rng.uniform(80, 150), 128, 128], (3, 1, 1))
+    for axis, size in (1, HEIGHT + 2 * MARGIN), (2, WIDTH + 2 * MARGIN):
+        at = np.linspace(0, blotches.shape[axis] - 1.001, size)
+        low, part = at.astype(int), at % 1 if axis == 2 else (at % 1)[:, None]
+        blotches = blotches.take(low, axis) * (1 - part) + blotches.take(low + 1, axis) * part
+    return blotches.astype(np.uint8)
+
+
+def stage(rng, step):
+    """Fixes what the step leaves open; returns a function of time giving [(thing, x, y, r, angle)].
+
+    x and y are pixels from the middle of the picture. Everything stays inside the central square,
+    which is all that a model looking at a centre crop sees.
+    """
+    seconds = step.end - step.start
+    size, tilt, phase = rng.uniform(36, 50), rng.uniform(-0.5, 0.5), rng.uniform(0, 2 * math.pi)
+    x0, y0 = rng.uniform(-32, 32, 2)
+    side = rng.choice((-1, 1))
+    reach = rng.uniform(58, 70)
+
+    def at(time):
+        part = time / seconds
+        x, y, radius, angle = x0, y0, size, tilt
+        if step.action in ("rise", "fall"):
+            y = reach * (2 * part - 1) * (-1 if step.action == "rise" else 1)
+        elif step.action == "slide":
+            x = side * reach * (2 * part - 1)
+        elif step.action == "spin":
+            angle = tilt + side * 3.5 * time
+        elif step.action == "grow":
+            radius = size * (0.35 + 0.9 * part)
+        elif step.action == "shrink":
+            radius = size * (1.25 - 0.9 * part)
+        elif step.action == "shake":
+            x += 13 * math.sin(9 * time + phase)
+            y += 6 * math.sin(11 * time)
+        elif step.action == "meet":
+            radius = 0.8 * size
+            x = side * (radius + (74 - radius) * max(0.0, 1 - 1.2 * part))
+            return [(step.a, x, y, radius, tilt), (step.b, -x, y, radius, -tilt)]
+        return [(step.a, x, y, radius, angle)]
+
+    return at
+
+
+def draw(rng, steps, seconds, fps):
+    """Yields the video's frames, uint8 [3, HEIGHT, WIDTH]."""
+    scene = backdrop(rng)
+    sway = rng.uniform(2, MARGIN / 2 - 1, 4) * rng.choice((-1, 1), 4)
+    pace = rng.uniform(0.4, 3.0, 4)
+    staged = [(step, stage(rng, step)) for step in steps]
+    tints = rng.uniform(-14, 14, (len(steps), 3))  # no two reds are the same
+    for n in range(round(seconds * fps)):
+        now = n / fps
+        shift = sway * np.sin(pace * now)
+        left, top = MARGIN + shift[0] + shift[1], MARGIN + shift[2] + shift[3]
+        image = scene[:, int(top) : int(top) + HEIGHT, int(left) : int(left) + WIDTH].copy()
+        for (step, at), tint in zip(staged, tints, strict=True):
+            if not step.start <= now < step.end:
+                continue
+            for (colour, shape), x, y, radius, angle in at(now - step.start):
+                ycbcr = to_ycbcr(np.clip(np.add(COLOURS[colour], tint), 0, 255).astype(np.float32))
+                x, y = x + WIDTH / 2 + MARGIN - left, y + HEIGHT / 2 + MARGIN - top
+                paint(image, shape, ycbcr, x, y, radius, angle)
+        yield image
+
+
+def encode(path, frames, fps):
+    """Writes the frames with a codec usual for the file's kind, in one thread: the same bytes."""
+    codec, options = {
+        ".mp4": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
+        ".mkv": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
+        ".webm": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "500k"}),
+        ".avi": ("mpeg4", {"qmin": "4", "qmax": "4"}),
+    }[path.suffix]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="yuv444p")))
+        container.mux(stream.encode())
+
+
+# ---- the four data sets --------------------------------------------------------------------------
+# Each plans its videos as (path, steps, seconds, fps) and writes its tables. A video is then drawn
+# from a random stream of its own, so that the order in which processes get to it does not matter.
+
+
+def write_table(path, columns, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def plan_training(root, seed, num_videos):
+    plan, names = [], []
+    for i in range(num_videos):
+        rng = np.random.default_rng([seed, 0, i])
+        name = f"toy{i:05d}"
+        steps = random_steps(rng, rng.integers(6, 9))
+        seconds = math.ceil(steps[-1].end + 0.5)
+        captions = narrate(rng, steps, seconds)
+        write_table(root / "captions" / f"{name}.csv", ("start", "end", "text"), captions)
+        names.append((f"{name}.mp4",))
+        plan.append((root / "videos" / f"{name}.mp4", steps, seconds, FPS))
+    write_table(root / "howto100m_videos.csv", ("video_path",), names)
+    return plan
+
+
+def plan_youcook(root, seed):
+    plan, rows = [], []
+    rng = np.random.default_rng([seed, 1])
+    steps = iter(distinct_steps(rng, YOUCOOK_VIDEOS * YOUCOOK_STEPS, 0.0))
+    for i in range(YOUCOOK_VIDEOS):
+        # The real videos come in these three kinds, too; webm is rare because its encoder is slow.
+        suffix = ".webm" if i % 8 == 7 else ".mkv" if i % 3 == 2 else ".mp4"
+        name, task, now, placed = f"toycook{i:04d}", 101 + i % 5, 1, []
+        for step in itertools.islice(steps, YOUCOOK_STEPS):
+            start, end = now, now + int(rng.integers(3, 5))  # annotators give whole seconds
+            placed.append(step._replace(start=start, end=end))
+            rows.append((end, start, task, sentence(step, INSTRUCTION), name))
+            now = end + 1
+        plan.append((root / "youcook/validation" / str(task) / f"{name}{suffix}", placed, now, FPS))
+    columns = ("end", "start", "task", "text", "video_id")
+    write_table(root / "validation_youcook.csv", columns, rows)
+    return plan
+
+
+def plan_msrvtt(root, seed):
+    plan, rows = [], []
+    rng = np.random.default_rng([seed, 2])
+    for i, step in enumerate(distinct_steps(rng, MSRVTT_CLIPS, 4.0)):
+        rows.append((f"ret{i}", f"msr{i}", f"video{i}", sentence(step, DESCRIPTION)))
+        plan.append((root / "msrvtt" / f"video{i}.mp4", [step], step.end, FPS))
+    write_table(root / "msrvtt_test.csv", ("key", "vid_key", "video_id", "sentence"), rows)
+    return plan
+
+
+def plan_hmdb(root, seed):
+    plan, rows = [], []
+    rng = np.random.default_rng([seed, 3])
+    for label in HMDB_LABELS:
+        splits = [rng.permutation([1] * 11 + [2] * 5 + [0] * 2) for _ in range(3)]
+        steps = distinct_steps(rng, HMDB_CLIPS, 3.0, actions=(label,))
+        for i, step in enumerate(steps):
+            name = f"toy_{label}_{i:02d}.avi"
+            rows.append((name, f"{label}_test", *(split[i] for split in splits)))
+            plan.append((root / "hmdb" / label / name, [step], step.end, HMDB_FPS))
+    write_table(root / "hmdb51.csv", ("video_id", "label", "split1", "split2", "split3"), rows)
+    return plan
+
+
+def make_video(seed, item):
+    index, (path, steps, seconds, fps) = item
+    encode(path, draw(np.random.default_rng([seed, 4, index]), steps, seconds, fps), fps)
+
+
+# ---- word vectors --------------------------------------------------------------------------------
+
+
+def write_word_vectors(root, seed):
+    """Word2Vec on the narrations, in the files that the model reads.
+
+    A video's captions are one document with a wide window: words then keep the company of the few
+    things their video is about. Sentence by sentence "red" and "blue" would have the same company,
+    and hardly different vectors, in a world where anything may be of any colour.
+    """
+    import gensim
+    import torch
+
+    documents = []
+    for path in sorted((root / "captions").glob("*.csv")):
+        with open(path, newline="") as file:
+            documents.append([w for row in csv.DictReader(file) for w in row["text"].split()])
+    model = gensim.models.Word2Vec(
+        documents,
+        vector_size=300,
+        window=10,
+        min_count=1,
+        sg=1,
+        sample=0,
+        negative=10,
+        epochs=30,
+        seed=seed,
+        workers=1,  # more than one makes the outcome depend on which is first
+    )
+    words = model.wv.index_to_key
+    table = torch.zeros(len(words) + 1, 300)  # row 0 is the padding
+    table[1:] = torch.from_numpy(model.wv.vectors)
+    torch.save(table, root / "word2vec.pth")
+    np.save(root / "dict.npy", np.array(words, dtype=np.str_))
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def fail(message):
+    print(f"prepare.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.error = fail
+    parser.add_argument("--out", type=Path, default=Path("data/toy"), metavar="DIR")
+    parser.add_argument("--num_videos", "--num-videos", type=int, default=160, help="to train on")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    if args.num_videos < 1:
+        fail(f"--num_videos must be at least 1, not {args.num_videos}")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed must lie in 0..2^32-1, not {args.seed}")
+    return args
+
+
+def remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_stamp(out):
+    """The settings of the files in `out`: {} if those are ours but incomplete, None if not ours."""
+    try:
+        return json.loads((out / SETTINGS).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def prepare(out, num_videos, seed):
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    settings = {"num_videos": num_videos, "seed": seed, "script": script}
+    stamp = read_stamp(out)
+    if stamp == settings and all((out / name).exists() for name in OUTPUTS):
+        print(f"{out}: prepared already, nothing to do")
+        return
+    for name in OUTPUTS:
+        if stamp is None and (out / name).exists():
+            fail(f"--out {out}: {name} is there and not from this script; name another directory")
+
+    root = out / PARTIAL
+    out.mkdir(parents=True, exist_ok=True)
+    remove(root)
+    root.mkdir()
+    plan = plan_training(root, seed, num_videos)
+    plan += plan_youcook(root, seed) + plan_msrvtt(root, seed) + plan_hmdb(root, seed)
+    print(f"{out}: drawing {len(plan)} videos, {num_videos} of them to train on", flush=True)
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        made = pool.map(functools.partial(make_video, seed), enumerate(plan), chunksize=4)
+        write_word_vectors(root, seed)
+        for _ in made:  # raises what went wrong in a process
+            pass
+
+    (out / SETTINGS).write_text("{}")  # ours, incomplete: so it reads until the last file is there
+    for name in OUTPUTS:
+        remove(out / name)
+        os.replace(root / name, out / name)
+    root.rmdir()
+    (out / SETTINGS).write_text(json.dumps(settings))
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        prepare(args.out, args.num_videos, args.seed)
+    except OSError as error:
+        fail(f"--out {args.out}: {error}")
