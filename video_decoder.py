@@ -1,0 +1,657 @@
+"""Decode clips of video files to uint8 tensors; the only module that knows FFmpeg.
+
+Two backends give the same pixels, those of the command
+
+    ffmpeg -ss START -t SECONDS -i FILE -filter_complex "[0:v]fps=..,crop=..,scale=..,hflip[o]"
+           -map "[o]" -f rawvideo -pix_fmt rgb24 -
+
+`ffmpeg` runs it, one process per window. `pyav` runs FFmpeg's libraries in process and redoes in
+plain arithmetic what the command does with timestamps, so that it knows which frames are wanted
+before it converts them.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from decimal import Decimal
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+
+BACKENDS = ("pyav", "ffmpeg")
+
+# Demuxers of files that hold their own frames: no playlists, no image sequences, no devices.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
+# What a hostile header may make us allocate or wait for.
+MAX_PIXELS = 8192 * 4608
+MAX_BYTES = 2 << 30
+MAX_SECONDS = 120
+# The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
+MAX_REPEATS = 30 * 3600 * 30
+
+AVFMT_TS_DISCONT = 0x0200
+AVFMT_SEEK_TO_PTS = 0x4000000
+
+
+class DecodeError(Exception):
+    """A file that cannot be decoded; one line that names the file and the reason."""
+
+
+def decode_clip(
+    path,
+    start,
+    *,
+    fps,
+    num_frames,
+    size,
+    crop_only=False,
+    crop=(0.5, 0.5),
+    flip=False,
+    backend="pyav",
+):
+    """Decode the `num_frames` frames, `fps` per second, that follow `start` (seconds).
+
+    Returns uint8 [3, num_frames, size, size]. See decode_clips.
+    """
+    return decode_clips(
+        path,
+        [start],
+        fps=fps,
+        num_frames=num_frames,
+        size=size,
+        crop_only=crop_only,
+        crop=crop,
+        flip=flip,
+        backend=backend,
+    )[0]
+
+
+def decode_clips(
+    path,
+    starts,
+    *,
+    fps,
+    num_frames,
+    size,
+    crop_only=False,
+    crop=(0.5, 0.5),
+    flip=False,
+    backend="pyav",
+):
+    """Decode several windows of one file: uint8 [len(starts), 3, num_frames, size, size].
+
+    starts: seconds, at least 0, taken to the microsecond. fps: int, float or Fraction.
+    crop_only: a size x size crop of the frame as it is; otherwise the largest square, scaled.
+    crop: the fraction of the free width and height left of and above the crop.
+    flip: mirror left to right.
+
+    The frame is turned upright first where the file says so. A frame smaller than a crop_only
+    crop has its short side scaled up to `size` first. An odd `size` is cut exactly (crop's
+    `exact`), where plain FFmpeg would round it down. Frames missing at the end are black; a
+    window past the end is all black. Of several video streams the first is decoded.
+
+    Raises DecodeError where the file cannot be opened as a local video file or gives no frame
+    at all, ValueError for arguments out of range.
+    """
+    _check_backend(backend)
+    starts = [_microseconds(start) for start in starts]
+    fps = Fraction(fps).limit_denominator(100000)
+    if fps <= 0 or num_frames < 1 or size < 1:
+        raise ValueError(f"fps {fps}, num_frames {num_frames} and size {size} must be positive")
+    filters = _crop_filters(size, crop_only, crop, flip)
+    _check_regular_file(path)
+    out = torch.zeros(len(starts), 3, num_frames, size, size, dtype=torch.uint8)
+    decode = _pyav_window if backend == "pyav" else _ffmpeg_window
+    for start, clip in zip(starts, out.numpy(), strict=True):
+        if not decode(path, start, fps, filters, clip):
+            _check_decodable(path)
+    return out
+
+
+def decode_frames(path, *, size, crop_only=False, crop=(0.5, 0.5), backend="pyav"):
+    """Decode the whole file at its own frame rate: uint8 [3, frames, size, size].
+
+    The frame rate is made constant as the command (without -ss, -t and fps) does: frames are
+    repeated or dropped where the timestamps ask for it. Arguments and errors as decode_clips.
+    """
+    _check_backend(backend)
+    filters = _crop_filters(size, crop_only, crop, False)
+    _check_regular_file(path)
+    decode = _pyav_whole if backend == "pyav" else _ffmpeg_whole
+    frames = decode(path, filters, size)
+    if not len(frames):
+        _check_decodable(path)
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous()
+
+
+def probe_duration(path):
+    """The duration of a video file in seconds (float), as its container states it."""
+    _check_regular_file(path)
+    with _open(path) as container:
+        _video_stream(path, container)
+        if container.duration is None or container.duration < 0:
+            raise DecodeError(f"{path}: the duration is not known")
+        return container.duration / 1e6
+
+
+# --- arguments ------------------------------------------------------------------------------
+
+
+def _check_backend(backend):
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"unknown decoder backend {backend!r}; choose one of {', '.join(BACKENDS)}"
+        )
+
+
+def _microseconds(start):
+    start = float(start)
+    if not 0 <= start < 1e9:
+        raise ValueError(f"start {start} must be a number of seconds, at least 0")
+    return int(Decimal(repr(start)) * 1000000)  # cut, not rounded, as ffmpeg reads -ss
+
+
+def _check_regular_file(path):
+    """Nothing but a regular file is handed to FFmpeg: no URL, folder, pipe or device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        raise DecodeError(f"{path}: not a regular file")
+
+
+def _crop_filters(size, crop_only, crop, flip):
+    """The filters after fps, as (name, options) pairs. The first, which scales frames smaller
+    than the crop, has a place only where it is needed: it changes how pixels are converted."""
+    if size < 1:
+        raise ValueError(f"size {size} must be positive")
+    left, top = (float(fraction) for fraction in crop)
+    if not (0 <= left <= 1 and 0 <= top <= 1):
+        raise ValueError(f"crop {crop} must be two fractions from 0 to 1")
+    if crop_only:
+        enlarge = {
+            "w": f"if(lte(iw,ih),{size},round(iw*{size}/ih))",
+            "h": f"if(lte(iw,ih),round(ih*{size}/iw),{size})",
+        }
+        square = {"w": f"{size}", "h": f"{size}"}
+        square |= {"x": f"(iw-{size})*{left!r}", "y": f"(ih-{size})*{top!r}"}
+        if size % 2:
+            square["exact"] = "1"
+        filters = [("scale", enlarge), ("crop", square)]
+    else:
+        side = "min(iw,ih)"
+        square = {"w": side, "h": side}
+        square |= {"x": f"(iw-{side})*{left!r}", "y": f"(ih-{side})*{top!r}"}
+        filters = [None, ("crop", square), ("scale", {"w": f"{size}", "h": f"{size}"})]
+    return filters + [("hflip", {})] * bool(flip)
+
+
+# --- timestamps: what the command does with them, in integers --------------------------------
+
+
+def rescale(value, numerator, denominator):
+    """value * numerator / denominator to the nearest integer, halves away from zero."""
+    product = value * numerator
+    magnitude = (2 * abs(product) + denominator) // (2 * denominator)
+    return magnitude if product >= 0 else -magnitude
+
+
+def fps_runs(ticks, num_frames):
+    """The fps filter and the muxer's frame sync: which frame each output frame shows.
+
+    ticks: an iterable of (tick, frame): the frame's time in output frames, rounded, in the order
+    of decoding; the last pair, (tick, None), says where the last frame ends (tick None: unknown).
+    Yields (frame, first, end): output frames first..end-1 of 0..num_frames-1 show `frame`. Output
+    frame n shows the last frame whose tick is at most n; those before the first show the first.
+    """
+    held = None
+    for tick, frame in ticks:
+        if held is None:
+            held, following, start = frame, tick, 0
+            if frame is None or tick + 1 > MAX_REPEATS:
+                return
+            continue
+        if tick is not None and tick > following:
+            yield held, start, min(tick, num_frames)
+            start = following = tick
+            if tick >= num_frames:
+                return
+        held = frame
+
+
+def constant_rate_runs(frames):
+    """The muxer's frame sync where no fps filter ran (fftools' CFR video sync).
+
+    frames: an iterable of (time, duration, frame), both in output frames (float). Yields
+    (frame, copies): the output is `frame` so many times over.
+    """
+    following, history, previous = 0, [0, 0, 0], None
+    for when, duration, frame in frames:
+        early = when - following
+        late = early + duration
+        if early < 0 < late:
+            early = 0.0
+        copies, copies_of_previous = 1, 0
+        if late < -1.1:
+            copies = 0
+        elif late > 1.1:
+            copies = round(np.float32(late).item())
+            if early > 1.1:
+                copies_of_previous = round(np.float32(early - 0.6).item())
+        history = [copies_of_previous, *history[:2]]
+        if copies > MAX_REPEATS:
+            copies = 0
+        else:
+            before = min(copies_of_previous, copies) if previous is not None else 0
+            if before:
+                yield previous, before
+            if copies > before:
+                yield frame, copies - before
+        following += copies
+        previous = frame
+    if previous is not None:
+        yield previous, sorted(history)[1]
+
+
+def _exact_time(pts, time_base, rate):
+    """A timestamp in output frames, with the fractional bits and the nudge of fftools."""
+    bits = min(max(29 - (rate.numerator.bit_length() - 1), 0), 16)
+    step = time_base * rate * (1 << bits)
+    when = rescale(pts, step.numerator, step.denominator) / (1 << bits)
+    if when != round(when):
+        when += math.copysign(1 / (1 << 17), when)
+    return when
+
+
+# --- backend pyav -----------------------------------------------------------------------------
+
+
+def _open(path):
+    options = {
+        "format_whitelist": CONTAINERS,
+        "protocol_whitelist": "file",
+        "fflags": "-genpts",  # PyAV's default; the ffmpeg program does not ask for it
+        "max_pixels": str(MAX_PIXELS),
+    }
+    try:
+        return av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="ignore")
+    except (av.error.FFmpegError, ValueError) as error:
+        raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _video_stream(path, container):
+    if not container.streams.video:
+        raise DecodeError(f"{path}: no video stream")
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    if context is None:
+        raise DecodeError(f"{path}: no decoder for its video stream")
+    context.thread_count = 1  # workers decode in parallel; and skipping needs it
+    context.flags |= 1  # crop exactly where the stream says, as the program does
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream
+
+
+def _seek(container, stream, start):
+    """Seek as `ffmpeg -ss` does (None: no -ss); the offset (us) that puts START at time 0."""
+    target = (start or 0) + (container.start_time or 0)
+    flags = container.format.flags
+    if start is not None:
+        reordered = any(
+            other.codec_context and getattr(other.codec_context, "has_b_frames", False)
+            for other in container.streams.video
+        )
+        early = 0 if flags & AVFMT_SEEK_TO_PTS or not reordered else 3 * 1000000 // 23
+        with contextlib.suppress(av.error.FFmpegError):  # ffmpeg reads on from where it is
+            container.seek(target - early)
+    for other in container.streams:
+        if other is not stream:
+            other.discard = av.stream.Discard.all
+    if flags & AVFMT_TS_DISCONT and None not in (container.start_time, stream.start_time):
+        first = rescale(stream.start_time * 1000000, *stream.time_base.as_integer_ratio())
+        return -max(target, first)
+    return -target
+
+
+def _packets(container, stream, offset):
+    """The stream's packets, their timestamps moved by `offset` (us) and mended as ffmpeg does:
+    in formats whose clock may jump (MPEG-TS, MPEG-PS) jumps of over 10 s are closed; elsewhere
+    timestamps over 30 hours away from the expected one are dropped."""
+    numerator, denominator = stream.time_base.as_integer_ratio()
+    per_tick = numerator * 1000000
+    jumps = container.format.flags & AVFMT_TS_DISCONT
+    rate = stream.average_rate
+    step = rescale(1000000, rate.denominator, rate.numerator) if rate else 0
+    offset = rescale(offset, denominator, per_tick)
+    dts_us = next_us = None
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            pts, dts = packet.pts, packet.dts
+            if pts is not None:
+                pts += offset
+            if dts is not None:
+                dts += offset
+            if dts is not None and next_us is not None:
+                delta = rescale(dts, per_tick, denominator) - next_us
+                if jumps:
+                    if abs(delta) > 10 * 1000000 or delta + next_us + 100000 < dts_us:
+                        shift = rescale(delta, denominator, per_tick)
+                        offset -= shift
+                        dts -= shift
+                        if pts is not None:
+                            pts -= shift
+                else:
+                    if abs(delta) > 30 * 3600 * 1000000:
+                        dts = None
+                    if pts is not None:
+                        delta = rescale(pts, per_tick, denominator) - next_us
+                        if abs(delta) > 30 * 3600 * 1000000:
+                            pts = None
+            if next_us is None:
+                delay = stream.codec_context.has_b_frames * step
+                next_us = (rescale(pts, per_tick, denominator) if pts is not None else 0) - delay
+            if dts is not None:
+                next_us = rescale(dts, per_tick, denominator)
+            dts_us = next_us
+            next_us += rescale(packet.duration, per_tick, denominator) if packet.duration else step
+            packet.pts, packet.dts = pts, dts
+            yield packet
+    except av.error.FFmpegError:
+        pass  # ffmpeg takes a read error for the end of the file
+
+
+def _decoded(packets, context):
+    """The frames of packets in the decoder's order. A damaged packet is skipped, as ffmpeg does."""
+    for packet in itertools.chain(packets, [None]):
+        try:
+            yield from context.decode(packet)
+        except av.error.FFmpegError:
+            continue
+
+
+def _timed_frames(path, packets, stream):
+    """(pts, duration, frame) of a packet sequence, in the stream's time base, as ffmpeg's decoder
+    thread gives them; finally (end of the last frame, 0, None)."""
+    deadline = time.monotonic() + MAX_SECONDS
+    context = stream.codec_context
+    faulty_pts = faulty_dts = 0
+    last_guess_pts = last_guess_dts = -math.inf
+    last = None
+    estimate = 0
+    for frame in _decoded(packets, context):
+        if time.monotonic() > deadline:
+            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
+        # libavcodec's guess between the two clocks of a frame (best_effort_timestamp).
+        pts, dts = frame.pts, frame.dts
+        if dts is not None:
+            faulty_dts += dts <= last_guess_dts
+            last_guess_dts = dts
+        elif pts is not None:
+            last_guess_dts = pts
+        if pts is not None:
+            faulty_pts += pts <= last_guess_pts
+            last_guess_pts = pts
+        elif dts is not None:
+            last_guess_pts = dts
+        if pts is None or (dts is not None and faulty_pts > faulty_dts):
+            pts = dts
+        if pts is None:
+            pts = 0 if last is None else last + estimate
+        # How long the frame lasts; only the last one's matters.
+        gap = pts - last if last is not None else -1
+        if frame.duration > 0 and not (frame.duration == 1 and gap > 2):
+            estimate = frame.duration
+        elif gap > 0:
+            estimate = gap
+        elif frame.duration > 0:
+            estimate = frame.duration
+        else:
+            rate = context.framerate or stream.average_rate
+            if rate:
+                frames = 1 / (rate * stream.time_base)
+                estimate = rescale(1, frames.numerator, frames.denominator)
+            estimate = max(estimate, 1)
+        last = pts
+        yield pts, frame.duration, frame
+    yield (None if last is None else last + estimate), 0, None
+
+
+def _converter(path, filters):
+    """A function from a decoded frame to an array [height, width, 3]: upright, cropped, scaled."""
+    key = source = sink = graph = None
+
+    def convert(frame):
+        nonlocal key, source, sink, graph
+        matrix = _display_matrix(frame)
+        new_key = (frame.width, frame.height, frame.format.name, frame.colorspace)
+        new_key += (frame.color_range, matrix)
+        try:
+            if new_key != key:
+                graph, source, sink = _graph(frame, matrix, filters)
+                key = new_key
+            source.push(frame)
+            picture = sink.pull()
+        except av.error.FFmpegError as error:
+            raise DecodeError(f"{path}: its frames cannot be converted: {error}") from None
+        plane = picture.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(picture.height, plane.line_size)
+        return rows[:, : 3 * picture.width].reshape(picture.height, picture.width, 3)
+
+    return convert
+
+
+def _graph(frame, matrix, filters):
+    """The filters of the command for frames like this one."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer",
+        video_size=f"{frame.width}x{frame.height}",
+        pix_fmt=frame.format.name,
+        time_base="1/1000",
+        pixel_aspect="1/1",
+        colorspace=str(int(frame.colorspace)),
+        range=str(int(frame.color_range)),
+    )
+    turn = _upright_filters(matrix)
+    enlarge, *others = filters
+    if enlarge and min(frame.width, frame.height) < int(others[0][1]["w"]):
+        others = [enlarge, *others]
+    chain = [*turn, *others, ("format", {"pix_fmts": "rgb24"}), ("buffersink", {})]
+    nodes = [source] + [graph.add(name, **options) for name, options in chain]
+    graph.link_nodes(*nodes).configure()
+    return graph, source, nodes[-1]
+
+
+def _display_matrix(frame):
+    """The nine integers of the file's rotation tag, or None."""
+    try:
+        return struct.unpack("<9i", bytes(frame.side_data["DISPLAYMATRIX"]))
+    except (KeyError, struct.error):
+        return None
+
+
+def _upright_filters(matrix):
+    """The filters ffmpeg puts first so that the picture stands upright (ffmpeg_filter.c)."""
+    if matrix is None:
+        return []
+    across, down = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
+    if not across or not down:
+        return []
+    angle = math.degrees(math.atan2(matrix[1] / down, matrix[0] / across))
+    angle = math.copysign(math.floor(abs(angle) + 0.5), angle)
+    angle -= 360 * math.floor(angle / 360 + 0.9 / 360)
+    if abs(angle - 90) < 1:
+        return [("transpose", {"dir": "cclock_flip" if matrix[3] > 0 else "clock"})]
+    if abs(angle - 180) < 1:
+        return [("hflip", {})] * (matrix[0] < 0) + [("vflip", {})] * (matrix[4] < 0)
+    if abs(angle - 270) < 1:
+        return [("transpose", {"dir": "clock_flip" if matrix[3] < 0 else "cclock"})]
+    if abs(angle) > 1:
+        return [("rotate", {"angle": f"{angle:f}*PI/180"})]
+    return [("vflip", {})] * (matrix[4] < 0)
+
+
+def _pyav_window(path, start, fps, filters, clip):
+    """Fill clip [3, frames, size, size]; whether the window shows any frame."""
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        packets = _packets(container, stream, _seek(container, stream, start))
+        ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
+        units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
+        longest = rescale(_window_length(clip.shape[1], fps), *units_per_us)
+
+        def ticks():
+            first = None
+            for pts, _, frame in _timed_frames(path, packets, stream):
+                tick = None if pts is None else rescale(pts, *ticks_per_unit)
+                if frame is None:
+                    yield tick, None
+                elif pts >= 0:
+                    first = pts if first is None else first
+                    if pts - first >= longest:
+                        yield tick, None
+                        return
+                    yield tick, frame
+
+        convert = _converter(path, filters)
+        shown = False
+        for frame, first, end in fps_runs(ticks(), clip.shape[1]):
+            clip[:, first:end] = convert(frame).transpose(2, 0, 1)[:, None]
+            shown = True
+        return shown
+
+
+def _window_length(num_frames, fps):
+    """The -t of the command, in microseconds."""
+    return round((num_frames / fps + Fraction(1, 10)) * 1000000)
+
+
+def _pyav_whole(path, filters, size):
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        packets = _packets(container, stream, _seek(container, stream, None))
+        rate = stream.guessed_rate or Fraction(25)
+        usual = 1 / (rate * stream.time_base)
+
+        def timed():
+            for pts, duration, frame in _timed_frames(path, packets, stream):
+                if frame is not None:
+                    length = duration or rescale(1, usual.numerator, usual.denominator)
+                    length = float(length * stream.time_base * rate)
+                    yield _exact_time(pts, stream.time_base, rate), length, frame
+
+        convert = _converter(path, filters)
+        pictures, last = [], None
+        for frame, copies in constant_rate_runs(timed()):
+            if frame is not last:
+                picture, last = convert(frame), frame
+            if (len(pictures) + copies) * 3 * size * size > MAX_BYTES:
+                raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
+            pictures += [picture] * copies
+        return np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+
+
+def _check_decodable(path):
+    """Raise DecodeError unless the file gives at least one frame, read from its start."""
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        packets = _packets(container, stream, _seek(container, stream, None))
+        for _, _, frame in _timed_frames(path, packets, stream):
+            if frame is None:
+                raise DecodeError(f"{path}: no frame of it can be decoded")
+            return
+
+
+# --- backend ffmpeg ---------------------------------------------------------------------------
+
+
+def _ffmpeg_program():
+    program = shutil.which("ffmpeg")
+    if program is None:
+        import imageio_ffmpeg
+
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    return program
+
+
+def _ffmpeg_pixels(path, seek, rate, filters, limit):
+    """The first `limit` bytes of what the command writes."""
+    import ffmpeg
+
+    for skipped in (1, 0) if filters[0] else (1,):
+        source = ffmpeg.input(
+            f"file:{os.fspath(path)}",
+            format_whitelist=CONTAINERS,
+            protocol_whitelist="file",
+            max_pixels=MAX_PIXELS,
+            threads=1,  # what damage does to a picture must not depend on the number of cores
+            **seek,
+        )
+        video = source["v"]
+        if rate is not None:
+            video = video.filter("fps", fps=rate)
+        for name, options in filters[skipped:]:
+            video = video.filter(name, **options)
+        command = video.output("pipe:", format="rawvideo", pix_fmt="rgb24").compile(
+            _ffmpeg_program()
+        )
+        command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1"]
+        pixels, messages, code = _run(path, command, limit)
+        if "Invalid too big or non positive size" not in messages:
+            break  # frames were not smaller than the crop
+    if code and not pixels and "filter" in messages:
+        raise DecodeError(f"{path}: its frames cannot be converted")
+    return pixels
+
+
+def _run(path, command, limit):
+    """The first `limit` bytes a command writes, its messages and exit status."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+        )
+        killer = threading.Timer(MAX_SECONDS, process.kill)
+        killer.start()
+        try:
+            pixels = bytearray(process.stdout.read(limit))
+            late = not killer.is_alive()
+        finally:
+            killer.cancel()
+            process.stdout.close()
+            process.kill()
+            code = process.wait()
+        if late:
+            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
+        errors.seek(0)
+        return pixels, errors.read(1 << 20).decode("utf-8", "replace"), code
+
+
+def _ffmpeg_window(path, start, fps, filters, clip):
+    """Fill clip [3, frames, size, size]; whether the window shows any frame."""
+    num_frames, size = clip.shape[1:3]
+    seek = {"ss": f"{start}us", "t": f"{_window_length(num_frames, fps)}us"}
+    pixels = _ffmpeg_pixels(path, seek, str(fps), filters, clip.size)
+    frames = np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
+    clip[:, : len(frames)] = frames.transpose(3, 0, 1, 2)
+    return len(frames) > 0
+
+
+def _ffmpeg_whole(path, filters, size):
+    pixels = _ffmpeg_pixels(path, {}, None, filters, MAX_BYTES + 1)
+    if len(pixels) > MAX_BYTES:
+        raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
+    return np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
