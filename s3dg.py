@@ -55,7 +55,13 @@ def load_words(path):
 
 def load_word_vectors(path):
     """Reads word vectors: a float tensor [words + 1, 300] whose row 0 is the padding's."""
-    vectors = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        vectors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load has many ways to say that a file is not one of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} does not hold word vectors: {reason}") from error
     if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or vectors.shape[1] != WORD_DIM:
         raise ValueError(f"{path} does not hold word vectors: a tensor [words + 1, {WORD_DIM}]")
     return vectors.detach().float()

@@ -1,0 +1,130 @@
+"""The command line of every script: one parser, the public release's flags and a few of ours."""
+
+import argparse
+import re
+import sys
+
+from video_decoder import BACKENDS
+
+
+def positive(kind):
+    """An argparse type: a number of that kind above zero."""
+
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def not_negative(kind):
+    """An argparse type: a number of that kind, zero or above."""
+
+    def parse(text):
+        value = kind(text)
+        if not value >= 0:
+            raise argparse.ArgumentTypeError(f"{text} is below zero")
+        return value
+
+    parse.__name__ = f"non-negative {kind.__name__}"
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line: which flag, and what is wrong with it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def get_args(description="MIL-NCE", argv=None):
+    """Parses argv (default: the process's). Flags may be spelled with `-` or `_`."""
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+
+    # Training data
+    add("--train_csv", default="data/howto100m_videos.csv", help="list of training videos")
+    add("--video_path", default="", help="folder that the list's video_path starts from")
+    add("--caption_root", default="", help="folder of the caption files")
+    add("--min_time", type=positive(float), default=5.0, help="shortest clip to draw from, seconds")
+    add("--num_candidates", type=positive(int), default=1, help="captions a clip (K of MIL-NCE)")
+    add("--random_flip", type=int, choices=(0, 1), default=1, help="flip half of the clips")
+
+    # Clips
+    add("--num_frames", type=positive(int), default=16, help="frames a clip")
+    add("--video_size", type=positive(int), default=224, help="height and width, pixels")
+    add("--fps", type=positive(int), default=5, help="frames a second of a clip")
+    add("--crop_only", type=int, choices=(0, 1), default=1, help="crop; 0: largest square, scaled")
+    add("--centercrop", type=int, choices=(0, 1), default=0, help="crop the centre, not at random")
+    add("--decoder", choices=BACKENDS, default="pyav", help="decoder backend; same pixels")
+
+    # Model
+    add("--num_class", type=positive(int), default=512, help="size of the joint embedding")
+    add("--weight_init", choices=("uniform", "kaiming_normal"), default="uniform", help="of S3D")
+    add("--word2vec_path", default="data/word2vec.pth", help="word vectors; '': random ones")
+    add("--token_to_word_path", default="data/dict.npy", help="word list of the vectors")
+    add("--pretrain_cnn_path", default="", help="weights to start from or to evaluate")
+
+    # Optimisation
+    add("--optimizer", choices=("adam", "sgd"), default="adam", help="optimizer")
+    add("--lr", type=positive(float), default=0.001, help="peak learning rate")
+    add("--momentum", type=not_negative(float), default=0.9, help="of sgd")
+    add("--warmup_steps", type=not_negative(int), default=5000, help="linear warm-up")
+    add("--epochs", type=positive(int), default=150, help="passes over the video list")
+    add("--start_epoch", type=not_negative(int), default=0, help="first epoch, without --resume")
+    add("--batch_size", type=positive(int), default=256, help="of a node, shared by its processes")
+    add("--seed", type=not_negative(int), default=1, help="of weights, data order and samples")
+
+    # Evaluation
+    add("-e", "--evaluate", action="store_true", help="score YouCook2 retrieval each epoch")
+    add("--eval_video_root", default="", help="folder of the evaluation videos")
+    add("--eval_csv", default="", help="annotation table (default: the data set's, in data/)")
+    add("--num_windows_test", type=positive(int), default=4, help="windows an evaluation video")
+    add(
+        "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"
+    )
+    add("--output", default="", help="write the evaluation's figures to this JSON file")
+
+    # Checkpoints and logs
+    add("--checkpoint_root", default="checkpoint", help="folder of all runs' checkpoints")
+    add("--checkpoint_dir", default="", help="this run's folder in it, and the log's name")
+    add("--resume", action="store_true", help="continue from the newest good checkpoint")
+    add("--log_root", default="log", help="folder of the logs")
+    add("--n_display", type=positive(int), default=10, help="steps between log lines")
+    add("--verbose", type=int, choices=(0, 1), default=1, help="log to the terminal too")
+
+    # Machine
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--gpu", type=int, default=None, help="use this GPU only")
+    add("--nproc_per_node", type=positive(int), default=None, help="processes (default: GPUs or 1)")
+    add("--num_thread_reader", type=not_negative(int), default=20, help="data workers of a node")
+    add("--pin_memory", action="store_true", help="page-locked batches, for GPUs")
+    add("--cudnn_benchmark", type=int, choices=(0, 1), default=0, help="let cuDNN try algorithms")
+    add("--world_size", type=int, default=-1, help="nodes, where no launcher says so")
+    add("--rank", type=int, default=-1, help="this node's number, where no launcher says so")
+    add("--dist_url", default="", help="rendezvous, tcp://host:port (default: worked out)")
+    add("--dist_file", default="dist-file", help="rendezvous through a new file on a shared disk")
+    add("--dist_backend", default="nccl", help="process group on GPUs; on CPUs it is gloo")
+    add(
+        "--multiprocessing_distributed",
+        action="store_true",
+        help="a process a GPU, which is the default here",
+    )
+
+    # Spellings of the release that scripts in the wild still carry.
+    add(
+        "--momemtum", dest="momentum", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    add("--pretrained", action="store_true", help=argparse.SUPPRESS)
+
+    def underscores(token):
+        return re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), token)
+
+    return parser.parse_args([underscores(token) for token in argv or sys.argv[1:]])

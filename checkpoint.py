@@ -1,0 +1,138 @@
+"""Checkpoints: {"epoch", "state_dict", "optimizer", "scheduler"}, or a bare state dict to read.
+
+Keys may carry the `module.` of DistributedDataParallel; ours do, as the public release writes and
+expects them. Files are data: nothing pickled is run.
+"""
+
+import contextlib
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from s3dg import S3D
+from utils import InputError, check_file, log
+
+KEPT = 10  # newest checkpoints of a run
+NAME = re.compile(r"epoch(\d{4,})\.pth\.tar")
+
+
+def read_checkpoint(path, flag="pretrain_cnn_path"):
+    """Reads a checkpoint or the released weights: a dict whose "state_dict" has no `module.`.
+
+    Raises InputError where the file is not one.
+    """
+    check_file(path, flag)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"--{flag}: {path} is not a checkpoint (or holds more than data)"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--{flag}: {path} is damaged or not a checkpoint: {reason}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--{flag}: {path} holds a {type(content).__name__}, not a checkpoint")
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"--{flag}: {path} holds no state dict: its keys are {first(content)}")
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    return {**(content if "state_dict" in content else {}), "state_dict": state}
+
+
+def first(names, most=3):
+    """The first few of some names, for a message."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def load_weights(model, state, path, flag="pretrain_cnn_path"):
+    """Fills the model; an InputError names the first keys and shapes that differ."""
+    own = model.state_dict()
+    faults = []
+    if lacking := [name for name in own if name not in state]:
+        faults.append(f"it lacks {first(lacking)}")
+    if unknown := [name for name in state if name not in own]:
+        faults.append(f"it has unknown {first(unknown)}")
+    shapes = [
+        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if shapes:
+        faults.append(first(shapes))
+    if faults:
+        raise InputError(f"--{flag}: {path} does not fit the S3D model: {'; '.join(faults)}")
+    model.load_state_dict(state)
+
+
+def model_of(state, path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path"):
+    """Builds the S3D that a state dict was made from, on the CPU, in training mode.
+
+    Stem, gating, embedding size and vocabulary are read off the weights' shapes; `path` and `flag`
+    name the file in messages.
+    """
+
+    def shape(name, dims):
+        if name not in state or state[name].ndim != dims:
+            raise InputError(f"--{flag}: {path} is not of an S3D model: it lacks a proper {name}")
+        return state[name].shape
+
+    model = S3D(
+        num_classes=shape("fc.weight", 2)[0],
+        gating="gating.fc.weight" in state,
+        space_to_depth=shape("conv1.conv1.weight", 5)[1] == 24,
+        token_to_word_path=token_to_word_path,
+    )
+    rows, dim = shape("text_module.word_embd.weight", 2)
+    if rows != model.text_module.word_embd.num_embeddings:
+        model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, dim))
+    load_weights(model, state, path, flag)
+    return model
+
+
+def load_model(path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path"):
+    """The S3D of a checkpoint or of the released weights, on the CPU, in evaluation mode."""
+    state = read_checkpoint(path, flag)["state_dict"]
+    return model_of(state, path, token_to_word_path, flag).eval()
+
+
+def numbered(folder):
+    """The run's checkpoints as (epoch, path), oldest first."""
+    found = ((NAME.fullmatch(path.name), path) for path in Path(folder).glob("epoch*.pth.tar"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def save_checkpoint(folder, content):
+    """Writes epochNNNN.pth.tar and removes all but the newest. Half a file never has that name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"epoch{content['epoch']:04d}.pth.tar"
+    partial = path.with_suffix(".tmp")
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    for _, old in numbered(folder)[:-KEPT]:
+        with contextlib.suppress(FileNotFoundError):
+            old.unlink()
+    return path
+
+
+def newest_checkpoint(folder):
+    """Reads the newest checkpoint that can be read, or returns None: (content, path)."""
+    for _, path in reversed(numbered(folder)):
+        try:
+            content = read_checkpoint(path, "resume")
+        except InputError as error:
+            log.warning("skipped a damaged checkpoint: %s", error)
+            continue
+        if {"epoch", "optimizer", "scheduler"} <= content.keys():
+            return content, path
+        log.warning("skipped %s: it has no optimizer or scheduler to resume from", path)
+    return None

@@ -1,0 +1,208 @@
+"""The evaluations: one loop over the videos, retrieval figures, a linear SVM."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.svm import LinearSVC
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from checkpoint import load_model
+from hmdb_loader import SPLITS, TEST, TRAIN
+from retrieval_loader import MAX_WORDS
+from s3dg import Tokenizer
+from utils import (
+    InputError,
+    check_output,
+    check_words_fit,
+    log,
+    pick_device,
+    read_words,
+    report,
+    setup_logging,
+    to_device,
+)
+
+
+def clip_batches(items, batch_size):
+    """Windows of successive videos in batches: (owners, uint8 [batch_size or fewer, 3, T, H, W]).
+
+    items: (owner, windows [W, 3, T, H, W]) pairs. At most batch_size windows are held, and what one
+    video has over, so memory does not grow with the number of windows.
+    """
+    owners, clips = [], []
+    for owner, windows in items:
+        for clip in windows:
+            owners.append(owner)
+            clips.append(clip)
+            if len(clips) == batch_size:
+                yield owners, torch.stack(clips)
+                owners, clips = [], []
+    if clips:
+        yield owners, torch.stack(clips)
+
+
+@torch.inference_mode()
+def video_features(
+    model, dataset, device, *, batch_size, workers, mixed5c=False, rank=0, world_size=1
+):
+    """Features of each video's windows: a dict from index to float array [W, 512 or 1024].
+
+    Videos that cannot be decoded are named in the log and have no entry. With several ranks each
+    takes every world_size-th video, and all of them get the whole.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(rank, len(dataset), world_size),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+    def decoded():
+        bar = tqdm(loader, desc=type(dataset).__name__, unit="video", disable=rank > 0)
+        for index, item in zip(loader.sampler, bar, strict=True):
+            if "error" in item:
+                log.warning("left out of the evaluation: %s", item["error"])
+            else:
+                yield index, item["video"]
+
+    was_training = model.training
+    model.eval()
+    features = {}
+    for owners, clips in clip_batches(decoded(), batch_size):
+        output = model(to_device(clips, device), None, mode="video", mixed5c=mixed5c)
+        for owner, feature in zip(owners, output.float().cpu().numpy(), strict=True):
+            features.setdefault(owner, []).append(feature)
+    model.train(was_training)
+    features = {owner: np.stack(windows) for owner, windows in features.items()}
+    if world_size > 1:
+        shares = [None] * world_size
+        dist.all_gather_object(shares, features)
+        features = {index: value for share in shares for index, value in share.items()}
+    return dict(sorted(features.items()))
+
+
+@torch.inference_mode()
+def text_features(model, dataset, indices, device, batch_size=256):
+    """Embeddings of these items' texts: float array [len(indices), 512]."""
+    tokens = torch.stack([dataset.tokenizer(dataset.pairs[i][-1]) for i in indices])
+    embeddings = [model(None, t.to(device), mode="text") for t in tokens.split(batch_size)]
+    return torch.cat(embeddings).float().cpu().numpy()
+
+
+def retrieval_metrics(scores):
+    """scores [N, N], text i against video j, text i belonging to video i -> R1, R5, R10, MR.
+
+    Recalls are fractions, MR is the median rank from 1. Ties count against the right video, so a
+    constant embedding scores no better than last; so does a score that is not a number.
+    """
+    right = np.diag(scores)[:, None]
+    ranks = (~(scores < right)).sum(axis=1)  # the right one counts itself: from 1
+    return {
+        "R1": float(np.mean(ranks <= 1)),
+        "R5": float(np.mean(ranks <= 5)),
+        "R10": float(np.mean(ranks <= 10)),
+        "MR": float(np.median(ranks)),
+    }
+
+
+def evaluate_retrieval(model, dataset, device, *, batch_size, workers, rank=0, world_size=1):
+    """Zero-shot text-to-video retrieval (paper, section 4): R1, R5, R10, MR and counts.
+
+    A video is the mean of its windows' embeddings. Absent and undecodable ones leave both sides.
+    """
+    videos = video_features(
+        model,
+        dataset,
+        device,
+        batch_size=batch_size,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+    )
+    if not videos:
+        raise InputError("--eval_video_root: none of the videos there can be decoded")
+    texts = text_features(model, dataset, list(videos), device)
+    means = np.stack([windows.mean(axis=0) for windows in videos.values()])
+    figures = retrieval_metrics(texts @ means.T)
+    missing = dataset.num_missing + len(dataset) - len(videos)
+    return {**figures, "num_videos": len(videos), "num_missing": missing}
+
+
+def retrieval_set(args, dataset_class, default_csv, words):
+    """YouCook2 or MSRVTT as the flags describe it."""
+    return dataset_class(
+        args.eval_csv or default_csv,
+        args.eval_video_root,
+        Tokenizer(words, MAX_WORDS),
+        num_frames=args.num_frames,
+        size=args.video_size,
+        fps=args.fps,
+        num_windows=args.num_windows_test,
+        decoder=args.decoder,
+    )
+
+
+def retrieval_script(args, dataset_class, default_csv):
+    """The whole of a retrieval script: all input is checked first, then scored and reported."""
+    setup_logging(args.verbose)
+    device = pick_device(args)
+    check_output(args.output)
+    words = read_words(args)
+    dataset = retrieval_set(args, dataset_class, default_csv, words)
+    model = load_model(args.pretrain_cnn_path)
+    check_words_fit(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
+    figures = evaluate_retrieval(
+        model.to(device),
+        dataset,
+        device,
+        batch_size=args.batch_size_val,
+        workers=args.num_thread_reader,
+    )
+    report(dataset_class.__name__, figures, args.output)
+
+
+def linear_svm_accuracy(features, labels, parts):
+    """Top-1 of a linear SVM on frozen features, one split (paper, section 4).
+
+    features [N, W, D]: W windows a video, each a training sample of its own; a test video's score
+    is the sum of its windows' decision values. labels [N], parts [N]: 1 train, 2 test.
+    """
+    train, test = parts == TRAIN, parts == TEST
+    windows, dim = features.shape[1:]
+    svm = LinearSVC(C=100, random_state=0)
+    svm.fit(features[train].reshape(-1, dim), np.repeat(labels[train], windows))
+    scores = svm.decision_function(features[test].reshape(-1, dim))
+    if scores.ndim == 1:  # two classes have one score, of the second
+        scores = np.stack([-scores, scores], axis=1)
+    scores = scores.reshape(test.sum(), windows, -1).sum(axis=1)
+    return float(np.mean(svm.classes_[scores.argmax(axis=1)] == labels[test]))
+
+
+def check_splits(labels, parts):
+    """Each split needs two classes to train on and a video to test."""
+    for name, part in zip(SPLITS, parts.T, strict=True):
+        if len(set(labels[part == TRAIN])) < 2 or not (part == TEST).any():
+            raise InputError(
+                f"--eval_video_root: of {name}, the videos that can be read have "
+                f"{len(set(labels[part == TRAIN]))} classes to train on (two are needed) and "
+                f"{(part == TEST).sum()} videos to test (one is)"
+            )
+
+
+def evaluate_hmdb(model, dataset, device, *, batch_size, workers):
+    """Linear classification of HMDB-51 on pooled mixed_5c features: top-1 of each split, mean."""
+    check_splits(dataset.labels, dataset.splits)  # before the hours of decoding
+    videos = video_features(
+        model, dataset, device, batch_size=batch_size, workers=workers, mixed5c=True
+    )
+    kept = list(videos)
+    labels, splits = dataset.labels[kept], dataset.splits[kept]
+    check_splits(labels, splits)
+    features = np.stack(list(videos.values()))
+    figures = {
+        name: linear_svm_accuracy(features, labels, part)
+        for name, part in zip(SPLITS, splits.T, strict=True)
+    }
+    return {**figures, "mean": float(np.mean(list(figures.values())))}

@@ -1,0 +1,22 @@
+"""MSR-VTT for text-to-video retrieval: short videos, a sentence each (the 1k-A test list)."""
+
+from pathlib import Path
+
+from retrieval_loader import Retrieval
+from utils import check_folder, read_table
+
+
+class MSRVTT(Retrieval):
+    """The videos of a table with columns key, vid_key, video_id, sentence.
+
+    Files: <video_root>/<video_id>.mp4, of which the windows span the whole. Items: see Retrieval.
+    """
+
+    def __init__(self, csv, video_root, tokenizer, **clips):
+        table = read_table(csv, ["key", "vid_key", "video_id", "sentence"])
+        check_folder(video_root, "eval_video_root")
+        pairs = []
+        for row in table.itertuples():
+            path = Path(video_root, f"{row.video_id}.mp4")
+            pairs.append((path if path.is_file() else None, 0.0, None, row.sentence))
+        super().__init__(pairs, tokenizer, **clips)

@@ -1,0 +1,114 @@
+import pytest
+
+from args import get_args
+
+# The public release's flags and defaults, as SPEC section 7 lists them.
+DEFAULTS = {
+    "train_csv": "data/howto100m_videos.csv",
+    "video_path": "",
+    "caption_root": "",
+    "eval_video_root": "",
+    "checkpoint_root": "checkpoint",
+    "checkpoint_dir": "",
+    "log_root": "log",
+    "optimizer": "adam",
+    "lr": 0.001,
+    "momentum": 0.9,
+    "weight_init": "uniform",
+    "num_class": 512,
+    "batch_size": 256,
+    "num_thread_reader": 20,
+    "word2vec_path": "data/word2vec.pth",
+    "pretrain_cnn_path": "",
+    "dist_file": "dist-file",
+    "dist_backend": "nccl",
+    "num_frames": 16,
+    "video_size": 224,
+    "fps": 5,
+    "crop_only": 1,
+    "centercrop": 0,
+    "random_flip": 1,
+    "min_time": 5.0,
+    "num_candidates": 1,
+    "num_windows_test": 4,
+    "batch_size_val": 32,
+    "epochs": 150,
+    "start_epoch": 0,
+    "warmup_steps": 5000,
+    "resume": False,
+    "evaluate": False,
+    "pin_memory": False,
+    "cudnn_benchmark": 0,
+    "verbose": 1,
+    "n_display": 10,
+    "world_size": -1,
+    "rank": -1,
+    "gpu": None,
+    "seed": 1,
+    "multiprocessing_distributed": False,
+    "token_to_word_path": "data/dict.npy",
+}
+
+
+def parse(line):
+    return get_args(argv=line.split())
+
+
+def test_defaults_are_the_public_releases(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main_distributed.py"])
+    args = vars(get_args())
+    assert {name: args[name] for name in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if "_" in name])
+def test_each_flag_is_known_with_hyphens_and_with_underscores(name):
+    is_switch = isinstance(DEFAULTS[name], bool)
+    value = "" if is_switch else " sgd" if name == "optimizer" else " 1"
+    if name == "weight_init":
+        value = " uniform"
+    spelled = [vars(parse(f"--{s}{value}"))[name] for s in (name, name.replace("_", "-"))]
+    assert spelled[0] == spelled[1] == (True if is_switch else spelled[0])
+    if not is_switch:
+        assert vars(parse(f"--{name.replace('_', '-')}={value.strip()}"))[name] == spelled[0]
+
+
+def test_hyphens_in_values_stay():
+    assert parse("--checkpoint-dir=my-run --dist-file a-b").checkpoint_dir == "my-run"
+
+
+def test_the_releases_command_parses():
+    args = parse(
+        "--n_display=1 --multiprocessing-distributed --batch_size=256 --num_thread_reader=40 "
+        "--cudnn_benchmark=1 --pin_memory --checkpoint_dir=milnce --num_candidates=4 --resume "
+        "--lr=0.001 --warmup_steps=10000 --epochs=300 --caption_root=DIR --video_path=DIR"
+    )
+    assert (args.num_candidates, args.epochs, args.resume) == (4, 300, True)
+
+
+def test_old_spellings_work_and_stay_out_of_the_help(capsys):
+    assert parse("--momemtum 0.5 --pretrained").momentum == 0.5
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert "momemtum" not in text and "--pretrained" not in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--batch_size 0",
+        "--batch_size many",
+        "--lr -1",
+        "--optimizer lamb",
+        "--decoder gstreamer",
+        "--no_such_flag",
+        "--seed -1",
+        "--crop_only 2",
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(line)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1 and line.split()[0] in error

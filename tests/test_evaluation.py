@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import torch
+from conftest import golden_json
+
+from evaluation import (
+    check_splits,
+    clip_batches,
+    evaluate_retrieval,
+    linear_svm_accuracy,
+    retrieval_metrics,
+    video_features,
+)
+from s3dg import Tokenizer
+from utils import InputError, log
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", golden_json("misc")["metrics"], ids=lambda c: f"n{c['n']}")
+def test_metrics_match_the_golden_values(case):
+    n = case["n"]
+    scores = np.random.RandomState(case["numpy_seed"]).standard_normal((n, n)) + 2 * np.eye(n)
+    figures = retrieval_metrics(scores)
+    assert figures == pytest.approx({name: case[name] for name in ("R1", "R5", "R10", "MR")})
+
+
+def test_ties_count_against_the_right_video():
+    figures = retrieval_metrics(np.zeros((20, 20)))
+    assert figures == {"R1": 0, "R5": 0, "R10": 0, "MR": 20}
+
+
+def test_scores_that_are_not_numbers_win_nothing():
+    assert retrieval_metrics(np.full((20, 20), np.nan))["MR"] == 20
+
+
+def test_windows_are_batched_across_videos_and_none_is_lost():
+    items = [(name, torch.full((windows, 3, 2, 4, 4), i)) for i, (name, windows) in
+             enumerate([("a", 3), ("b", 1), ("c", 7)])]  # fmt: skip
+    batches = list(clip_batches(items, 4))
+    assert [len(clips) for _, clips in batches] == [4, 4, 3]
+    assert [owner for owners, _ in batches for owner in owners] == list("aaab" + "ccccccc")
+    assert (
+        torch.cat([clips for _, clips in batches])[:, 0, 0, 0, 0].tolist()
+        == [0] * 3 + [1] + [2] * 7
+    )
+
+
+class Brightness(torch.nn.Module):
+    """Embeds a clip by its mean colour and a text by its first words; counts its largest batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def forward(self, video, text, mode, mixed5c=False):
+        if mode == "text":
+            return text[:, :3].float() / 255
+        self.largest = max(self.largest, len(video))
+        return video.mean(dim=(2, 3, 4))
+
+
+class Colours(torch.utils.data.Dataset):
+    """Videos of one colour each, described by that colour's numbers; some cannot be decoded."""
+
+    num_missing = 2
+
+    def __init__(self, colours, broken=()):
+        self.colours, self.broken = colours, broken
+        self.pairs = [(None, 0, 1, " ".join(map(str, colour))) for colour in colours]
+        self.tokenizer = Tokenizer([str(i) for i in range(1, 256)], 3)
+
+    def __len__(self):
+        return len(self.colours)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            return {"error": f"video {index} is broken"}
+        video = torch.tensor(self.colours[index], dtype=torch.uint8).view(1, 3, 1, 1, 1)
+        return {"video": video.expand(5, 3, 2, 4, 4)}
+
+
+def primaries(n, **settings):
+    return Colours([[255 if c == i % 3 else i + 1 for c in range(3)] for i in range(n)], **settings)
+
+
+def test_retrieval_scores_each_video_and_leaves_out_and_names_the_broken(caplog):
+    log.propagate = True
+    model = Brightness()
+    figures = evaluate_retrieval(model, primaries(3), CPU, batch_size=4, workers=0)
+    assert figures == {"R1": 1, "R5": 1, "R10": 1, "MR": 1, "num_videos": 3, "num_missing": 2}
+    figures = evaluate_retrieval(model, primaries(3, broken=[1]), CPU, batch_size=4, workers=2)
+    assert (figures["num_videos"], figures["num_missing"], figures["R1"]) == (2, 3, 1)
+    assert "video 1 is broken" in caplog.text
+
+
+def test_no_batch_is_larger_than_batch_size_val():
+    model = Brightness()
+    features = video_features(model, primaries(7), CPU, batch_size=6, workers=0)
+    assert model.largest == 6
+    assert [f.shape for f in features.values()] == [(5, 3)] * 7
+
+
+def test_features_do_not_depend_on_the_batch_size_and_the_model_keeps_its_mode():
+    model = Brightness().train()
+    one = video_features(model, primaries(5), CPU, batch_size=1, workers=0)
+    many = video_features(model, primaries(5), CPU, batch_size=32, workers=0)
+    assert model.training
+    for index, feature in one.items():
+        np.testing.assert_array_equal(feature, many[index])
+
+
+def test_nothing_that_can_be_decoded_is_an_input_error():
+    with pytest.raises(InputError, match="--eval_video_root"):
+        evaluate_retrieval(Brightness(), primaries(2, broken=[0, 1]), CPU, batch_size=2, workers=0)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_linear_svm_sums_a_videos_windows(classes):
+    rng = np.random.default_rng(0)
+    labels = np.array([f"c{i % classes}" for i in range(60)])
+    centres = 3 * rng.standard_normal((classes, 8))
+    features = centres[np.arange(60) % classes][:, None] + rng.standard_normal((60, 4, 8))
+    parts = np.where(np.arange(60) < 40, 1, 2)
+    assert linear_svm_accuracy(features, labels, parts) == 1
+    # One window far on the wrong side outweighs three that are right: a sum, not a vote.
+    outvoted = features.copy()
+    outvoted[parts == 2, 0] = 50 * centres[(np.arange(60)[parts == 2] + 1) % classes]
+    assert linear_svm_accuracy(outvoted, labels, parts) < 0.5
+
+
+def test_unused_clips_neither_train_nor_test():
+    labels = np.array(["a", "b", "a", "b", "a"])
+    features = np.array([0.0, 1, 0, 1, 100])[:, None, None]
+    parts = np.array([1, 1, 2, 2, 0])
+    assert linear_svm_accuracy(features, labels, parts) == 1
+
+
+def test_a_split_without_training_classes_or_test_videos_is_refused():
+    labels = np.array(["a", "b", "a"])
+    check_splits(labels, np.array([[1] * 3, [1] * 3, [2] * 3]))
+    with pytest.raises(InputError, match="split2"):
+        check_splits(labels, np.array([[1, 1, 1], [1, 2, 1], [2, 2, 2]]))
+    with pytest.raises(InputError, match="split1"):
+        check_splits(labels, np.ones((3, 3), dtype=int))

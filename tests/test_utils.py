@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden_json
+
+from args import get_args
+from utils import (
+    InputError,
+    check_output,
+    lr_multiplier,
+    pick_device,
+    read_table,
+    read_words,
+    report,
+    run_script,
+    to_device,
+)
+
+
+@pytest.mark.parametrize("case", golden_json("misc")["schedule"])
+def test_schedule_matches_the_golden_multipliers(case):
+    for step, expected in case["multiplier"].items():
+        value = lr_multiplier(int(step), case["warmup_steps"], case["total_steps"])
+        assert value == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_an_input_error_is_one_line_and_status_2(capsys):
+    def main():
+        raise InputError("--flag: two\nlines")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: --flag: two lines\n"
+
+
+def test_tables_keep_words_that_pandas_takes_for_missing(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text('text,start\n"null",1\n"None",2.5\n,3\n"NA",4\n')
+    table = read_table(path, ["text"], numbers=["start"])
+    assert table["text"].tolist()[:2] == ["null", "None"] and table["text"][3] == "NA"
+    assert table["text"].isna().tolist() == [False, False, True, False]
+    assert table["start"].tolist() == [1, 2.5, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"a,b\n1,2\n", "no column text"),
+        (b"", "not a CSV"),
+        (b"text,start\nhello,soon\n", "column start"),
+        (b"text,start\nhello,\n", "column start"),
+        (b"text,start\n\xff\xfe\x00,1\n", "not a CSV"),
+    ],
+)
+def test_unusable_tables_are_refused_by_name(tmp_path, content, complaint):
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"--eval_csv: .*table\.csv.*{complaint}"):
+        read_table(path, ["text"], numbers=["start"])
+
+
+def test_absent_files_are_refused_by_flag_and_name(tmp_path):
+    with pytest.raises(InputError, match=r"--eval_csv.*absent\.csv"):
+        read_table(tmp_path / "absent.csv", [])
+    args = get_args(argv=["--token_to_word_path", str(tmp_path / "absent.npy")])
+    with pytest.raises(InputError, match=r"--token_to_word_path.*absent\.npy"):
+        read_words(args)
+
+
+def test_a_pickled_word_list_is_refused(tmp_path):
+    np.save(tmp_path / "dict.npy", np.array(["a", None], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"--token_to_word_path.*dict\.npy"):
+        read_words(get_args(argv=["--token_to_word_path", str(tmp_path / "dict.npy")]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused():
+    assert pick_device(get_args(argv=["--device", "auto"])).type == "cpu"
+    with pytest.raises(InputError, match="--device"):
+        pick_device(get_args(argv=["--device", "cuda"]))
+
+
+def test_clips_travel_as_bytes_and_become_unit_floats():
+    clips = to_device(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.device("cpu"))
+    torch.testing.assert_close(clips, torch.tensor([0, 0.2, 1.0]))
+
+
+def test_figures_are_printed_and_written(tmp_path, capsys):
+    figures = {"R1": 0.25, "num_videos": 4}
+    report("Toy", figures, str(tmp_path / "out.json"))
+    assert json.loads((tmp_path / "out.json").read_text()) == figures
+    assert "R1 0.25" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="--output"):
+        check_output(str(tmp_path / "absent" / "out.json"))
+    check_output(str(tmp_path / "out.json"))

@@ -1,0 +1,155 @@
+import csv
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden_json
+
+from s3dg import Tokenizer
+from utils import InputError, log
+from video_loader import (
+    CaptionError,
+    HowTo100M,
+    StepSampler,
+    clip_window,
+    find_nearest_candidates,
+    read_captions,
+)
+
+WORDS = ["the", "cook", "flips", "a", "pancake", "null"]
+
+
+@pytest.mark.parametrize("case", golden_json("misc")["candidates"])
+def test_candidates_match_the_golden_indices(case):
+    starts, ends, k = case["start"], case["end"], case["num_candidates"]
+    found = [find_nearest_candidates(starts, ends, i, k) for i in range(len(starts))]
+    assert found == case["caption_indices"]
+
+
+@pytest.mark.parametrize("case", golden_json("misc")["clip_windows"])
+def test_clip_windows_match_the_golden_seconds(case):
+    start, end = clip_window(case["caption_start"], case["caption_end"], case["min_time"])
+    assert [start, end] == case["window"]
+    assert [start, int(max(start, end - case["clip_seconds"]))] == case["seek_range"]
+
+
+def test_captions_keep_null_as_a_word_and_an_empty_cell_as_missing(tmp_path):
+    (tmp_path / "a.csv").write_text('start,end,text\n0,1,null\n1.5,2,\n3,4,"say ""hi"",\nthere"\n')
+    starts, ends, texts = read_captions(tmp_path / "a.csv")
+    assert starts.tolist() == [0, 1.5, 3] and ends.tolist() == [1, 2, 4]
+    assert texts[0] == "null" and not isinstance(texts[1], str) and texts[2] == 'say "hi",\nthere'
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "start,end,text\n", "start,text\n1,a\n", "start,end,text\nx,2,a\n"]
+)
+def test_unusable_caption_files_are_one_error_that_names_them(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(CaptionError, match=r"a\.csv"):
+        read_captions(tmp_path / "a.csv")
+
+
+@pytest.fixture
+def tree(tmp_path, shared_videos):
+    """The shared clips, with captions, and a list of them."""
+    names = ["v_GGSY1Qvo990.mp4", "flipping_a_pancake.mkv", "av1_video.mkv"]
+    for name in names:
+        captions = (tmp_path / name).with_suffix(".csv")
+        with open(captions, "w", newline="") as file:
+            rows = [(t, t + 2, f"the cook flips a pancake {t}") for t in range(0, 9, 2)]
+            csv.writer(file).writerows([("start", "end", "text"), *rows])
+    write_list(tmp_path / "list.csv", names)
+    return tmp_path
+
+
+def write_list(path, names):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("video_path",), *((name,) for name in names)])
+
+
+def dataset(tree, shared_videos, **settings):
+    settings = {"num_frames": 4, "size": 32, "num_candidates": 3, **settings}
+    tokenizer = Tokenizer(WORDS, 20)
+    return HowTo100M(tree / "list.csv", shared_videos, tree, tokenizer, **settings)
+
+
+def test_an_item_has_the_documented_shapes_and_types(tree, shared_videos):
+    item = dataset(tree, shared_videos)[0, 1]
+    assert item["video"].shape == (3, 4, 32, 32) and item["video"].dtype == torch.uint8
+    assert item["text"].shape == (3, 20) and item["text"].dtype == torch.long
+    assert item["text"][0, :5].tolist() == [1, 2, 3, 4, 5]
+    assert dataset(tree, shared_videos, num_candidates=1)[0, 1]["text"].shape == (20,)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(tree, shared_videos):
+    data = dataset(tree, shared_videos)
+    first = data[3, 0]["video"]
+    data[0, 1], data[5, 2]  # what came before does not matter
+    assert torch.equal(first, data[3, 0]["video"])
+    assert not torch.equal(first, data[4, 0]["video"])
+    assert not torch.equal(first, dataset(tree, shared_videos, seed=2)[3, 0]["video"])
+
+
+def test_centred_unflipped_clips_differ_only_by_their_seek_point(tree, shared_videos):
+    settings = {"centercrop": True, "random_flip": False}
+    data = dataset(tree, shared_videos, **settings)
+    seen = {data[epoch, 1]["video"].numpy().tobytes() for epoch in range(40)}
+    assert 1 < len(seen) <= 11  # whole seconds, 0 to 10, are what the captions allow
+
+
+def test_unreadable_samples_are_replaced_alike_and_named(tree, shared_videos, caplog):
+    names = ["corrupt.mp4", "v_GGSY1Qvo990.mp4", "absent.mp4"]
+    write_list(tree / "list.csv", names)
+    (tree / "corrupt.csv").write_text("start,end,text\n0,1,a\n")
+    data = dataset(tree, shared_videos)
+    log.propagate = True
+    item, again = data[0, 0], data[0, 0]
+    assert torch.equal(item["video"], again["video"])
+    assert "corrupt.mp4" in caplog.text
+
+
+def test_a_list_of_nothing_that_is_there_is_refused(tree, shared_videos):
+    write_list(tree / "list.csv", ["absent.mp4"])
+    with pytest.raises(InputError, match="--video_path"):
+        dataset(tree, shared_videos)
+    write_list(tree / "list.csv", ["h265_video.mp4"])
+    with pytest.raises(InputError, match="--caption_root"):
+        dataset(tree, shared_videos)
+
+
+def keys(world_size, length=10, batch=4, steps=10, **settings):
+    samplers = [
+        list(StepSampler(length, batch, steps, rank=r, world_size=world_size, **settings))
+        for r in range(world_size)
+    ]
+    return [list(chain.from_iterable(parts)) for parts in zip(*samplers, strict=True)]
+
+
+def test_every_epoch_visits_every_video_once():
+    flat = list(chain.from_iterable(keys(1)))
+    for epoch in range(4):
+        visited = [index for e, index in flat if e == epoch]
+        assert sorted(visited) == list(range(10))
+    assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_union_of_the_ranks_does_not_depend_on_their_number(world_size):
+    assert keys(world_size) == keys(1)
+
+
+def test_a_later_first_step_continues_the_same_order():
+    assert keys(1, first_step=3) == keys(1)[3:]
+    assert keys(1, seed=2) != keys(1)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="shared"):
+        StepSampler(10, 4, 2, world_size=3)
+
+
+def test_the_video_list_is_one_array(tree, shared_videos):
+    assert isinstance(dataset(tree, shared_videos).names, np.ndarray)
+    assert dataset(tree, shared_videos).names.dtype.kind == "U"

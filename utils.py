@@ -1,0 +1,143 @@
+"""Small things the scripts share: user errors, tables, the schedule, logging, the device."""
+
+import json
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import s3dg
+
+log = logging.getLogger("milnce")
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: what, and what to do."""
+
+
+def run_script(main):
+    """Runs an entry script's main(). An InputError becomes one line and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_file(path, flag):
+    """Refuses a path that is not a readable file; `flag` is the flag it came from."""
+    if not path:
+        raise InputError(f"--{flag} is needed: give the path of a file")
+    if not os.path.isfile(path):
+        raise InputError(f"--{flag}: there is no file {path}: give an existing one")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"--{flag}: {path} cannot be read")
+
+
+def check_folder(path, flag):
+    """Refuses a path that is not a folder; an empty one means that the flag was forgotten."""
+    if not path:
+        raise InputError(f"--{flag} is needed: give the path of a folder")
+    if not os.path.isdir(path):
+        raise InputError(f"--{flag}: there is no folder {path}: give an existing one")
+
+
+def read_table(path, columns, numbers=(), flag="eval_csv"):
+    """Reads a CSV file's columns. All are strings but `numbers`; an empty cell is a missing text.
+
+    Words such as "null" or "NA" stay words. Raises InputError naming the file and the fault.
+    """
+    check_file(path, flag)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
+        raise InputError(f"--{flag}: {path} is not a CSV table: {error}") from None
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        have = ", ".join(map(str, table.columns[:8]))
+        raise InputError(f"--{flag}: {path} has no column {', '.join(missing)} (it has: {have})")
+    for column in numbers:
+        try:
+            table[column] = pd.to_numeric(table[column])
+        except (ValueError, TypeError) as error:
+            raise InputError(f"--{flag}: {path}, column {column}: {error}") from None
+        if table[column].isna().any():
+            raise InputError(f"--{flag}: {path}, column {column}: a value is missing")
+    return table
+
+
+def read_words(args):
+    """The word list of --token_to_word_path."""
+    check_file(args.token_to_word_path, "token_to_word_path")
+    try:
+        return s3dg.load_words(args.token_to_word_path)
+    except ValueError as error:
+        raise InputError(f"--token_to_word_path: {error}") from None
+
+
+def check_words_fit(words, rows, path):
+    """Every word has a row in the embedding, and row 0 is the padding's."""
+    if len(words) + 1 != rows:
+        raise InputError(
+            f"--token_to_word_path: {path} has {len(words)} words, but the word embedding has "
+            f"{rows} rows (one a word and one for padding): give the list made with these vectors"
+        )
+
+
+def lr_multiplier(step, warmup_steps, total_steps):
+    """The learning rate's share of its peak: linear from 0, then half a cosine to 0 (steps)."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def pick_device(args, local_rank=0):
+    """The torch.device of --device and --gpu for the process of this rank on its node."""
+    if args.device == "cpu":
+        if args.gpu is not None:
+            raise InputError("--gpu and --device cpu exclude each other: drop one")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if args.device == "cuda" or args.gpu is not None:
+            raise InputError("--device: no CUDA GPU is available here: use --device cpu")
+        return torch.device("cpu")
+    index = local_rank if args.gpu is None else args.gpu
+    if not 0 <= index < torch.cuda.device_count():
+        raise InputError(f"--gpu: there is no GPU {index}, only {torch.cuda.device_count()} here")
+    return torch.device("cuda", index)
+
+
+def to_device(video, device):
+    """uint8 clips [.., 3, T, H, W] -> float32 in [0, 1] there; bytes travel, not floats."""
+    return video.to(device, non_blocking=True).float() / 255
+
+
+def setup_logging(verbose, path=None):
+    """Sends the log to the terminal (verbose) and to a file that is added to."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handlers = [logging.StreamHandler(sys.stdout)] if verbose else []
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = handlers or [logging.NullHandler()]
+
+
+def check_output(path):
+    """Refuses, before the work, a file that could not be written after it."""
+    if path and not os.access(Path(path).resolve().parent, os.W_OK):
+        raise InputError(f"--output: {Path(path).parent} is not a folder that can be written to")
+
+
+def report(title, figures, output=""):
+    """Prints an evaluation's figures, and writes them to a JSON file where --output names one."""
+    print(title + ": " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if output:
+        Path(output).write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,0 +1,184 @@
+"""HowTo100M for training: a random caption of a video, its neighbours, and a clip around it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from utils import InputError, check_folder, log, read_table
+from video_decoder import DecodeError, decode_clip
+
+MAX_WORDS = 20
+MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
+
+
+class CaptionError(Exception):
+    """A caption file cannot be used. One line that names it."""
+
+
+def read_captions(path):
+    """Reads a caption file: start and end in seconds (float arrays) and a list of texts.
+
+    Raises CaptionError where it is absent, is no table of captions or has no caption.
+    """
+    try:
+        table = pd.read_csv(path, dtype={"text": str}, keep_default_na=False, na_values=[""])
+        table = table.dropna(subset=["start", "end"])
+        starts = table["start"].to_numpy(float)
+        ends = table["end"].to_numpy(float)
+        texts = table["text"].tolist()
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
+        raise CaptionError(f"{path}: {' '.join(reason.split())}") from None
+    if not texts:
+        raise CaptionError(f"{path}: no caption in it")
+    return starts, ends, texts
+
+
+def find_nearest_candidates(starts, ends, index, num_candidates):
+    """Indices of the num_candidates captions around caption `index` (paper, section 3.1).
+
+    Grows from [index] by the side that keeps the spanned time shorter. Once the first caption is
+    reached they are the first ones, once the last is, the last ones. Short files repeat captions.
+    """
+    last = len(starts) - 1
+    low = high = index
+    while high - low + 1 < num_candidates:
+        if low == 0:
+            high = num_candidates - 1
+        elif high == last:
+            low = last - num_candidates + 1
+        elif ends[high] - starts[low - 1] < ends[high + 1] - starts[low]:
+            low -= 1
+        else:
+            high += 1
+    return [min(max(i, 0), last) for i in range(low, low + num_candidates)]
+
+
+def clip_window(start, end, min_time):
+    """A caption's times, widened around the middle to min_time, in whole seconds."""
+    if end - start < min_time:
+        start = max(0, start - (min_time - (end - start)) / 2)
+        end = start + min_time
+    return int(start), int(end)
+
+
+class HowTo100M(Dataset):
+    """Videos with narration. A sample is a function of (seed, epoch, index) alone.
+
+    Keys are (epoch, index). An item: "video" uint8 [3, num_frames, size, size]; "text" int64
+    [K, 20] for K candidate captions, [20] where K is 1. A video or caption file that cannot be read
+    costs a warning, and another video, drawn from the same numbers, takes its place.
+    """
+
+    def __init__(
+        self,
+        csv,
+        video_path,
+        caption_root,
+        tokenizer,
+        *,
+        num_frames=16,
+        size=224,
+        fps=5,
+        crop_only=True,
+        centercrop=False,
+        random_flip=True,
+        min_time=5.0,
+        num_candidates=1,
+        seed=1,
+        decoder="pyav",
+    ):
+        names = read_table(csv, ["video_path"], flag="train_csv")["video_path"].dropna()
+        check_folder(video_path, "video_path")
+        check_folder(caption_root, "caption_root")
+        # One array of fixed-width strings: workers share it, where a list is copied to each.
+        self.names = names.to_numpy(dtype=np.str_)
+        self.video_path = Path(video_path)
+        self.caption_root = Path(caption_root)
+        self.tokenizer = tokenizer
+        self.num_frames, self.size, self.fps = num_frames, size, fps
+        self.crop_only, self.centercrop, self.random_flip = crop_only, centercrop, random_flip
+        self.min_time, self.num_candidates = min_time, num_candidates
+        self.seed, self.decoder = seed, decoder
+        if not any(os.path.isfile(self.video_path / name) for name in self.names):
+            raise InputError(f"--video_path: none of the videos of {csv} is in {video_path}")
+        if not any(os.path.isfile(self.caption_file(name)) for name in self.names):
+            raise InputError(f"--caption_root: no caption file for {csv} is in {caption_root}")
+
+    def __len__(self):
+        return len(self.names)
+
+    def caption_file(self, name):
+        return (self.caption_root / name).with_suffix(".csv")
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                return self.sample(self.names[index], rng)
+            except (CaptionError, DecodeError) as error:
+                log.warning("replaced an unreadable sample: %s", error)
+                index = int(rng.integers(len(self.names)))
+        raise InputError(f"--video_path: {MAX_REPLACEMENTS} samples in a row cannot be read")
+
+    def sample(self, name, rng):
+        """One sample of this video. Raises CaptionError or DecodeError."""
+        starts, ends, texts = read_captions(self.caption_file(name))
+        index = int(rng.integers(len(texts)))
+        nearest = find_nearest_candidates(starts, ends, index, self.num_candidates)
+        text = torch.stack([self.tokenizer(texts[i]) for i in nearest])
+
+        start, end = clip_window(starts[index], ends[index], self.min_time)
+        seek = int(rng.integers(start, int(max(start, end - self.num_frames / self.fps)) + 1))
+        crop = (0.5, 0.5) if self.centercrop else tuple(rng.random(2))
+        flip = bool(self.random_flip and rng.random() < 0.5)
+        video = decode_clip(
+            self.video_path / name,
+            seek,
+            fps=self.fps,
+            num_frames=self.num_frames,
+            size=self.size,
+            crop_only=self.crop_only,
+            crop=crop,
+            flip=flip,
+            backend=self.decoder,
+        )
+        return {"video": video, "text": text if self.num_candidates > 1 else text[0]}
+
+
+class StepSampler(Sampler):
+    """The keys of this rank's share of every step's batch, from `first_step` on.
+
+    Each epoch is a permutation of the videos drawn from (seed, epoch), and the batches are cut from
+    the epochs laid end to end: every video is visited once an epoch, no batch is short, and the
+    union of the ranks' shares does not depend on how many ranks there are.
+    """
+
+    def __init__(self, length, batch_size, steps, *, first_step=0, seed=1, rank=0, world_size=1):
+        """batch_size: of all ranks together. steps: at which to stop."""
+        if batch_size % world_size:
+            raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.steps, self.first_step = steps, first_step
+        self.share = batch_size // world_size
+        self.offset = rank * self.share
+
+    def __len__(self):
+        return self.steps - self.first_step
+
+    def __iter__(self):
+        drawn, order = None, None
+        for step in range(self.first_step, self.steps):
+            keys = []
+            for position in range(self.share):
+                epoch, place = divmod(step * self.batch_size + self.offset + position, self.length)
+                if epoch != drawn:
+                    drawn = epoch
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                keys.append((epoch, int(order[place])))
+            yield keys
