@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -207,6 +208,9 @@ def train(args, process):
             }
             log.info("wrote %s", checkpoint.save_checkpoint(folder, content))
         if args.evaluate:
+            if process.world_size > 1:  # each rank has its own running statistics: rank 0's count
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, src=0)
             figures = evaluate_retrieval(
                 model,
                 validation_set(args, words),

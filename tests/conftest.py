@@ -1,6 +1,8 @@
 """What several test modules share: golden values, the shared clips, golden weights."""
 
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -59,3 +61,49 @@ def shared_csv():
     if not (SHARED / "csv").is_dir():
         pytest.skip("../shared/csv is not here")
     return SHARED / "csv"
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The toy data set with few training videos and short evaluation tables."""
+    folder = tmp_path_factory.mktemp("toy")
+    script = HERE.parent / "data" / "toy" / "prepare.py"
+    subprocess.run(
+        [sys.executable, script, "--out", folder, "--num_videos", "8"],
+        check=True,
+        capture_output=True,
+    )
+    for table, every in (("validation_youcook", 4), ("msrvtt_test", 4), ("hmdb51", 3)):
+        header, *rows = (folder / f"{table}.csv").read_text().splitlines(keepends=True)
+        (folder / f"{table}.csv").write_text("".join([header, *rows[::every]]))
+    return folder
+
+
+def toy_flags(toy):
+    """Flags that train on the toy data at a size at which a step takes a moment."""
+    return [
+        f"--train_csv={toy}/howto100m_videos.csv",
+        f"--video_path={toy}/videos",
+        f"--caption_root={toy}/captions",
+        f"--word2vec_path={toy}/word2vec.pth",
+        f"--token_to_word_path={toy}/dict.npy",
+        "--num_frames=4",
+        "--video_size=32",
+        "--crop_only=0",
+        "--batch_size=4",
+        "--warmup_steps=2",
+        "--num_thread_reader=2",
+        "--n_display=1",
+    ]
+
+
+def run_python(script, *flags, cwd=None, check=True):
+    """Runs a script of the project as a user does; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, HERE.parent / script, *map(str, flags)],
+        check=check,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+    )

@@ -1,0 +1,154 @@
+"""The three evaluation scripts, run as a user runs them."""
+
+import csv
+import importlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_python
+
+from s3dg import S3D
+from utils import run_script
+
+
+@pytest.fixture(scope="module")
+def weights(toy, tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "s3d.pth"
+    model = S3D(word2vec_path=toy / "word2vec.pth", init="kaiming_normal")
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def small(weights, toy):
+    return [
+        f"--pretrain_cnn_path={weights}",
+        f"--token_to_word_path={toy}/dict.npy",
+        *("--num_frames=4", "--video_size=32", "--num_windows_test=2", "--num_thread_reader=2"),
+    ]
+
+
+def evaluate(script, tmp_path, *flags):
+    run_python(script, *flags, f"--output={tmp_path}/out.json")
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+TABLES = {
+    "eval_youcook.py": ("youcook", "validation_youcook.csv"),
+    "eval_msrvtt.py": ("msrvtt", "msrvtt_test.csv"),
+    "eval_hmdb.py": ("hmdb", "hmdb51.csv"),
+}
+
+
+def toy_set(script, toy):
+    folder, table = TABLES[script]
+    return [f"--eval_video_root={toy}/{folder}", f"--eval_csv={toy}/{table}"]
+
+
+@pytest.mark.parametrize("script", ["eval_youcook.py", "eval_msrvtt.py"])
+def test_retrieval_figures_are_written(script, toy, weights, tmp_path):
+    figures = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
+    assert list(figures) == ["R1", "R5", "R10", "MR", "num_videos", "num_missing"]
+    rows = len((toy / TABLES[script][1]).read_text().splitlines()) - 1
+    assert (figures["num_videos"], figures["num_missing"]) == (rows, 0)
+    assert 0 <= figures["R1"] <= figures["R5"] <= figures["R10"] <= 1
+
+
+def test_hmdb_figures_are_written(toy, weights, tmp_path):
+    script = "eval_hmdb.py"
+    figures = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
+    assert list(figures) == ["split1", "split2", "split3", "mean"]
+    splits = [figures[f"split{k}"] for k in (1, 2, 3)]
+    assert figures["mean"] == pytest.approx(sum(splits) / 3)
+
+
+def test_the_ffmpeg_backend_gives_the_same_figures(toy, weights, tmp_path):
+    flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy)]
+    ours = evaluate("eval_msrvtt.py", tmp_path, *flags)
+    assert ours == evaluate("eval_msrvtt.py", tmp_path, *flags, "--decoder=ffmpeg")
+
+
+def write_table(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_the_shared_clips_evaluate_and_what_is_absent_or_broken_is_counted(
+    toy, weights, tmp_path, shared_videos
+):
+    folder = tmp_path / "validation" / "101"
+    folder.mkdir(parents=True)
+    for clip in ("v_GGSY1Qvo990.mp4", "flipping_a_pancake.mkv"):
+        shutil.copy(shared_videos / clip, folder)
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    rows = [
+        (8, 1, 101, "cut the red star", "v_GGSY1Qvo990"),
+        (9, 2, 101, "the star spins", "flipping_a_pancake"),
+        (9, 2, 101, "the star", "broken"),
+        (9, 2, 101, "a star", "absent"),
+    ]
+    write_table(tmp_path / "table.csv", [("end", "start", "task", "text", "video_id"), *rows])
+    figures = evaluate(
+        "eval_youcook.py",
+        tmp_path,
+        *small(weights, toy),
+        f"--eval_csv={tmp_path}/table.csv",
+        f"--eval_video_root={tmp_path}",
+    )
+    assert (figures["num_videos"], figures["num_missing"]) == (2, 2)
+
+
+def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
+    rows = []
+    for label, clip in (("stand", "v_GGSY1Qvo990.mp4"), ("flip", "flipping_a_pancake.mkv")):
+        (tmp_path / label).mkdir()
+        for part, copy in ((1, f"train_{clip}"), (2, f"test_{clip}")):
+            shutil.copy(shared_videos / clip, tmp_path / label / copy)
+            rows.append((copy, f"{label}_test", part, part, part))
+    header = ("video_id", "label", "split1", "split2", "split3")
+    write_table(tmp_path / "table.csv", [header, *rows])
+    figures = evaluate(
+        "eval_hmdb.py",
+        tmp_path,
+        *small(weights, toy),
+        f"--eval_csv={tmp_path}/table.csv",
+        f"--eval_video_root={tmp_path}",
+    )
+    assert figures == {"split1": 1, "split2": 1, "split3": 1, "mean": 1}  # trained on the same clip
+
+
+BAD_INPUTS = {
+    "missing weights": (["--pretrain_cnn_path=absent.pth"], "absent.pth"),
+    "weights not given": (["--pretrain_cnn_path="], "--pretrain_cnn_path"),
+    "weights that are none": (["--pretrain_cnn_path={toy}/dict.npy"], "dict.npy"),
+    "weights of another model": (["--pretrain_cnn_path={toy}/word2vec.pth"], "word2vec.pth"),
+    "missing table": (["--eval_csv=absent.csv"], "absent.csv"),
+    "table without a column": (["--eval_csv={toy}/howto100m_videos.csv"], "howto100m_videos.csv"),
+    "missing videos": (["--eval_video_root=absent"], "absent"),
+    "no video found at all": (["--eval_video_root={toy}/captions"], "--eval_video_root"),
+    "unwritable output": (["--output=absent/out.json"], "--output"),
+    "unknown backend": (["--decoder=gstreamer"], "--decoder"),
+}
+BAD_TEXT_INPUTS = {
+    "missing word list": (["--token_to_word_path=absent.npy"], "absent.npy"),
+    "word list that does not fit": (["--token_to_word_path={short}"], "--token_to_word_path"),
+}
+
+
+@pytest.mark.parametrize("script", TABLES)
+def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "short.npy", np.array(["cut"]))
+    main = importlib.import_module(script.removesuffix(".py")).main
+    faults = BAD_INPUTS if script == "eval_hmdb.py" else {**BAD_INPUTS, **BAD_TEXT_INPUTS}
+    for fault, (flags, named) in faults.items():
+        flags = [flag.format(toy=toy, short=tmp_path / "short.npy") for flag in flags]
+        argv = [script, *small(weights, toy), *toy_set(script, toy), *flags]
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit) as stopped:
+            run_script(main)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1, (fault, error)
+        assert named in error, fault

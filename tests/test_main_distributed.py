@@ -1,0 +1,202 @@
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_python, toy_flags
+
+import main_distributed
+from checkpoint import load_model, read_checkpoint
+from utils import run_script
+
+ROOT = Path(main_distributed.__file__).parent
+
+
+def run_flags(folder, name="run"):
+    return [
+        f"--checkpoint_root={folder}/checkpoint",
+        f"--checkpoint_dir={name}",
+        f"--log_root={folder}/log",
+    ]
+
+
+def records(folder, name="run"):
+    return [json.loads(line) for line in (folder / "log" / f"{name}.jsonl").open()]
+
+
+def test_the_releases_command_trains_on_a_tree_of_the_real_layout(toy, tmp_path):
+    """The command of the contract with smaller sizes appended; it finds its tables in data/."""
+    (tmp_path / "data").mkdir()
+    for name in ("howto100m_videos.csv", "word2vec.pth", "dict.npy"):
+        shutil.copy(toy / name, tmp_path / "data")
+    command = (
+        "--n_display=1 --multiprocessing-distributed --batch_size=256 --num_thread_reader=40 "
+        "--cudnn_benchmark=1 --pin_memory --checkpoint_dir=milnce --num_candidates=4 --resume "
+        f"--lr=0.001 --warmup_steps=10000 --epochs=300 --caption_root={toy}/captions "
+        f"--video_path={toy}/videos "
+    )
+    smaller = "--batch_size=4 --num_thread_reader=2 --num_frames=4 --video_size=32 --epochs=1"
+    run_python("main_distributed.py", *(command + smaller).split(), cwd=tmp_path)
+    saved = read_checkpoint(tmp_path / "checkpoint/milnce/epoch0001.pth.tar")
+    assert saved.keys() == {"epoch", "state_dict", "optimizer", "scheduler"} and saved["epoch"] == 1
+    assert "step 2" in (tmp_path / "log/milnce.txt").read_text()
+    assert [r["step"] for r in records(tmp_path, "milnce")] == [1, 2]
+    assert records(tmp_path, "milnce")[0].keys() == {
+        "epoch", "step", "loss", "lr", "clips_per_second", "data_wait",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_epochs(toy, tmp_path_factory):
+    """A run of two epochs in two processes that scores retrieval on the way."""
+    folder = tmp_path_factory.mktemp("two_epochs")
+    flags = [
+        *toy_flags(toy),
+        *run_flags(folder),
+        "--nproc_per_node=2",
+        "--epochs=2",
+        "--evaluate",
+        f"--eval_video_root={toy}/youcook",
+        f"--eval_csv={toy}/validation_youcook.csv",
+        "--num_windows_test=1",
+    ]
+    run_python("main_distributed.py", *flags)
+    return folder, flags
+
+
+def test_two_processes_train_write_logs_and_validate_every_video_once(two_epochs):
+    folder, _ = two_epochs
+    steps = [r for r in records(folder) if "loss" in r]
+    assert [(r["epoch"], r["step"]) for r in steps] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert [r["lr"] for r in steps] == pytest.approx([0, 0.0005, 0.001, 0.0005])
+    assert all(0 <= r["data_wait"] <= 1 and r["clips_per_second"] > 0 for r in steps)
+    validations = [r for r in records(folder) if "R10" in r]
+    assert [(r["epoch"], r["num_videos"], r["num_missing"]) for r in validations] == [
+        (1, 25, 0),
+        (2, 25, 0),
+    ]
+
+
+def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, toy, tmp_path):
+    folder, flags = two_epochs
+    run_python(
+        "eval_youcook.py",
+        *(flag for flag in flags if not flag.startswith(("--nproc", "--evaluate"))),
+        f"--pretrain_cnn_path={folder}/checkpoint/run/epoch0002.pth.tar",
+        f"--output={tmp_path}/out.json",
+    )
+    figures = json.loads((tmp_path / "out.json").read_text())
+    during = records(folder)[-1]
+    assert figures == {name: during[name] for name in figures}
+
+
+def test_resuming_ends_with_the_weights_of_the_uninterrupted_run(two_epochs, toy, tmp_path):
+    folder, flags = two_epochs
+    shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/run/epoch0002.pth.tar").unlink()
+    flags = [f for f in flags if not f.startswith(("--eval", "--checkpoint_root", "--log_root"))]
+    run_python("main_distributed.py", *flags, *run_flags(tmp_path), "--resume")
+    assert [r["step"] for r in records(tmp_path)] == [3, 4]
+    resumed = read_checkpoint(tmp_path / "checkpoint/run/epoch0002.pth.tar")
+    expected = read_checkpoint(folder / "checkpoint/run/epoch0002.pth.tar")
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+
+
+def test_torchrun_starts_the_same_training(two_epochs, toy, tmp_path):
+    folder, _ = two_epochs
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("main_distributed.py", *toy_flags(toy), *run_flags(tmp_path), "--epochs=2"),
+        ],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+    )
+    expected = [r["loss"] for r in records(folder) if "loss" in r]
+    assert [r["loss"] for r in records(tmp_path)] == pytest.approx(expected, rel=1e-4)
+
+
+def test_released_style_weights_start_a_training_with_their_stem(toy, tmp_path):
+    torch.manual_seed(0)
+    model = main_distributed.S3D(space_to_depth=True, word2vec_path=toy / "word2vec.pth")
+    torch.save(model.state_dict(), tmp_path / "released.pth")
+    flags = [*toy_flags(toy), *run_flags(tmp_path), "--epochs=1"]
+    run_python("main_distributed.py", *flags, f"--pretrain_cnn_path={tmp_path}/released.pth")
+    assert load_model(tmp_path / "checkpoint/run/epoch0001.pth.tar").space_to_depth
+
+
+def test_the_shared_clips_train(toy, tmp_path, shared_videos):
+    names = [p.name for p in shared_videos.iterdir() if p.suffix != ".md"]
+    for name in names:
+        rows = [("start", "end", "text"), (0, 2, "cut the red star"), (2.5, 4, "the star spins")]
+        with open((tmp_path / name).with_suffix(".csv"), "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    (tmp_path / "list.csv").write_text("\n".join(["video_path", *names]) + "\n")
+    run_python(
+        "main_distributed.py",
+        *toy_flags(toy),
+        *run_flags(tmp_path),
+        f"--train_csv={tmp_path}/list.csv",
+        f"--video_path={shared_videos}",
+        f"--caption_root={tmp_path}",
+        "--num_candidates=2",
+        "--epochs=2",
+    )
+    assert len(records(tmp_path)) == 2 * len(names) // 4
+    assert all(np.isfinite(r["loss"]) for r in records(tmp_path))
+
+
+BAD_INPUTS = {
+    "missing video list": ["--train_csv=absent.csv"],
+    "list without the column": ["--train_csv={toy}/msrvtt_test.csv"],
+    "missing video folder": ["--video_path=absent"],
+    "video folder not given": ["--video_path="],
+    "no video found": ["--video_path={toy}/hmdb"],
+    "missing caption folder": ["--caption_root=absent"],
+    "no caption found": ["--caption_root={toy}/hmdb"],
+    "missing word vectors": ["--word2vec_path=absent.pth"],
+    "word vectors that are none": ["--word2vec_path={toy}/dict.npy"],
+    "missing word list": ["--token_to_word_path=absent.npy"],
+    "word list that is none": ["--token_to_word_path={toy}/word2vec.pth"],
+    "word list that does not fit": ["--word2vec_path="],
+    "a batch that processes cannot share": ["--batch_size=5", "--nproc_per_node=2"],
+    "a batch larger than the list": ["--batch_size=9"],
+    "unknown decoder": ["--decoder=gstreamer"],
+    "missing start weights": ["--pretrain_cnn_path=absent.pth"],
+    "start weights that are none": ["--pretrain_cnn_path={toy}/howto100m_videos.csv"],
+    "start weights of another model": ["--pretrain_cnn_path={toy}/word2vec.pth"],
+    "validation without videos": ["--evaluate", "--eval_video_root=absent"],
+    "validation without a table": ["--evaluate", "--eval_csv=absent.csv"],
+}
+
+
+@pytest.mark.parametrize("fault", BAD_INPUTS)
+def test_bad_input_is_one_line_that_names_the_flag_and_status_2(fault, toy, monkeypatch, capsys):
+    flags = [flag.format(toy=toy) for flag in BAD_INPUTS[fault]]
+    validation = [f"--eval_video_root={toy}/youcook", f"--eval_csv={toy}/validation_youcook.csv"]
+    monkeypatch.setattr("sys.argv", ["main_distributed.py", *toy_flags(toy), *validation, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main_distributed.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1, error
+    culprit = flags[-1].split("=")[0]
+    if fault == "word list that does not fit":
+        culprit = "--token_to_word_path"
+    elif fault.startswith("a batch that"):
+        culprit = "--batch_size"
+    assert culprit in error
+
+
+def test_resuming_a_finished_run_trains_no_further(two_epochs, tmp_path):
+    _, flags = two_epochs
+    flags = [flag for flag in flags if not flag.startswith(("--eval", "--log_root"))]
+    run_python("main_distributed.py", *flags, f"--log_root={tmp_path}", "--resume")
+    assert not (tmp_path / "run.jsonl").exists()
+    assert "after epoch 2" in (tmp_path / "run.txt").read_text()
