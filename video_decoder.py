@@ -10,6 +10,7 @@ plain arithmetic what the command does with timestamps, so that it knows which f
 before it converts them.
 """
 
+import bisect
 import contextlib
 import itertools
 import math
@@ -38,6 +39,10 @@ MAX_BYTES = 2 << 30
 MAX_SECONDS = 120
 # The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
 MAX_REPEATS = 30 * 3600 * 30
+
+# Where packets are known to carry their frame's time, and to be skippable (see _pyav_windows).
+WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+SKIPPABLE = ("h264", "hevc")
 
 AVFMT_TS_DISCONT = 0x0200
 AVFMT_SEEK_TO_PTS = 0x4000000
@@ -111,10 +116,10 @@ def decode_clips(
     filters = _crop_filters(size, crop_only, crop, flip)
     _check_regular_file(path)
     out = torch.zeros(len(starts), 3, num_frames, size, size, dtype=torch.uint8)
-    decode = _pyav_window if backend == "pyav" else _ffmpeg_window
-    for start, clip in zip(starts, out.numpy(), strict=True):
-        if not decode(path, start, fps, filters, clip):
-            _check_decodable(path)
+    decode = _pyav_windows if backend == "pyav" else _ffmpeg_windows
+    shown = decode(path, starts, fps, filters, out.numpy())
+    if not all(shown):
+        _check_decodable(path)
     return out
 
 
@@ -207,27 +212,32 @@ def rescale(value, numerator, denominator):
     return magnitude if product >= 0 else -magnitude
 
 
-def fps_runs(ticks, num_frames):
+def fps_runs(num_frames):
     """The fps filter and the muxer's frame sync: which frame each output frame shows.
 
-    ticks: an iterable of (tick, frame): the frame's time in output frames, rounded, in the order
-    of decoding; the last pair, (tick, None), says where the last frame ends (tick None: unknown).
-    Yields (frame, first, end): output frames first..end-1 of 0..num_frames-1 show `frame`. Output
-    frame n shows the last frame whose tick is at most n; those before the first show the first.
+    Returns step(tick, frame), to be called with the frames in the order they are shown, where
+    tick is a frame's time in output frames, rounded; and at the end with the tick at which the
+    last frame ends (None: unknown) and the frame None. It returns None or (frame, first, end):
+    output frames first..end-1 of 0..num_frames-1 show `frame`.
+    Output frame n shows the last frame whose tick is at most n; those before the first, the first.
     """
-    held = None
-    for tick, frame in ticks:
+    held = following = None
+    first = 0
+
+    def step(tick, frame):
+        nonlocal held, following, first
+        run = None
         if held is None:
-            held, following, start = frame, tick, 0
-            if frame is None or tick + 1 > MAX_REPEATS:
-                return
-            continue
-        if tick is not None and tick > following:
-            yield held, start, min(tick, num_frames)
-            start = following = tick
-            if tick >= num_frames:
-                return
+            following = tick
+            if frame is not None and tick + 1 > MAX_REPEATS:
+                frame = None  # too long a gap to fill: never shown
+        elif tick is not None and tick > following:
+            run = held, first, min(tick, num_frames)
+            first = following = tick
         held = frame
+        return run if run and run[1] < run[2] else None
+
+    return step
 
 
 def constant_rate_runs(frames):
@@ -307,6 +317,8 @@ def _seek(container, stream, start):
     """Seek as `ffmpeg -ss` does (None: no -ss); the offset (us) that puts START at time 0."""
     target = (start or 0) + (container.start_time or 0)
     flags = container.format.flags
+    for other in container.streams:
+        other.discard = av.stream.Discard.default  # which stream leads a seek depends on it
     if start is not None:
         reordered = any(
             other.codec_context and getattr(other.codec_context, "has_b_frames", False)
@@ -375,11 +387,27 @@ def _packets(container, stream, offset):
 
 def _decoded(packets, context):
     """The frames of packets in the decoder's order. A damaged packet is skipped, as ffmpeg does."""
+    context.flush_buffers()
     for packet in itertools.chain(packets, [None]):
         try:
             yield from context.decode(packet)
         except av.error.FFmpegError:
             continue
+
+
+def _frame_length(duration, pts, last, estimate, stream):
+    """How long ffmpeg thinks a frame lasts (video_duration_estimate); only the last one's counts.
+
+    last, estimate: the pts and length of the frame before it (None, 0: there is none)."""
+    gap = pts - last if last is not None else -1
+    if duration > 0 and not (duration == 1 and gap > 2):
+        return duration
+    if gap > 0 or duration > 0:
+        return gap if gap > 0 else duration
+    rate = stream.codec_context.framerate or stream.average_rate
+    if rate:
+        estimate = rescale(1, *(1 / (rate * stream.time_base)).as_integer_ratio())
+    return max(estimate, 1)
 
 
 def _timed_frames(path, packets, stream):
@@ -410,20 +438,7 @@ def _timed_frames(path, packets, stream):
             pts = dts
         if pts is None:
             pts = 0 if last is None else last + estimate
-        # How long the frame lasts; only the last one's matters.
-        gap = pts - last if last is not None else -1
-        if frame.duration > 0 and not (frame.duration == 1 and gap > 2):
-            estimate = frame.duration
-        elif gap > 0:
-            estimate = gap
-        elif frame.duration > 0:
-            estimate = frame.duration
-        else:
-            rate = context.framerate or stream.average_rate
-            if rate:
-                frames = 1 / (rate * stream.time_base)
-                estimate = rescale(1, frames.numerator, frames.denominator)
-            estimate = max(estimate, 1)
+        estimate = _frame_length(frame.duration, pts, last, estimate, stream)
         last = pts
         yield pts, frame.duration, frame
     yield (None if last is None else last + estimate), 0, None
@@ -505,34 +520,236 @@ def _upright_filters(matrix):
     return [("vflip", {})] * (matrix[4] < 0)
 
 
-def _pyav_window(path, start, fps, filters, clip):
-    """Fill clip [3, frames, size, size]; whether the window shows any frame."""
+def _pyav_windows(path, starts, fps, filters, clips):
+    """Fill clips [N, 3, frames, size, size]; for each window, whether it shows any frame.
+
+    Two ways. The short one knows from the packets' timestamps which frames are wanted and
+    skips packets. It is taken by rule: H.264 or H.265 in MP4 or Matroska, every packet with a
+    timestamp of its own, starting at a keyframe; and left, to start over the plain way, at the
+    first sign of damage, interlacing or a wanted frame that does not come out. Everything else
+    (AVI, MPEG-TS, MPEG-4 part 2, VP9, AV1, ...) goes the plain way: every frame from the keyframe
+    on is decoded, and its time is taken after decoding. Both convert only the frames shown.
+    """
     with _open(path) as container:
         stream = _video_stream(path, container)
-        packets = _packets(container, stream, _seek(container, stream, start))
-        ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
-        units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
-        longest = rescale(_window_length(clip.shape[1], fps), *units_per_us)
+        if stream.codec_context.name in SKIPPABLE and container.format.name in WITH_TIMES:
+            shown = _windows_by_packets(path, container, stream, starts, fps, filters, clips)
+            if shown is not None:
+                return shown
+            clips[:] = 0
+        else:
+            return _windows_by_frames(path, container, stream, starts, fps, filters, clips)
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        return _windows_by_frames(path, container, stream, starts, fps, filters, clips)
 
-        def ticks():
-            first = None
-            for pts, _, frame in _timed_frames(path, packets, stream):
-                tick = None if pts is None else rescale(pts, *ticks_per_unit)
-                if frame is None:
-                    yield tick, None
-                elif pts >= 0:
-                    first = pts if first is None else first
-                    if pts - first >= longest:
-                        yield tick, None
-                        return
-                    yield tick, frame
 
+def _windows_by_packets(path, container, stream, starts, fps, filters, clips):
+    """The short way of _pyav_windows, in one pass for all windows; None where it ends early."""
+    num_frames = clips.shape[2]
+    shown = [False] * len(starts)
+    try:
+        runs, segments = _plan_windows(container, stream, starts, fps, num_frames)
+        showings = {}  # pts -> the places that show it
+        for window, pts, first, end in runs:
+            shown[window] = True
+            showings.setdefault(pts, []).append((window, first, end))
         convert = _converter(path, filters)
-        shown = False
-        for frame, first, end in fps_runs(ticks(), clip.shape[1]):
-            clip[:, first:end] = convert(frame).transpose(2, 0, 1)[:, None]
-            shown = True
-        return shown
+        deadline = time.monotonic() + MAX_SECONDS
+        for packets in segments:
+            for frame in _wanted_frames(packets, showings, stream.codec_context):
+                picture = convert(frame).transpose(2, 0, 1)
+                for window, first, end in showings.pop(frame.pts):
+                    for channel in range(3):
+                        clips[window, channel, first:end] = picture[channel]
+                if time.monotonic() > deadline:
+                    raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
+    except _Surprise:
+        return None
+    return shown if not showings else None
+
+
+class _Surprise(Exception):
+    """The short way does not apply to this file."""
+
+
+def _plan_windows(container, stream, starts, fps, num_frames):
+    """What the windows show, and the packets it takes.
+
+    Returns runs, (window, pts, first, end) as fps_runs gives them, and segments, lists of packets
+    in decoding order, each starting at a keyframe."""
+    units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
+    ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
+    context = stream.codec_context
+    runs, segments, ended = [], [], False
+    for window in sorted(range(len(starts)), key=starts.__getitem__):
+        offset = rescale(-starts[window] - (container.start_time or 0), *units_per_us)
+        if not segments or not _covers(segments[-1], -offset, ended, context):
+            _seek(container, stream, starts[window])
+            source = container.demux(stream)
+            packet = _next_packet(source)
+            if packet is None or not packet.is_keyframe:
+                raise _Surprise
+            catching_up = segments and packet.pts in segments[-1] and _refreshes(packet, context)
+            if not catching_up:
+                segments.append({packet.pts: packet})
+            ended = False
+        segment = segments[-1]  # pts -> packet
+        after = sum(rescale(pts + offset, *ticks_per_unit) >= num_frames for pts in segment)
+        # No packet follows more than 16 others whose frames are shown after its own.
+        while after <= 16 and not ended:
+            packet = _next_packet(source)
+            ended = packet is None
+            if ended or (catching_up and packet.pts in segment):
+                continue
+            catching_up = False
+            if packet.pts in segment:
+                raise _Surprise
+            segment[packet.pts] = packet
+            after += rescale(packet.pts + offset, *ticks_per_unit) >= num_frames
+        times = sorted(pts for pts, packet in segment.items() if not packet.is_discard)
+        times = times[bisect.bisect_left(times, -offset) :]
+        if times and times[0] < next(iter(segment)):
+            raise _Surprise  # shown before the keyframe: whether they come out is hard to say
+        step = fps_runs(num_frames)
+        ticks = [(rescale(pts + offset, *ticks_per_unit), pts) for pts in times]
+        if ended and times:
+            last, before = times[-1], times[-2] if len(times) > 1 else None
+            length = _frame_length(segment[last].duration or 0, last, before, 0, stream)
+            ticks.append((rescale(last + length + offset, *ticks_per_unit), None))
+        runs += [(window, *run) for tick in ticks if (run := step(*tick))]
+    return runs, [list(segment.values()) for segment in segments]
+
+
+def _covers(segment, pts, ended, context):
+    """Whether decoding this segment, or on from its end, gives what a seek to pts gives."""
+    if not ended and pts > max(segment):
+        return False
+    keyframes = [packet for packet in list(segment.values())[1:] if packet.is_keyframe]
+    keyframes = [packet for packet in keyframes if packet.pts <= pts]
+    return not keyframes or _refreshes(keyframes[-1], context)
+
+
+def _next_packet(source):
+    """The next packet of a demuxer, None at the end of the file."""
+    try:
+        packet = next(source)
+    except (StopIteration, av.error.FFmpegError):
+        raise _Surprise from None
+    if not packet.size and packet.dts is None:
+        return None
+    if not packet.size or packet.pts is None or packet.is_corrupt:
+        raise _Surprise
+    return packet
+
+
+def _wanted_frames(packets, wanted, context):
+    """The frames of `packets` (from a keyframe on, in decoding order) whose pts is in `wanted`."""
+    # Frames that no other refers to are skipped. In H.265 the mark only speaks of its own layer.
+    skipping = context.name == "h264" or all(_slice(packet, context)[1] == 1 for packet in packets)
+    needed, group, end = [], [], 0
+    for packet in packets:
+        if packet.is_keyframe and _refreshes(packet, context):
+            needed += group[:end]
+            group, end = [], 0
+        group.append(packet)
+        if packet.pts in wanted:
+            end = len(group)
+    needed += group[:end]
+    try:
+        for packet in [*needed, None]:
+            if packet is not None:
+                skip = skipping and packet.pts not in wanted
+                context.skip_frame = "NONREF" if skip else "DEFAULT"
+            for frame in context.decode(packet):
+                if frame.is_corrupt or frame.interlaced_frame:
+                    raise _Surprise
+                if frame.pts in wanted:
+                    yield frame
+        context.flush_buffers()
+    except av.error.FFmpegError:
+        raise _Surprise from None
+
+
+def _refreshes(packet, context):
+    """Whether nothing before this packet is referred to from it on (an IDR picture)."""
+    return _slice(packet, context)[0] in ((5,) if context.name == "h264" else (19, 20))
+
+
+def _slice(packet, context):
+    """The NAL unit type of a packet's first slice, and in H.265 its layer (temporal id plus 1).
+    (0, 0) where there is none or the packet is not in the form MP4 and Matroska use."""
+    h264 = context.name == "h264"
+    extradata = context.extradata or b""
+    if len(extradata) < (7 if h264 else 23) or extradata[0] != 1:
+        return 0, 0
+    prefix = 1 + (extradata[4 if h264 else 21] & 3)
+    data, at = memoryview(packet), 0
+    while at + prefix + 2 <= len(data):
+        kind = data[at + prefix] & 31 if h264 else data[at + prefix] >> 1 & 63
+        if 1 <= kind <= 5 if h264 else kind < 32:
+            return kind, data[at + prefix + 1] & 7
+        at += prefix + int.from_bytes(data[at : at + prefix], "big")
+    return 0, 0
+
+
+def _windows_by_frames(path, container, stream, starts, fps, filters, clips):
+    """The plain way of _pyav_windows: windows that start from the same packet share a pass."""
+    num_frames = clips.shape[2]
+    units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
+    ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
+    longest = rescale(_window_length(num_frames, fps), *units_per_us)
+    shown = [False] * len(starts)
+    convert = _converter(path, filters)
+    passes = {}
+    for window, start in enumerate(starts):
+        alone = len(starts) == 1 or container.format.flags & AVFMT_TS_DISCONT
+        key = window if alone else _landing(container, stream, start, window)
+        passes.setdefault(key, []).append(window)
+    for windows in passes.values():
+        offset = _seek(container, stream, starts[windows[0]])
+        base = rescale(offset, *units_per_us)
+        shifts = {
+            window: rescale(offset + starts[windows[0]] - starts[window], *units_per_us) - base
+            for window in windows
+        }
+        steps = {window: fps_runs(num_frames) for window in windows}
+        firsts = {}
+        packets = _packets(container, stream, offset)
+        for pts, _, frame in _timed_frames(path, packets, stream):
+            holder = frame and [frame, None]  # with its picture, once a window shows it
+            for window, step in list(steps.items()):
+                if pts is None:
+                    run = step(None, None)
+                else:
+                    moved = pts + shifts[window]
+                    if frame and moved < 0:
+                        continue
+                    past = moved - firsts.setdefault(window, moved) >= longest
+                    tick = rescale(moved, *ticks_per_unit)
+                    run = step(tick, None if past else holder)
+                if run:
+                    held, first, end = run
+                    if held[1] is None:
+                        held[1] = convert(held[0]).transpose(2, 0, 1)
+                    for channel in range(3):
+                        clips[window, channel, first:end] = held[1][channel]
+                    shown[window] = True
+                if (run and end == num_frames) or (pts is not None and past):
+                    del steps[window]
+            if not steps:
+                break
+    return shown
+
+
+def _landing(container, stream, start, window):
+    """The packet that a seek to `start` leads to: windows that share it share all that follow."""
+    _seek(container, stream, start)
+    for packet in container.demux(stream):
+        if packet.size and packet.dts is not None:
+            return packet.pts, packet.dts, packet.pos
+        break
+    return window
 
 
 def _window_length(num_frames, fps):
@@ -640,14 +857,17 @@ def _run(path, command, limit):
         return pixels, errors.read(1 << 20).decode("utf-8", "replace"), code
 
 
-def _ffmpeg_window(path, start, fps, filters, clip):
-    """Fill clip [3, frames, size, size]; whether the window shows any frame."""
-    num_frames, size = clip.shape[1:3]
-    seek = {"ss": f"{start}us", "t": f"{_window_length(num_frames, fps)}us"}
-    pixels = _ffmpeg_pixels(path, seek, str(fps), filters, clip.size)
-    frames = np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
-    clip[:, : len(frames)] = frames.transpose(3, 0, 1, 2)
-    return len(frames) > 0
+def _ffmpeg_windows(path, starts, fps, filters, clips):
+    """Fill clips [N, 3, frames, size, size]; for each window, whether it shows any frame."""
+    num_frames, size = clips.shape[2:4]
+    shown = []
+    for start, clip in zip(starts, clips, strict=True):
+        seek = {"ss": f"{start}us", "t": f"{_window_length(num_frames, fps)}us"}
+        pixels = _ffmpeg_pixels(path, seek, str(fps), filters, clip.size)
+        frames = np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
+        clip[:, : len(frames)] = frames.transpose(3, 0, 1, 2)
+        shown.append(len(frames) > 0)
+    return shown
 
 
 def _ffmpeg_whole(path, filters, size):
