@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from s3dg import S3D
+
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"  # real clips and annotation tables; absent in most clones
 
@@ -77,6 +79,18 @@ def toy(tmp_path_factory):
         header, *rows = (folder / f"{table}.csv").read_text().splitlines(keepends=True)
         (folder / f"{table}.csv").write_text("".join([header, *rows[::every]]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def weights(toy, tmp_path_factory):
+    """A checkpoint of golden weights: untrained, but with the activations of a trained network.
+
+    An S3D of PyTorch's initial weights embeds all videos alike but for the last bits of a float.
+    """
+    path = tmp_path_factory.mktemp("weights") / "s3d.pth"
+    state = S3D(word2vec_path=toy / "word2vec.pth").state_dict()
+    torch.save({name: golden_weight(name, v.shape).to(v.dtype) for name, v in state.items()}, path)
+    return path
 
 
 def toy_flags(toy):

@@ -7,20 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import run_python
 
-from s3dg import S3D
 from utils import run_script
-
-
-@pytest.fixture(scope="module")
-def weights(toy, tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "s3d.pth"
-    model = S3D(word2vec_path=toy / "word2vec.pth", init="kaiming_normal")
-    torch.save(model.state_dict(), path)
-    return path
 
 
 def small(weights, toy):

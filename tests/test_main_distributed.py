@@ -52,7 +52,7 @@ def test_the_releases_command_trains_on_a_tree_of_the_real_layout(toy, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def two_epochs(toy, tmp_path_factory):
+def two_epochs(toy, weights, tmp_path_factory):
     """A run of two epochs in two processes that scores retrieval on the way."""
     folder = tmp_path_factory.mktemp("two_epochs")
     flags = [
@@ -60,6 +60,7 @@ def two_epochs(toy, tmp_path_factory):
         *run_flags(folder),
         "--nproc_per_node=2",
         "--epochs=2",
+        f"--pretrain_cnn_path={weights}",
         "--evaluate",
         f"--eval_video_root={toy}/youcook",
         f"--eval_csv={toy}/validation_youcook.csv",
@@ -86,7 +87,7 @@ def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, 
     folder, flags = two_epochs
     run_python(
         "eval_youcook.py",
-        *(flag for flag in flags if not flag.startswith(("--nproc", "--evaluate"))),
+        *(flag for flag in flags if not flag.startswith(("--nproc", "--evaluate", "--pretrain"))),
         f"--pretrain_cnn_path={folder}/checkpoint/run/epoch0002.pth.tar",
         f"--output={tmp_path}/out.json",
     )
@@ -108,12 +109,13 @@ def test_resuming_ends_with_the_weights_of_the_uninterrupted_run(two_epochs, toy
         assert torch.equal(resumed["state_dict"][name], value), name
 
 
-def test_torchrun_starts_the_same_training(two_epochs, toy, tmp_path):
+def test_torchrun_starts_the_same_training(two_epochs, toy, weights, tmp_path):
     folder, _ = two_epochs
     subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
             *("main_distributed.py", *toy_flags(toy), *run_flags(tmp_path), "--epochs=2"),
+            f"--pretrain_cnn_path={weights}",
         ],
         check=True,
         cwd=ROOT,
