@@ -35,7 +35,7 @@ BACKENDS = ("pyav", "ffmpeg")
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
 # What a hostile header may make us allocate or wait for.
 MAX_PIXELS = 8192 * 4608
-MAX_BYTES = 2 << 30
+MAX_BYTES = 1 << 30
 MAX_SECONDS = 120
 # The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
 MAX_REPEATS = 30 * 3600 * 30
@@ -115,12 +115,12 @@ def decode_clips(
         raise ValueError(f"fps {fps}, num_frames {num_frames} and size {size} must be positive")
     filters = _crop_filters(size, crop_only, crop, flip)
     _check_regular_file(path)
-    out = torch.zeros(len(starts), 3, num_frames, size, size, dtype=torch.uint8)
+    out = np.zeros((len(starts), 3, num_frames, size, size), np.uint8)
     decode = _pyav_windows if backend == "pyav" else _ffmpeg_windows
-    shown = decode(path, starts, fps, filters, out.numpy())
+    shown = decode(path, starts, fps, filters, out)
     if not all(shown):
         _check_decodable(path)
-    return out
+    return torch.from_numpy(out)
 
 
 def decode_frames(path, *, size, crop_only=False, crop=(0.5, 0.5), backend="pyav"):
@@ -133,10 +133,13 @@ def decode_frames(path, *, size, crop_only=False, crop=(0.5, 0.5), backend="pyav
     filters = _crop_filters(size, crop_only, crop, False)
     _check_regular_file(path)
     decode = _pyav_whole if backend == "pyav" else _ffmpeg_whole
-    frames = decode(path, filters, size)
-    if not len(frames):
+    pictures = decode(path, filters, size)
+    if not len(pictures):
         _check_decodable(path)
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous()
+    out = np.empty((3, len(pictures), size, size), np.uint8)
+    for number, picture in enumerate(pictures):
+        _put(picture, out[:, number : number + 1])
+    return torch.from_numpy(out)
 
 
 def probe_duration(path):
@@ -336,6 +339,15 @@ def _seek(container, stream, start):
     return -target
 
 
+def _demux(container, stream):
+    """The stream's packets up to the end of the file or, as ffmpeg has it, to a read error."""
+    # IndexError: PyAV trips over streams that turn up after the header, once all is read.
+    with contextlib.suppress(av.error.FFmpegError, IndexError):
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
+
+
 def _packets(container, stream, offset):
     """The stream's packets, their timestamps moved by `offset` (us) and mended as ffmpeg does:
     in formats whose clock may jump (MPEG-TS, MPEG-PS) jumps of over 10 s are closed; elsewhere
@@ -347,42 +359,37 @@ def _packets(container, stream, offset):
     step = rescale(1000000, rate.denominator, rate.numerator) if rate else 0
     offset = rescale(offset, denominator, per_tick)
     dts_us = next_us = None
-    try:
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            pts, dts = packet.pts, packet.dts
-            if pts is not None:
-                pts += offset
-            if dts is not None:
-                dts += offset
-            if dts is not None and next_us is not None:
-                delta = rescale(dts, per_tick, denominator) - next_us
-                if jumps:
-                    if abs(delta) > 10 * 1000000 or delta + next_us + 100000 < dts_us:
-                        shift = rescale(delta, denominator, per_tick)
-                        offset -= shift
-                        dts -= shift
-                        if pts is not None:
-                            pts -= shift
-                else:
-                    if abs(delta) > 30 * 3600 * 1000000:
-                        dts = None
+    for packet in _demux(container, stream):
+        pts, dts = packet.pts, packet.dts
+        if pts is not None:
+            pts += offset
+        if dts is not None:
+            dts += offset
+        if dts is not None and next_us is not None:
+            delta = rescale(dts, per_tick, denominator) - next_us
+            if jumps:
+                if abs(delta) > 10 * 1000000 or delta + next_us + 100000 < dts_us:
+                    shift = rescale(delta, denominator, per_tick)
+                    offset -= shift
+                    dts -= shift
                     if pts is not None:
-                        delta = rescale(pts, per_tick, denominator) - next_us
-                        if abs(delta) > 30 * 3600 * 1000000:
-                            pts = None
-            if next_us is None:
-                delay = stream.codec_context.has_b_frames * step
-                next_us = (rescale(pts, per_tick, denominator) if pts is not None else 0) - delay
-            if dts is not None:
-                next_us = rescale(dts, per_tick, denominator)
-            dts_us = next_us
-            next_us += rescale(packet.duration, per_tick, denominator) if packet.duration else step
-            packet.pts, packet.dts = pts, dts
-            yield packet
-    except av.error.FFmpegError:
-        pass  # ffmpeg takes a read error for the end of the file
+                        pts -= shift
+            else:
+                if abs(delta) > 30 * 3600 * 1000000:
+                    dts = None
+                if pts is not None:
+                    delta = rescale(pts, per_tick, denominator) - next_us
+                    if abs(delta) > 30 * 3600 * 1000000:
+                        pts = None
+        if next_us is None:
+            delay = stream.codec_context.has_b_frames * step
+            next_us = (rescale(pts, per_tick, denominator) if pts is not None else 0) - delay
+        if dts is not None:
+            next_us = rescale(dts, per_tick, denominator)
+        dts_us = next_us
+        next_us += rescale(packet.duration, per_tick, denominator) if packet.duration else step
+        packet.pts, packet.dts = pts, dts
+        yield packet
 
 
 def _decoded(packets, context):
@@ -537,11 +544,7 @@ def _pyav_windows(path, starts, fps, filters, clips):
             if shown is not None:
                 return shown
             clips[:] = 0
-        else:
-            return _windows_by_frames(path, container, stream, starts, fps, filters, clips)
-    with _open(path) as container:
-        stream = _video_stream(path, container)
-        return _windows_by_frames(path, container, stream, starts, fps, filters, clips)
+    return _windows_by_frames(path, starts, fps, filters, clips)
 
 
 def _windows_by_packets(path, container, stream, starts, fps, filters, clips):
@@ -558,10 +561,9 @@ def _windows_by_packets(path, container, stream, starts, fps, filters, clips):
         deadline = time.monotonic() + MAX_SECONDS
         for packets in segments:
             for frame in _wanted_frames(packets, showings, stream.codec_context):
-                picture = convert(frame).transpose(2, 0, 1)
+                picture = convert(frame)
                 for window, first, end in showings.pop(frame.pts):
-                    for channel in range(3):
-                        clips[window, channel, first:end] = picture[channel]
+                    _put(picture, clips[window, :, first:end])
                 if time.monotonic() > deadline:
                     raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
     except _Surprise:
@@ -590,35 +592,50 @@ def _plan_windows(container, stream, starts, fps, num_frames):
             packet = _next_packet(source)
             if packet is None or not packet.is_keyframe:
                 raise _Surprise
-            catching_up = segments and packet.pts in segments[-1] and _refreshes(packet, context)
+            catching_up = bool(segments) and packet.pts in segments[-1]
+            # A second seek may know more keyframes than a fresh one; with these it is no matter.
+            if segments and not _refreshes(packet, context):
+                raise _Surprise
             if not catching_up:
                 segments.append({packet.pts: packet})
             ended = False
         segment = segments[-1]  # pts -> packet
-        after = sum(rescale(pts + offset, *ticks_per_unit) >= num_frames for pts in segment)
-        # No packet follows more than 16 others whose frames are shown after its own.
-        while after <= 16 and not ended:
-            packet = _next_packet(source)
-            ended = packet is None
-            if ended or (catching_up and packet.pts in segment):
-                continue
-            catching_up = False
-            if packet.pts in segment:
-                raise _Surprise
-            segment[packet.pts] = packet
-            after += rescale(packet.pts + offset, *ticks_per_unit) >= num_frames
-        times = sorted(pts for pts, packet in segment.items() if not packet.is_discard)
-        times = times[bisect.bisect_left(times, -offset) :]
-        if times and times[0] < next(iter(segment)):
-            raise _Surprise  # shown before the keyframe: whether they come out is hard to say
-        step = fps_runs(num_frames)
-        ticks = [(rescale(pts + offset, *ticks_per_unit), pts) for pts in times]
-        if ended and times:
-            last, before = times[-1], times[-2] if len(times) > 1 else None
-            length = _frame_length(segment[last].duration or 0, last, before, 0, stream)
-            ticks.append((rescale(last + length + offset, *ticks_per_unit), None))
-        runs += [(window, *run) for tick in ticks if (run := step(*tick))]
+        spare, showing = 0, []
+        while not showing or showing[-1][-1] < num_frames:
+            # No packet follows more than 16 others whose frames are shown after its own. A clip
+            # in a long gap may need more: the gap's length in ticks is not known before.
+            spare += 17
+            after = sum(rescale(pts + offset, *ticks_per_unit) >= num_frames for pts in segment)
+            while after < spare and not ended:
+                packet = _next_packet(source)
+                ended = packet is None
+                if ended or (catching_up and packet.pts in segment):
+                    continue
+                catching_up = False
+                if packet.pts in segment:
+                    raise _Surprise
+                segment[packet.pts] = packet
+                after += rescale(packet.pts + offset, *ticks_per_unit) >= num_frames
+            showing = _show(segment, offset, ended, num_frames, ticks_per_unit, stream)
+            if ended:
+                break
+        runs += [(window, *run) for run in showing]
     return runs, [list(segment.values()) for segment in segments]
+
+
+def _show(segment, offset, ended, num_frames, ticks_per_unit, stream):
+    """fps_runs over the packets (pts -> packet) from time -offset on; they may end the file."""
+    times = sorted(pts for pts, packet in segment.items() if not packet.is_discard)
+    times = times[bisect.bisect_left(times, -offset) :]
+    if times and times[0] < next(iter(segment)):
+        raise _Surprise  # shown before the keyframe: whether they come out is hard to say
+    ticks = [(rescale(pts + offset, *ticks_per_unit), pts) for pts in times]
+    if ended and times:
+        last, before = times[-1], times[-2] if len(times) > 1 else None
+        length = _frame_length(segment[last].duration or 0, last, before, 0, stream)
+        ticks.append((rescale(last + length + offset, *ticks_per_unit), None))
+    step = fps_runs(num_frames)
+    return [run for tick in ticks if (run := step(*tick))]
 
 
 def _covers(segment, pts, ended, context):
@@ -693,63 +710,67 @@ def _slice(packet, context):
     return 0, 0
 
 
-def _windows_by_frames(path, container, stream, starts, fps, filters, clips):
+def _windows_by_frames(path, starts, fps, filters, clips):
     """The plain way of _pyav_windows: windows that start from the same packet share a pass."""
-    num_frames = clips.shape[2]
-    units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
-    ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
-    longest = rescale(_window_length(num_frames, fps), *units_per_us)
     shown = [False] * len(starts)
     convert = _converter(path, filters)
     passes = {}
     for window, start in enumerate(starts):
-        alone = len(starts) == 1 or container.format.flags & AVFMT_TS_DISCONT
-        key = window if alone else _landing(container, stream, start, window)
-        passes.setdefault(key, []).append(window)
+        landing = _landing(path, start) if len(starts) > 1 else None
+        passes.setdefault(landing or window, []).append(window)
     for windows in passes.values():
-        offset = _seek(container, stream, starts[windows[0]])
-        base = rescale(offset, *units_per_us)
-        shifts = {
-            window: rescale(offset + starts[windows[0]] - starts[window], *units_per_us) - base
-            for window in windows
-        }
-        steps = {window: fps_runs(num_frames) for window in windows}
-        firsts = {}
-        packets = _packets(container, stream, offset)
-        for pts, _, frame in _timed_frames(path, packets, stream):
-            holder = frame and [frame, None]  # with its picture, once a window shows it
-            for window, step in list(steps.items()):
-                if pts is None:
-                    run = step(None, None)
-                else:
-                    moved = pts + shifts[window]
-                    if frame and moved < 0:
-                        continue
-                    past = moved - firsts.setdefault(window, moved) >= longest
-                    tick = rescale(moved, *ticks_per_unit)
-                    run = step(tick, None if past else holder)
-                if run:
-                    held, first, end = run
-                    if held[1] is None:
-                        held[1] = convert(held[0]).transpose(2, 0, 1)
-                    for channel in range(3):
-                        clips[window, channel, first:end] = held[1][channel]
-                    shown[window] = True
-                if (run and end == num_frames) or (pts is not None and past):
-                    del steps[window]
-            if not steps:
-                break
+        with _open(path) as container:
+            stream = _video_stream(path, container)
+            frames = _pass(path, container, stream, starts, windows, fps, clips.shape[2])
+            for window, frame, first, end in frames:
+                if frame[1] is None:
+                    frame[1] = convert(frame[0])
+                _put(frame[1], clips[window, :, first:end])
+                shown[window] = True
     return shown
 
 
-def _landing(container, stream, start, window):
-    """The packet that a seek to `start` leads to: windows that share it share all that follow."""
-    _seek(container, stream, start)
-    for packet in container.demux(stream):
-        if packet.size and packet.dts is not None:
-            return packet.pts, packet.dts, packet.pos
-        break
-    return window
+def _pass(path, container, stream, starts, windows, fps, num_frames):
+    """One pass of the plain way: yields (window, [frame, None], first, end), the runs of fps_runs.
+    A frame that several windows show comes in the same list each time."""
+    units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
+    ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
+    longest = rescale(_window_length(num_frames, fps), *units_per_us)
+    offset = _seek(container, stream, starts[windows[0]])
+    base = rescale(offset, *units_per_us)
+    delays = {window: starts[window] - starts[windows[0]] for window in windows}
+    shifts = {window: rescale(offset - delays[window], *units_per_us) - base for window in windows}
+    steps = {window: fps_runs(num_frames) for window in windows}
+    begins = {}
+    for pts, _, frame in _timed_frames(path, _packets(container, stream, offset), stream):
+        holder = [frame, None] if frame else None
+        for window, step in list(steps.items()):
+            if pts is None:
+                continue  # the end of no frame at all
+            moved = pts + shifts[window]
+            if frame and moved < 0:
+                continue
+            past = moved - begins.setdefault(window, moved) >= longest
+            run = step(rescale(moved, *ticks_per_unit), None if past else holder)
+            if run:
+                yield window, *run
+            if past or (run and run[-1] == num_frames):
+                del steps[window]
+        if not steps:
+            return
+
+
+def _landing(path, start):
+    """The packet that a seek to `start` leads to: windows that share it share all that follow.
+    None where timestamps may jump, so that the windows' clocks could part."""
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        _seek(container, stream, start)
+        packet = next(_demux(container, stream), None)
+        jumps = container.format.flags & AVFMT_TS_DISCONT
+        if packet is None or packet.dts is None or jumps:
+            return None
+        return packet.pts, packet.dts, packet.pos
 
 
 def _window_length(num_frames, fps):
@@ -757,7 +778,14 @@ def _window_length(num_frames, fps):
     return round((num_frames / fps + Fraction(1, 10)) * 1000000)
 
 
+def _put(picture, places):
+    """Copy a picture [height, width, 3] to each of places [3, n, height, width]."""
+    for channel in range(3):  # three copies of a plane are quicker than one with its axes moved
+        places[channel] = picture[:, :, channel]
+
+
 def _pyav_whole(path, filters, size):
+    """The pictures of the whole file, [size, size, 3] each."""
     with _open(path) as container:
         stream = _video_stream(path, container)
         packets = _packets(container, stream, _seek(container, stream, None))
@@ -779,7 +807,7 @@ def _pyav_whole(path, filters, size):
             if (len(pictures) + copies) * 3 * size * size > MAX_BYTES:
                 raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
             pictures += [picture] * copies
-        return np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+        return pictures
 
 
 def _check_decodable(path):
@@ -844,7 +872,7 @@ def _run(path, command, limit):
         killer = threading.Timer(MAX_SECONDS, process.kill)
         killer.start()
         try:
-            pixels = bytearray(process.stdout.read(limit))
+            pixels = process.stdout.read(limit)
             late = not killer.is_alive()
         finally:
             killer.cancel()
@@ -865,12 +893,14 @@ def _ffmpeg_windows(path, starts, fps, filters, clips):
         seek = {"ss": f"{start}us", "t": f"{_window_length(num_frames, fps)}us"}
         pixels = _ffmpeg_pixels(path, seek, str(fps), filters, clip.size)
         frames = np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
-        clip[:, : len(frames)] = frames.transpose(3, 0, 1, 2)
+        for number, frame in enumerate(frames):
+            _put(frame, clip[:, number : number + 1])
         shown.append(len(frames) > 0)
     return shown
 
 
 def _ffmpeg_whole(path, filters, size):
+    """The pictures of the whole file, [frames, size, size, 3]."""
     pixels = _ffmpeg_pixels(path, {}, None, filters, MAX_BYTES + 1)
     if len(pixels) > MAX_BYTES:
         raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
