@@ -1,6 +1,7 @@
 """The toy data set: in the layouts and formats of the real ones, and worth training on."""
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,10 @@ def script():
     return module
 
 
-def frames(path):
+def first_frames(path, count=40):
     with av.open(str(path)) as container:
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        decoded = itertools.islice(container.decode(video=0), count)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])
 
 
 def captions(toy):
@@ -144,7 +146,7 @@ def test_hmdb(toy, script):
     ],
 )
 def test_files_decode_to_moving_pictures(toy, path):
-    video = frames(toy / path).astype(int)
+    video = first_frames(toy / path).astype(np.int16)
     assert video.shape[1:] == (240, 320, 3)
     assert len(video) >= 16
     assert np.abs(np.diff(video, axis=0)).max(axis=(1, 2, 3)).mean() > 10
@@ -169,7 +171,8 @@ def test_the_same_seed_gives_the_same_files(script, tmp_path, monkeypatch):
         script.prepare(tmp_path / name, 2, 7)
         files = sorted(path for path in (tmp_path / name).glob("**/*") if path.is_file())
         trees.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
-    assert trees[0] == trees[1]
+    assert trees[0].keys() == trees[1].keys()
+    assert [str(path) for path in trees[0] if trees[0][path] != trees[1][path]] == []
 
 
 def test_seeds_and_videos_differ(script, tmp_path):
@@ -200,7 +203,7 @@ def test_captions_are_displaced_yet_mostly_right(script):
                 overlaps.append(overlap / (end - start))
     assert 0.5 < np.std(shifts) < 2
     assert np.abs(shifts).max() < 5
-    assert 0.6 < np.mean(np.array(overlaps) > 0.5) < 0.9
+    assert 0.6 < np.mean(np.array(overlaps) > 0.5) < 0.95
     assert 40 < idle < 40 * 7
 
 
