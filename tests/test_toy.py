@@ -167,12 +167,16 @@ def test_the_same_seed_gives_the_same_files(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MSRVTT_CLIPS", 4)
     monkeypatch.setattr(script, "HMDB_LABELS", ("grow",))
     trees = []
-    for name in ("one", "two"):
-        script.prepare(tmp_path / name, 2, 7)
+    for name, num_videos in ("one", 2), ("two", 2), ("more", 3):
+        script.prepare(tmp_path / name, num_videos, 7)
         files = sorted(path for path in (tmp_path / name).glob("**/*") if path.is_file())
         trees.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
-    assert trees[0].keys() == trees[1].keys()
-    assert [str(path) for path in trees[0] if trees[0][path] != trees[1][path]] == []
+    one, two, more = trees
+    assert one.keys() == two.keys()
+    assert [str(path) for path in one if one[path] != two[path]] == []
+    # Nor does the number of training videos change what is evaluated, or the videos themselves.
+    settings = {"howto100m_videos.csv", "word2vec.pth", "dict.npy", "settings.json"}
+    assert {str(path) for path in one if one[path] != more[path]} <= settings
 
 
 def test_seeds_and_videos_differ(script, tmp_path):

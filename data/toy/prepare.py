@@ -30,6 +30,7 @@ import math
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -298,7 +299,8 @@ def encode(path, frames, fps):
 
 # ---- the four data sets --------------------------------------------------------------------------
 # Each plans its videos as (path, steps, seconds, fps) and writes its tables. A video is then drawn
-# from a random stream of its own, so that the order in which processes get to it does not matter.
+# from a random stream of its own, named by its path: neither which process gets to it nor how many
+# training videos there are makes a difference to what it shows.
 
 
 def write_table(path, columns, rows):
@@ -367,9 +369,10 @@ def plan_hmdb(root, seed):
     return plan
 
 
-def make_video(seed, item):
-    index, (path, steps, seconds, fps) = item
-    encode(path, draw(np.random.default_rng([seed, 4, index]), steps, seconds, fps), fps)
+def make_video(seed, root, item):
+    path, steps, seconds, fps = item
+    stream = zlib.crc32(path.relative_to(root).as_posix().encode())
+    encode(path, draw(np.random.default_rng([seed, 4, stream]), steps, seconds, fps), fps)
 
 
 # ---- word vectors --------------------------------------------------------------------------------
@@ -466,7 +469,7 @@ def prepare(out, num_videos, seed):
     plan += plan_youcook(root, seed) + plan_msrvtt(root, seed) + plan_hmdb(root, seed)
     print(f"{out}: drawing {len(plan)} videos, {num_videos} of them to train on", flush=True)
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        made = pool.map(functools.partial(make_video, seed), enumerate(plan), chunksize=4)
+        made = pool.map(functools.partial(make_video, seed, root), plan, chunksize=4)
         write_word_vectors(root, seed)
         for _ in made:  # raises what went wrong in a process
             pass
