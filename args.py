@@ -127,4 +127,5 @@ def get_args(description="MIL-NCE", argv=None):
     def underscores(token):
         return re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), token)
 
-    return parser.parse_args([underscores(token) for token in argv or sys.argv[1:]])
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_args([underscores(token) for token in argv])

@@ -53,7 +53,7 @@ def plan_launch(args, env=os.environ):
     if not url and args.dist_file != "dist-file":
         url = "file://" + os.path.abspath(args.dist_file)
 
-    if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
         local_world = int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
         local_rank = int(env.get("LOCAL_RANK", 0))
         return Launch(

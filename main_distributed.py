@@ -24,6 +24,7 @@ from utils import (
     check_words_fit,
     log,
     lr_multiplier,
+    make_folder,
     read_words,
     run_script,
     setup_logging,
@@ -57,6 +58,17 @@ def check_inputs(args, launch):
     if args.evaluate:
         validation_set(args, read_words(args))
     build_model(args)
+    make_folder(log_path(args, "txt").parent, "log_root")
+    make_folder(checkpoint_folder(args), "checkpoint_root")
+
+
+def log_path(args, kind):
+    """<log_root>/<checkpoint_dir>.txt, .jsonl; a run without a name of its own is `train`."""
+    return Path(args.log_root, f"{args.checkpoint_dir or 'train'}.{kind}")
+
+
+def checkpoint_folder(args):
+    return Path(args.checkpoint_root, args.checkpoint_dir)
 
 
 def training_set(args, words):
@@ -125,14 +137,13 @@ def build_optimizer(args, model, first_step, total_steps):
 def train(args, process):
     """The whole training, as one process of it sees it."""
     first_rank = process.rank == 0
-    run = args.checkpoint_dir or "train"
-    log_file, json_file = (Path(args.log_root, f"{run}.{kind}") for kind in ("txt", "jsonl"))
-    folder = Path(args.checkpoint_root, args.checkpoint_dir)
-    setup_logging(args.verbose and first_rank, log_file if first_rank else None)
+    json_file, folder = log_path(args, "jsonl"), checkpoint_folder(args)
+    setup_logging(args.verbose and first_rank, log_path(args, "txt") if first_rank else None)
     torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
 
     words = read_words(args)
     dataset = training_set(args, words)
+    validation = validation_set(args, words) if args.evaluate else None
     batch_size = args.batch_size // process.nproc_per_node * process.world_size
 
     def steps_before(epoch):
@@ -207,13 +218,13 @@ def train(args, process):
                 "scheduler": scheduler.state_dict(),
             }
             log.info("wrote %s", checkpoint.save_checkpoint(folder, content))
-        if args.evaluate:
+        if validation:
             if process.world_size > 1:  # each rank has its own running statistics: rank 0's count
                 for buffer in model.buffers():
                     dist.broadcast(buffer, src=0)
             figures = evaluate_retrieval(
                 model,
-                validation_set(args, words),
+                validation,
                 process.device,
                 batch_size=args.batch_size_val,
                 workers=workers_of(args, process),

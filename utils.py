@@ -123,7 +123,6 @@ def setup_logging(verbose, path=None):
     log.propagate = False
     handlers = [logging.StreamHandler(sys.stdout)] if verbose else []
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(path))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -132,8 +131,19 @@ def setup_logging(verbose, path=None):
 
 def check_output(path):
     """Refuses, before the work, a file that could not be written after it."""
-    if path and not os.access(Path(path).resolve().parent, os.W_OK):
-        raise InputError(f"--output: {Path(path).parent} is not a folder that can be written to")
+    folder = Path(path).resolve().parent
+    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK)):
+        raise InputError(f"--output: {path} cannot be written: give a file in an existing folder")
+
+
+def make_folder(path, flag):
+    """Makes a folder that is to be written to. Raises InputError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--{flag}: cannot make the folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"--{flag}: the folder {path} cannot be written to")
 
 
 def report(title, figures, output=""):

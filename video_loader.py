@@ -124,7 +124,7 @@ class HowTo100M(Dataset):
             except (CaptionError, DecodeError) as error:
                 log.warning("replaced an unreadable sample: %s", error)
                 index = int(rng.integers(len(self.names)))
-        raise InputError(f"--video_path: {MAX_REPLACEMENTS} samples in a row cannot be read")
+        raise RuntimeError(f"{MAX_REPLACEMENTS} samples in a row cannot be read: see the warnings")
 
     def sample(self, name, rng):
         """One sample of this video. Raises CaptionError or DecodeError."""

@@ -174,13 +174,18 @@ BAD_INPUTS = {
     "missing start weights": ["--pretrain_cnn_path=absent.pth"],
     "start weights that are none": ["--pretrain_cnn_path={toy}/howto100m_videos.csv"],
     "start weights of another model": ["--pretrain_cnn_path={toy}/word2vec.pth"],
+    "a file where the log folder goes": ["--log_root={toy}/dict.npy"],
+    "a file where the checkpoint folder goes": ["--checkpoint_root={toy}/dict.npy"],
     "validation without videos": ["--evaluate", "--eval_video_root=absent"],
     "validation without a table": ["--evaluate", "--eval_csv=absent.csv"],
 }
 
 
 @pytest.mark.parametrize("fault", BAD_INPUTS)
-def test_bad_input_is_one_line_that_names_the_flag_and_status_2(fault, toy, monkeypatch, capsys):
+def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
+    fault, toy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
     flags = [flag.format(toy=toy) for flag in BAD_INPUTS[fault]]
     validation = [f"--eval_video_root={toy}/youcook", f"--eval_csv={toy}/validation_youcook.csv"]
     monkeypatch.setattr("sys.argv", ["main_distributed.py", *toy_flags(toy), *validation, *flags])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden_json
+from torch.utils.data import DataLoader
 
 from s3dg import Tokenizer
 from utils import InputError, log
@@ -153,3 +154,20 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 def test_the_video_list_is_one_array(tree, shared_videos):
     assert isinstance(dataset(tree, shared_videos).names, np.ndarray)
     assert dataset(tree, shared_videos).names.dtype.kind == "U"
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (2, 1)])
+def test_batches_are_the_same_for_any_number_of_processes_and_workers(
+    tree, shared_videos, world_size, workers
+):
+    def union(world_size, workers):
+        ranks = []
+        for rank in range(world_size):
+            sampler = StepSampler(3, 2, 3, rank=rank, world_size=world_size)
+            data = dataset(tree, shared_videos)
+            loader = DataLoader(data, batch_sampler=sampler, num_workers=workers)
+            ranks.append([batch["video"] for batch in loader])
+        return [torch.cat(parts) for parts in zip(*ranks, strict=True)]
+
+    for expected, found in zip(union(1, 0), union(world_size, workers), strict=True):
+        assert torch.equal(expected, found)
