@@ -43,6 +43,9 @@ FPS = 25
 # HMDB-51 windows are taken at a file's own rate, where 8 frames at 25 fps would show a third of a
 # second: too little to tell one action from another. A low rate makes them last as in training.
 HMDB_FPS, HMDB_SECONDS = 8, 2.0
+# A shape draws a fading trail, as a fast thing does in a dim room: (seconds ago, opacity). What it
+# does then shows within a few minutes of training; told from its places alone, it takes far longer.
+TRAIL = ((0.5, 0.3), (0.25, 0.5), (0.0, 1.0))
 
 COLOURS = {
     "red": (215, 30, 35),
@@ -192,7 +195,7 @@ def outline(shape, u, v):
     return (np.sqrt(np.abs(u)) + np.sqrt(np.abs(v))) ** 2 * 0.75 - 0.95
 
 
-def paint(image, shape, colour, x, y, radius, angle):
+def paint(image, shape, colour, opacity, x, y, radius, angle):
     """One shape onto a [3, H, W] image; one half is paler, so that even a ball can spin."""
     reach = int(radius * 1.45) + 2
     left, right = max(0, int(x) - reach), min(WIDTH, int(x) + reach)
@@ -201,7 +204,7 @@ def paint(image, shape, colour, x, y, radius, angle):
     dx = (np.arange(left, right, dtype=np.float32) - np.float32(x)) / radius
     dy = (np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(y)) / radius
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
-    cover = np.clip(0.5 - outline(shape, u, v) * radius, 0, 1)
+    cover = np.clip(0.5 - outline(shape, u, v) * radius, 0, 1) * np.float32(opacity)
     pale = np.clip(0.5 + v * radius, 0, 1) * np.float32(0.45)
     for channel, value in zip(image, colour, strict=True):
         patch = channel[top:bottom, left:right]
@@ -245,8 +248,8 @@ def stage(rng, step):
         elif step.action == "shrink":
             radius = size * (1.25 - 0.9 * part)
         elif step.action == "shake":
-            x += 13 * math.sin(9 * time + phase)
-            y += 6 * math.sin(11 * time)
+            x += 20 * math.sin(9 * time + phase)
+            y += 8 * math.sin(11 * time)
         elif step.action == "meet":
             radius = 0.8 * size
             x = side * (radius + (74 - radius) * max(0.0, 1 - 1.2 * part))
@@ -271,10 +274,11 @@ def draw(rng, steps, seconds, fps):
         for (step, at), tint in zip(staged, tints, strict=True):
             if not step.start <= now < step.end:
                 continue
-            for (colour, shape), x, y, radius, angle in at(now - step.start):
-                ycbcr = to_ycbcr(np.clip(np.add(COLOURS[colour], tint), 0, 255).astype(np.float32))
-                x, y = x + WIDTH / 2 + MARGIN - left, y + HEIGHT / 2 + MARGIN - top
-                paint(image, shape, ycbcr, x, y, radius, angle)
+            for age, opacity in TRAIL:
+                for (colour, shape), x, y, radius, angle in at(max(0.0, now - step.start - age)):
+                    rgb = np.clip(np.add(COLOURS[colour], tint), 0, 255).astype(np.float32)
+                    x, y = x + WIDTH / 2 + MARGIN - left, y + HEIGHT / 2 + MARGIN - top
+                    paint(image, shape, to_ycbcr(rgb), opacity, x, y, radius, angle)
         yield image
 
 
