@@ -833,13 +833,17 @@ def _ffmpeg_program():
     return program
 
 
-def _ffmpeg_pixels(path, seek, rate, filters, limit):
+def _ffmpeg_pixels(path, rate, filters, limit, **seek):
     """The first `limit` bytes of what the command writes."""
     import ffmpeg
 
-    for skipped in (1, 0) if filters[0] else (1,):
+    with _open(path) as container:  # both backends refuse the same files
+        _video_stream(path, container)
+        demuxer = container.format.name.split(",")[0]
+    for enlarge in (False, True) if filters[0] else (False,):
         source = ffmpeg.input(
             f"file:{os.fspath(path)}",
+            format=demuxer,
             format_whitelist=CONTAINERS,
             protocol_whitelist="file",
             max_pixels=MAX_PIXELS,
@@ -847,24 +851,22 @@ def _ffmpeg_pixels(path, seek, rate, filters, limit):
             **seek,
         )
         video = source["v"]
-        if rate is not None:
-            video = video.filter("fps", fps=rate)
-        for name, options in filters[skipped:]:
+        for name, options in [*rate, *filters[not enlarge :]]:
             video = video.filter(name, **options)
-        command = video.output("pipe:", format="rawvideo", pix_fmt="rgb24").compile(
-            _ffmpeg_program()
-        )
+        output = video.output("pipe:", format="rawvideo", pix_fmt="rgb24")
+        command = output.compile(_ffmpeg_program())
         command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1"]
-        pixels, messages, code = _run(path, command, limit)
+        pixels, messages = _run(path, command, limit)
         if "Invalid too big or non positive size" not in messages:
-            break  # frames were not smaller than the crop
-    if code and not pixels and "filter" in messages:
-        raise DecodeError(f"{path}: its frames cannot be converted")
+            break  # otherwise frames were smaller than the crop
+    for failure in ("Error opening input", "Failed to configure", "Error reinitializing filters"):
+        if failure in messages and not pixels:
+            raise DecodeError(f"{path}: ffmpeg says: {failure}")
     return pixels
 
 
 def _run(path, command, limit):
-    """The first `limit` bytes a command writes, its messages and exit status."""
+    """The first `limit` bytes a command writes, and its messages."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
@@ -878,20 +880,22 @@ def _run(path, command, limit):
             killer.cancel()
             process.stdout.close()
             process.kill()
-            code = process.wait()
+            process.wait()
         if late:
             raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
         errors.seek(0)
-        return pixels, errors.read(1 << 20).decode("utf-8", "replace"), code
+        return pixels, errors.read(1 << 20).decode("utf-8", "replace")
 
 
 def _ffmpeg_windows(path, starts, fps, filters, clips):
     """Fill clips [N, 3, frames, size, size]; for each window, whether it shows any frame."""
     num_frames, size = clips.shape[2:4]
+    # trim only ends the command early: a damaged clock could ask for a million repeats.
+    rate = [("fps", {"fps": str(fps)}), ("trim", {"end_frame": num_frames})]
     shown = []
     for start, clip in zip(starts, clips, strict=True):
         seek = {"ss": f"{start}us", "t": f"{_window_length(num_frames, fps)}us"}
-        pixels = _ffmpeg_pixels(path, seek, str(fps), filters, clip.size)
+        pixels = _ffmpeg_pixels(path, rate, filters, clip.size, **seek)
         frames = np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
         for number, frame in enumerate(frames):
             _put(frame, clip[:, number : number + 1])
@@ -901,7 +905,7 @@ def _ffmpeg_windows(path, starts, fps, filters, clips):
 
 def _ffmpeg_whole(path, filters, size):
     """The pictures of the whole file, [frames, size, size, 3]."""
-    pixels = _ffmpeg_pixels(path, {}, None, filters, MAX_BYTES + 1)
+    pixels = _ffmpeg_pixels(path, [], filters, MAX_BYTES + 1)
     if len(pixels) > MAX_BYTES:
         raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
     return np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
