@@ -365,22 +365,20 @@ def _packets(container, stream, offset):
             pts += offset
         if dts is not None:
             dts += offset
-        if dts is not None and next_us is not None:
-            delta = rescale(dts, per_tick, denominator) - next_us
-            if jumps:
-                if abs(delta) > 10 * 1000000 or delta + next_us + 100000 < dts_us:
-                    shift = rescale(delta, denominator, per_tick)
-                    offset -= shift
-                    dts -= shift
-                    if pts is not None:
-                        pts -= shift
-            else:
-                if abs(delta) > 30 * 3600 * 1000000:
-                    dts = None
-                if pts is not None:
-                    delta = rescale(pts, per_tick, denominator) - next_us
-                    if abs(delta) > 30 * 3600 * 1000000:
-                        pts = None
+        if dts is not None and jumps:
+            now = rescale(dts, per_tick, denominator)
+            delta = now - (next_us or 0)  # the first packet is held against START
+            if abs(delta) > 10 * 1000000 or (dts_us is not None and now + 100000 < dts_us):
+                shift = rescale(delta, denominator, per_tick)
+                offset -= shift
+                dts -= shift
+                pts = None if pts is None else pts - shift
+        elif dts is not None and next_us is not None:
+            limit = 30 * 3600 * 1000000
+            if abs(rescale(dts, per_tick, denominator) - next_us) > limit:
+                dts = None
+            if pts is not None and abs(rescale(pts, per_tick, denominator) - next_us) > limit:
+                pts = None
         if next_us is None:
             delay = stream.codec_context.has_b_frames * step
             next_us = (rescale(pts, per_tick, denominator) if pts is not None else 0) - delay

@@ -105,7 +105,7 @@ ENCODED = {
     "rate_19.62.mkv": ("128x96", "981/50", X264),
     "rate_12.mp4": ("128x96", "12", X264),
     "rate_60.mkv": ("128x96", "60", X264),
-    "odd_size.mp4": ("131x97", "25", f"{X264} -pix_fmt yuv444p"),
+    "odd_size.mp4": ("132x98", "25", f"-vf format=yuv444p,crop=131:97 {X264} -pix_fmt yuv444p"),
     "odd_size.avi": ("132x98", "25", "-vf crop=131:97:exact=1 -c:v mpeg4 -q:v 4"),
     "odd_size.webm": ("132x98", "25", "-vf crop=131:97:exact=1 -c:v libvpx -cpu-used 8"),
     "smaller_than_crop.mp4": ("48x40", "25", X264),
@@ -114,6 +114,7 @@ ENCODED = {
     "full_range.mp4": ("128x96", "25", f"{X264} -pix_fmt yuvj420p"),
     "bt709.mp4": ("128x96", "25", f"{X264} -colorspace bt709 -color_range tv"),
     "gray.mp4": ("128x96", "25", f"{X264} -pix_fmt gray"),
+    "gray.mkv": ("128x96", "25", "-c:v ffv1 -g 20 -pix_fmt gray"),
     "rgb.mkv": ("128x96", "25", "-c:v libx264rgb -g 60 -pix_fmt rgb24"),
     "interlaced.mp4": ("128x96", "25", f"{X264} -flags +ildct+ilme"),
     "interlaced.ts": ("128x96", "25", "-c:v mpeg2video -q:v 4 -g 15 -bf 2 -flags +ildct+ilme"),
@@ -242,7 +243,7 @@ def test_the_files_are_what_their_names_say(video):
         "odd_size.mp4": lambda frame: frame.format.name == "yuv444p" and frame.width == 131,
         "odd_size.webm": lambda frame: (frame.width, frame.height) == (131, 97),
         "full_range.mp4": lambda frame: frame.format.name == "yuvj420p",
-        "gray.mp4": lambda frame: frame.format.name == "gray",
+        "gray.mkv": lambda frame: frame.format.name == "gray",
         "turned_90.mp4": lambda frame: abs(frame.rotation) == 90,
     }.items():
         with av.open(str(video(name))) as container:
