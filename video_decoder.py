@@ -598,12 +598,15 @@ def _plan_windows(container, stream, starts, fps, num_frames):
                 segments.append({packet.pts: packet})
             ended = False
         segment = segments[-1]  # pts -> packet
+        numerator, denominator = ticks_per_unit
+        # The first pts that rounds to a tick past the clip's last.
+        limit = -(-(2 * num_frames - 1) * denominator // (2 * numerator)) - offset
         spare, showing = 0, []
         while not showing or showing[-1][-1] < num_frames:
             # No packet follows more than 16 others whose frames are shown after its own. A clip
             # in a long gap may need more: the gap's length in ticks is not known before.
             spare += 17
-            after = sum(rescale(pts + offset, *ticks_per_unit) >= num_frames for pts in segment)
+            after = sum(pts >= limit for pts in segment)
             while after < spare and not ended:
                 packet = _next_packet(source)
                 ended = packet is None
@@ -613,7 +616,7 @@ def _plan_windows(container, stream, starts, fps, num_frames):
                 if packet.pts in segment:
                     raise _Surprise
                 segment[packet.pts] = packet
-                after += rescale(packet.pts + offset, *ticks_per_unit) >= num_frames
+                after += packet.pts >= limit
             showing = _show(segment, offset, ended, num_frames, ticks_per_unit, stream)
             if ended:
                 break
@@ -627,13 +630,19 @@ def _show(segment, offset, ended, num_frames, ticks_per_unit, stream):
     times = times[bisect.bisect_left(times, -offset) :]
     if times and times[0] < next(iter(segment)):
         raise _Surprise  # shown before the keyframe: whether they come out is hard to say
-    ticks = [(rescale(pts + offset, *ticks_per_unit), pts) for pts in times]
+    step, runs = fps_runs(num_frames), []
+    for pts in times:
+        run = step(rescale(pts + offset, *ticks_per_unit), pts)
+        if run:
+            runs.append(run)
+            if run[-1] == num_frames:
+                return runs
     if ended and times:
         last, before = times[-1], times[-2] if len(times) > 1 else None
         length = _frame_length(segment[last].duration or 0, last, before, 0, stream)
-        ticks.append((rescale(last + length + offset, *ticks_per_unit), None))
-    step = fps_runs(num_frames)
-    return [run for tick in ticks if (run := step(*tick))]
+        run = step(rescale(last + length + offset, *ticks_per_unit), None)
+        runs += [run] if run else []
+    return runs
 
 
 def _covers(segment, pts, ended, context):
@@ -822,7 +831,7 @@ def _check_decodable(path):
 # --- backend ffmpeg ---------------------------------------------------------------------------
 
 
-def _ffmpeg_program():
+def ffmpeg_program():
     program = shutil.which("ffmpeg")
     if program is None:
         import imageio_ffmpeg
@@ -852,7 +861,7 @@ def _ffmpeg_pixels(path, rate, filters, limit, **seek):
         for name, options in [*rate, *filters[not enlarge :]]:
             video = video.filter(name, **options)
         output = video.output("pipe:", format="rawvideo", pix_fmt="rgb24")
-        command = output.compile(_ffmpeg_program())
+        command = output.compile(ffmpeg_program())
         command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1"]
         pixels, messages = _run(path, command, limit)
         if "Invalid too big or non positive size" not in messages:

@@ -1,0 +1,171 @@
+"""Re-encode a tree of videos into a training store: the same names, much cheaper to decode.
+
+Every video becomes H.264 without sound: the short side scaled down to --short_side, --multiple
+frames for each frame that training at --fps takes, and an IDR frame every --keyint seconds. The
+names and folders stay as they are, so that the video list and the captions fit and --video_path
+is all that changes; the container is MP4 whatever the name's extension says (FFmpeg goes by the
+content). Files are written under another name and renamed when they are whole: the command can be
+stopped and run again, and goes on with what is missing.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import video_decoder
+
+EXTENSIONS = {
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
+}
+PARTIAL = ".part"
+
+
+def find_videos(root):
+    """The videos under a folder, relative to it, in order."""
+    paths = (path for path in Path(root).rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return sorted(path.relative_to(root) for path in paths if path.is_file())
+
+
+def store_filters(fps, multiple, short_side):
+    """The -vf of the command.
+
+    Taken at `fps` from a whole second on, the store must show the very frames that the source
+    would. ffmpeg takes the last frame whose time rounds to at most n, halves up: of an odd
+    multiple's store frames that is the middle one, of an even multiple's the one before the
+    middle; so the source's frames go into the store rounded to the nearest or rounded down.
+    """
+    rounding = "near" if multiple % 2 else "down"
+    side = f"min({short_side}\\,min(iw\\,ih))"
+    width = f"if(lte(iw\\,ih)\\,{side}\\,-2)"
+    height = f"if(lte(iw\\,ih)\\,-2\\,{side})"
+    return (
+        f"fps={fps * multiple}:round={rounding}:start_time=0,"
+        f"scale=w={width}:h={height},crop=trunc(iw/2)*2:trunc(ih/2)*2,format=yuv420p"
+    )
+
+
+def transcode(source, target, *, fps, multiple, short_side, keyint, crf, preset):
+    """Write the store's version of one video. Raises RuntimeError with a one-line reason."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + PARTIAL)
+    frames = max(1, round(keyint * fps * multiple))
+    # With the default multiple every other frame, which training does not take, is one that no
+    # frame refers to: the decoder skips it. Clips start on whole seconds, and so do groups.
+    x264 = f"keyint={frames}:min-keyint={frames}:scenecut=0:b-pyramid=none"
+    x264 += f":b-adapt=0:bframes={min(multiple - 1, 3)}"
+    command = [video_decoder.ffmpeg_program(), "-v", "error", "-nostdin", "-y", "-threads", "1"]
+    command += ["-format_whitelist", video_decoder.CONTAINERS, "-protocol_whitelist", "file"]
+    command += ["-max_pixels", str(video_decoder.MAX_PIXELS), "-i", f"file:{source}"]
+    command += ["-map", "0:v:0", "-vf", store_filters(fps, multiple, short_side)]
+    command += ["-c:v", "libx264", "-preset", preset, "-tune", "fastdecode", "-crf", str(crf)]
+    command += ["-x264-params", x264, "-threads", "1", "-map_metadata", "-1"]
+    command += ["-movflags", "+faststart", "-f", "mp4", f"file:{partial}"]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        if done.returncode:
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else f"ffmpeg ended with {done.returncode}")
+        try:
+            clip = video_decoder.decode_clip(partial, 0, fps=fps, num_frames=1, size=16)
+        except video_decoder.DecodeError as error:
+            raise RuntimeError(f"what was written does not decode: {error}") from None
+        if not clip.shape[1]:
+            raise RuntimeError("what was written holds no frame")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=MEASURED, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    parser.add_argument("--video_path", required=True, help="the folder of the videos")
+    parser.add_argument("--out", required=True, help="the folder of the store, made if needed")
+    parser.add_argument("--fps", type=int, default=5, help="the training's --fps (default 5)")
+    parser.add_argument(
+        "--multiple", type=int, default=2, help="store frames per training frame (default 2)"
+    )
+    parser.add_argument("--short_side", type=int, default=256, help="pixels (default 256)")
+    parser.add_argument("--keyint", type=float, default=1.0, help="seconds (default 1)")
+    parser.add_argument("--crf", type=int, default=23, help="x264's quality, 0-51 (default 23)")
+    parser.add_argument("--preset", default="medium", choices=PRESETS, help="x264's (medium)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="at a time")
+    options = parser.parse_args(arguments)
+    for name in ("fps", "multiple", "num_workers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if options.short_side < 16:
+        parser.error("--short_side must be at least 16")
+    if not options.keyint > 0:
+        parser.error("--keyint must be positive")
+    if not 0 <= options.crf <= 51:
+        parser.error("--crf must be from 0 to 51")
+    if not Path(options.video_path).is_dir():
+        parser.error(f"--video_path {options.video_path}: no such folder")
+    source, out = Path(options.video_path).resolve(), Path(options.out).resolve()
+    if source == out or source in out.parents or out in source.parents:
+        parser.error("--out and --video_path must be folders apart from each other")
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {options.out}: not a folder")
+    return parser, options
+
+
+PRESETS = [
+    *("ultrafast", "superfast", "veryfast", "faster", "fast"),
+    *("medium", "slow", "slower", "veryslow"),
+]
+MEASURED = ""
+
+
+def main(arguments=None):
+    """Exit status 0: all is there; 1: some videos failed; 2: the call was wrong."""
+    parser, options = parse_arguments(arguments)
+    videos = find_videos(options.video_path)
+    if not videos:
+        parser.error(f"--video_path {options.video_path}: no video found in it")
+    settings = {
+        name: getattr(options, name)
+        for name in ("fps", "multiple", "short_side", "keyint", "crf", "preset")
+    }
+    todo = [video for video in videos if not (Path(options.out) / video).exists()]
+    failures = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(options.num_workers) as pool,
+        tqdm(total=len(videos), initial=len(videos) - len(todo), unit="video") as progress,
+    ):
+        work = {
+            pool.submit(
+                transcode, Path(options.video_path) / video, Path(options.out) / video, **settings
+            ): video
+            for video in todo
+        }
+        try:
+            for future in concurrent.futures.as_completed(work):
+                try:
+                    future.result()
+                except (RuntimeError, OSError) as error:
+                    failures.append((work[future], error))
+                progress.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            parser.exit(130, "stopped; run it again to go on\n")
+    done = len(videos) - len(failures)
+    print(f"{done} of {len(videos)} videos are in {options.out} ({len(todo)} were missing)")
+    for video, error in sorted(failures):
+        print(f"failed: {video}: {error}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())
