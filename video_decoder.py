@@ -380,7 +380,7 @@ def _packets(container, stream, offset):
             if pts is not None and abs(rescale(pts, per_tick, denominator) - next_us) > limit:
                 pts = None
         if next_us is None:
-            delay = stream.codec_context.has_b_frames * step
+            delay = stream.codec_context.reorder_depth * step
             next_us = (rescale(pts, per_tick, denominator) if pts is not None else 0) - delay
         if dts is not None:
             next_us = rescale(dts, per_tick, denominator)
@@ -390,10 +390,21 @@ def _packets(container, stream, offset):
         yield packet
 
 
-def _decoded(packets, context):
+def _deadline(path):
+    """A function to call now and then; it raises DecodeError once MAX_SECONDS are over."""
+    end = time.monotonic() + MAX_SECONDS
+
+    def check():
+        if time.monotonic() > end:
+            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
+
+    return check
+
+
+def _decoded(packets, context, hurry):
     """The frames of packets in the decoder's order. A damaged packet is skipped, as ffmpeg does."""
-    context.flush_buffers()
     for packet in itertools.chain(packets, [None]):
+        hurry()
         try:
             yield from context.decode(packet)
         except av.error.FFmpegError:
@@ -418,15 +429,11 @@ def _frame_length(duration, pts, last, estimate, stream):
 def _timed_frames(path, packets, stream):
     """(pts, duration, frame) of a packet sequence, in the stream's time base, as ffmpeg's decoder
     thread gives them; finally (end of the last frame, 0, None)."""
-    deadline = time.monotonic() + MAX_SECONDS
-    context = stream.codec_context
     faulty_pts = faulty_dts = 0
     last_guess_pts = last_guess_dts = -math.inf
     last = None
     estimate = 0
-    for frame in _decoded(packets, context):
-        if time.monotonic() > deadline:
-            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
+    for frame in _decoded(packets, stream.codec_context, _deadline(path)):
         # libavcodec's guess between the two clocks of a frame (best_effort_timestamp).
         pts, dts = frame.pts, frame.dts
         if dts is not None:
@@ -556,14 +563,12 @@ def _windows_by_packets(path, container, stream, starts, fps, filters, clips):
             shown[window] = True
             showings.setdefault(pts, []).append((window, first, end))
         convert = _converter(path, filters)
-        deadline = time.monotonic() + MAX_SECONDS
+        hurry = _deadline(path)
         for packets in segments:
-            for frame in _wanted_frames(packets, showings, stream.codec_context):
+            for frame in _wanted_frames(packets, showings, stream.codec_context, hurry):
                 picture = convert(frame)
                 for window, first, end in showings.pop(frame.pts):
                     _put(picture, clips[window, :, first:end])
-                if time.monotonic() > deadline:
-                    raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
     except _Surprise:
         return None
     return shown if not showings else None
@@ -605,7 +610,7 @@ def _plan_windows(container, stream, starts, fps, num_frames):
         while not showing or showing[-1][-1] < num_frames:
             # No packet follows more than 16 others whose frames are shown after its own. A clip
             # in a long gap may need more: the gap's length in ticks is not known before.
-            spare += 17
+            spare = 2 * spare + 17
             after = sum(pts >= limit for pts in segment)
             while after < spare and not ended:
                 packet = _next_packet(source)
@@ -667,7 +672,7 @@ def _next_packet(source):
     return packet
 
 
-def _wanted_frames(packets, wanted, context):
+def _wanted_frames(packets, wanted, context, hurry):
     """The frames of `packets` (from a keyframe on, in decoding order) whose pts is in `wanted`."""
     # Frames that no other refers to are skipped. In H.265 the mark only speaks of its own layer.
     skipping = context.name == "h264" or all(_slice(packet, context)[1] == 1 for packet in packets)
@@ -682,6 +687,7 @@ def _wanted_frames(packets, wanted, context):
     needed += group[:end]
     try:
         for packet in [*needed, None]:
+            hurry()
             if packet is not None:
                 skip = skipping and packet.pts not in wanted
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
@@ -690,7 +696,9 @@ def _wanted_frames(packets, wanted, context):
                     raise _Surprise
                 if frame.pts in wanted:
                     yield frame
-        context.flush_buffers()
+        depth = context.reorder_depth
+        context.flush_buffers()  # for the next segment; it may forget the depth
+        context.reorder_depth = depth
     except av.error.FFmpegError:
         raise _Surprise from None
 

@@ -289,8 +289,8 @@ def test_the_short_way_decodes_fewer_frames(video, monkeypatch):
     """With B-frames it must not decode those that no window shows and no frame refers to."""
     sent, wanted_frames = [], video_decoder._wanted_frames
 
-    def counting(packets, wanted, context):
-        frames = list(wanted_frames(packets, wanted, context))
+    def counting(packets, wanted, *others):
+        frames = list(wanted_frames(packets, wanted, *others))
         sent.append((len(packets), len(frames), len(wanted)))
         return iter(frames)
 
