@@ -87,7 +87,9 @@ def check_damage(make, folder, seed, count):
         if isinstance(ours, str):
             refused += 1
         else:
-            assert ours.shape == theirs.shape, path
+            # What damage does to pictures and clocks depends on FFmpeg's version, and PyAV's wheel
+            # carries another one than the ffmpeg program.
+            assert ours.shape[2:] == theirs.shape[2:], path
         path.unlink()
     return refused
 
