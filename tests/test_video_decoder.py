@@ -24,6 +24,13 @@ GOLDEN = SHARED / "golden" / "frames.json"
 needs_shared = pytest.mark.skipif(not VIDEOS.is_dir(), reason="the shared clips are not here")
 
 
+@pytest.fixture(autouse=True)
+def pinned_program(monkeypatch):
+    """The program that requirements.txt brings, not one that happens to be in PATH: 5.1, say,
+    picks a neighbouring frame of a Matroska file here and there (and gives the golden rows)."""
+    monkeypatch.setattr(video_decoder, "ffmpeg_program", imageio_ffmpeg.get_ffmpeg_exe)
+
+
 # --- golden frames ----------------------------------------------------------------------------
 
 
@@ -510,3 +517,14 @@ def test_probe_duration_refuses_what_is_no_video(tmp_path):
     (tmp_path / "text.mp4").write_text("This is no video.")
     with pytest.raises(DecodeError, match=r"text\.mp4"):
         video_decoder.probe_duration(tmp_path / "text.mp4")
+
+
+def test_the_program_in_path_comes_first(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    program = tmp_path / "ffmpeg"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert video_decoder.ffmpeg_program() == str(program)
+    program.unlink()
+    assert video_decoder.ffmpeg_program() == imageio_ffmpeg.get_ffmpeg_exe()

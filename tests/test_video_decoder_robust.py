@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_video_decoder import VIDEOS, ffmpeg_program, video  # noqa: F401 (video is a fixture)
+from test_video_decoder import (  # the last two are fixtures
+    VIDEOS,
+    ffmpeg_program,
+    pinned_program,  # noqa: F401
+    video,  # noqa: F401
+)
 
 import video_decoder
 from video_decoder import BACKENDS, DecodeError, decode_clip, decode_frames
