@@ -1,6 +1,7 @@
 """The command line of every script: one parser, the public release's flags and a few of ours."""
 
 import argparse
+import math
 import re
 import sys
 
@@ -12,8 +13,8 @@ def positive(kind):
 
     def parse(text):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
         return value
 
     parse.__name__ = f"positive {kind.__name__}"
@@ -25,8 +26,8 @@ def not_negative(kind):
 
     def parse(text):
         value = kind(text)
-        if not value >= 0:
-            raise argparse.ArgumentTypeError(f"{text} is below zero")
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from zero")
         return value
 
     parse.__name__ = f"non-negative {kind.__name__}"
@@ -120,7 +121,11 @@ def get_args(description="MIL-NCE", argv=None):
 
     # Spellings of the release that scripts in the wild still carry.
     add(
-        "--momemtum", dest="momentum", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        "--momemtum",
+        dest="momentum",
+        type=not_negative(float),
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
     )
     add("--pretrained", action="store_true", help=argparse.SUPPRESS)
 

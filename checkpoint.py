@@ -6,14 +6,13 @@ expects them. Files are data: nothing pickled is run.
 
 import contextlib
 import os
-import pickle
 import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from s3dg import S3D
+from s3dg import S3D, WORD_DIM
 from utils import InputError, check_file, log
 
 KEPT = 10  # newest checkpoints of a run
@@ -28,18 +27,21 @@ def read_checkpoint(path, flag="pretrain_cnn_path"):
     check_file(path, flag)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception as error:  # torch.load has many ways to say that a file is not one of its own
         raise InputError(
-            f"--{flag}: {path} is not a checkpoint (or holds more than data)"
+            f"--{flag}: {path} is damaged, not a checkpoint or holds more than data "
+            f"({type(error).__name__}): give a checkpoint or weights"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--{flag}: {path} is damaged or not a checkpoint: {reason}") from None
     if not isinstance(content, dict):
-        raise InputError(f"--{flag}: {path} holds a {type(content).__name__}, not a checkpoint")
+        raise InputError(
+            f"--{flag}: {path} holds a {type(content).__name__}: give a checkpoint or weights"
+        )
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"--{flag}: {path} holds no state dict: its keys are {first(content)}")
+        raise InputError(
+            f"--{flag}: {path} holds no state dict (its keys are {first(content)}): give a "
+            "checkpoint or weights"
+        )
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
     return {**(content if "state_dict" in content else {}), "state_dict": state}
 
@@ -88,9 +90,9 @@ def model_of(state, path, token_to_word_path="data/dict.npy", flag="pretrain_cnn
         space_to_depth=shape("conv1.conv1.weight", 5)[1] == 24,
         token_to_word_path=token_to_word_path,
     )
-    rows, dim = shape("text_module.word_embd.weight", 2)
+    rows = shape("text_module.word_embd.weight", 2)[0]
     if rows != model.text_module.word_embd.num_embeddings:
-        model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, dim))
+        model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, WORD_DIM))
     load_weights(model, state, path, flag)
     return model
 
@@ -125,7 +127,7 @@ def save_checkpoint(folder, content):
 
 
 def newest_checkpoint(folder):
-    """Reads the newest checkpoint that can be read, or returns None: (content, path)."""
+    """The content of the newest checkpoint that can be read, with its "path", or None."""
     for _, path in reversed(numbered(folder)):
         try:
             content = read_checkpoint(path, "resume")
@@ -133,6 +135,6 @@ def newest_checkpoint(folder):
             log.warning("skipped a damaged checkpoint: %s", error)
             continue
         if {"epoch", "optimizer", "scheduler"} <= content.keys():
-            return content, path
+            return {**content, "path": path}
         log.warning("skipped %s: it has no optimizer or scheduler to resume from", path)
     return None

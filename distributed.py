@@ -21,7 +21,7 @@ class Launch:
     local_rank is the first one's number on this node, of nproc_per_node.
     """
 
-    launcher: str  # "python", "torchrun" or "slurm", for the log
+    launcher: str  # "python", "torchrun" or "SLURM", for the log
     world_size: int
     first_rank: int
     local_rank: int
@@ -33,6 +33,17 @@ class Launch:
 def first_host(node_list):
     """The first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03"."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", node_list)[0])
+
+
+def whole_number(env, *names, default=0):
+    """The first of these variables that is set. Raises InputError where it is no number."""
+    for name in names:
+        if name in env:
+            try:
+                return int(env[name])
+            except ValueError:
+                raise InputError(f"{name}={env[name]} in the environment: not a number") from None
+    return default
 
 
 def free_port():
@@ -50,34 +61,35 @@ def plan_launch(args, env=os.environ):
     if gpus and nproc > gpus:
         raise InputError(f"--nproc_per_node {nproc}: there are {gpus} GPUs here")
     url = args.dist_url
+    if url and not re.match(r"(tcp|file)://.", url):
+        raise InputError(f"--dist_url {url}: give tcp://host:port or file:///path")
     if not url and args.dist_file != "dist-file":
         url = "file://" + os.path.abspath(args.dist_file)
+    has_master = {"MASTER_ADDR", "MASTER_PORT"} <= env.keys()
 
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
-        local_world = int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
-        local_rank = int(env.get("LOCAL_RANK", 0))
-        return Launch(
-            "torchrun",
-            int(env["WORLD_SIZE"]),
-            int(env["RANK"]),
-            local_rank,
-            local_world,
-            1,
-            "env://",
-        )
+    world_size = whole_number(env, "WORLD_SIZE")
+    if "RANK" in env and world_size:
+        if world_size > 1 and not has_master and not url:
+            raise InputError("RANK and WORLD_SIZE are set, but no MASTER_ADDR and MASTER_PORT")
+        rank, local_rank = whole_number(env, "RANK"), whole_number(env, "LOCAL_RANK")
+        local_world = whole_number(env, "LOCAL_WORLD_SIZE", default=world_size)
+        return Launch("torchrun", world_size, rank, local_rank, local_world, 1, url or "env://")
 
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+    if not url and has_master:
+        url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    tasks = whole_number(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS", default=1)
     if "SLURM_PROCID" in env and tasks > 1:
-        nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
-        task = int(env["SLURM_PROCID"])
+        nodes = whole_number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
+        task = whole_number(env, "SLURM_PROCID")
         if not url:
-            hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-            port = 20000 + int(env.get("SLURM_JOB_ID", 0)) % 40000
+            names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+            hosts = next((env[name] for name in names if name in env), "127.0.0.1")
+            port = 20000 + whole_number(env, "SLURM_JOB_ID", "SLURM_JOBID") % 40000
             url = f"tcp://{first_host(hosts)}:{port}"
         if tasks > nodes:  # a task a process
-            local = int(env.get("SLURM_LOCALID", 0))
-            return Launch("slurm", tasks, task, local, max(1, tasks // nodes), 1, url)
-        return Launch("slurm", tasks * nproc, task * nproc, 0, nproc, nproc, url)
+            local = whole_number(env, "SLURM_LOCALID")
+            return Launch("SLURM", tasks, task, local, max(1, tasks // nodes), 1, url)
+        return Launch("SLURM", tasks * nproc, task * nproc, 0, nproc, nproc, url)
 
     nodes, node = max(1, args.world_size), max(0, args.rank)
     if nodes > 1 and not url:
@@ -94,9 +106,9 @@ class Process:
 
     rank: int
     world_size: int
-    local_rank: int
     nproc_per_node: int
     device: torch.device
+    launcher: str
 
 
 def start(work, args, launch):
@@ -130,7 +142,8 @@ def run_process(index, work, args, launch):
             backend, init_method=launch.init_method, rank=rank, world_size=launch.world_size
         )
     try:
-        work(args, Process(rank, launch.world_size, local_rank, launch.nproc_per_node, device))
+        nproc = launch.nproc_per_node
+        work(args, Process(rank, launch.world_size, nproc, device, launch.launcher))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -4,7 +4,7 @@ from args import get_args
 from checkpoint import load_model
 from evaluation import evaluate_hmdb
 from hmdb_loader import HMDB51
-from utils import check_output, pick_device, report, run_script, setup_logging
+from utils import check_clip_size, check_output, pick_device, report, run_script, setup_logging
 
 
 def main():
@@ -21,6 +21,7 @@ def main():
         decoder=args.decoder,
     )
     model = load_model(args.pretrain_cnn_path)
+    check_clip_size(args, model)
     figures = evaluate_hmdb(
         model.to(device),
         dataset,
@@ -28,8 +29,6 @@ def main():
         batch_size=args.batch_size_val,
         workers=args.num_thread_reader,
     )
-    if dataset.num_missing:
-        print(f"absent videos, left out: {dataset.num_missing}")
     report("HMDB-51", figures, args.output)
 
 

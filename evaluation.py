@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from hmdb_loader import SPLITS, TEST, TRAIN
-from retrieval_loader import MAX_WORDS
+from retrieval_loader import TEXT_WORDS
 from s3dg import Tokenizer
 from utils import (
     InputError,
+    check_clip_size,
     check_output,
     check_words_fit,
     log,
@@ -56,6 +57,7 @@ def video_features(
         batch_size=None,
         sampler=range(rank, len(dataset), world_size),
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # workers share the data set
         pin_memory=device.type == "cuda",
     )
 
@@ -135,7 +137,7 @@ def retrieval_set(args, dataset_class, default_csv, words):
     return dataset_class(
         args.eval_csv or default_csv,
         args.eval_video_root,
-        Tokenizer(words, MAX_WORDS),
+        Tokenizer(words, TEXT_WORDS),
         num_frames=args.num_frames,
         size=args.video_size,
         fps=args.fps,
@@ -152,6 +154,7 @@ def retrieval_script(args, dataset_class, default_csv):
     words = read_words(args)
     dataset = retrieval_set(args, dataset_class, default_csv, words)
     model = load_model(args.pretrain_cnn_path)
+    check_clip_size(args, model)
     check_words_fit(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
     figures = evaluate_retrieval(
         model.to(device),
@@ -201,6 +204,9 @@ def evaluate_hmdb(model, dataset, device, *, batch_size, workers):
     labels, splits = dataset.labels[kept], dataset.splits[kept]
     check_splits(labels, splits)
     features = np.stack(list(videos.values()))
+    undecodable = len(dataset) - len(kept)
+    if dataset.num_missing or undecodable:
+        log.info("left out: %d absent videos, %d undecodable", dataset.num_missing, undecodable)
     figures = {
         name: linear_svm_accuracy(features, labels, part)
         for name, part in zip(SPLITS, splits.T, strict=True)

@@ -15,7 +15,7 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local):
         gathered = local.new_empty((dist.get_world_size() * local.shape[0], *local.shape[1:]))
-        dist.all_gather_into_tensor(gathered, local.contiguous())
+        dist.all_gather_single(gathered, local.contiguous())
         return gathered
 
     @staticmethod
@@ -24,7 +24,7 @@ class AllGather(torch.autograd.Function):
         local = gradient.new_empty(
             (gradient.shape[0] // dist.get_world_size(), *gradient.shape[1:])
         )
-        dist.reduce_scatter_tensor(local, gradient)
+        dist.reduce_scatter_single(local, gradient)
         return local
 
 

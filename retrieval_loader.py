@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 from utils import InputError
 from video_decoder import DecodeError, decode_clips, probe_duration
 
-MAX_WORDS = 30
+TEXT_WORDS = 30
 
 
 def window_starts(start, end, *, num_frames, fps, num_windows):

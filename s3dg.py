@@ -46,7 +46,7 @@ def load_words(path):
         raise FileNotFoundError(f"no word list at {path}: give the path of the dictionary (.npy)")
     try:
         words = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # numpy has many ways to say that a file is not one of its own
         raise ValueError(f"{path} is not a word list (a numpy array of strings): {error}") from None
     if not isinstance(words, np.ndarray) or words.ndim != 1 or words.dtype.kind != "U":
         raise ValueError(f"{path} is not a word list: a one-dimensional array of strings is needed")

@@ -12,6 +12,8 @@ import torch
 
 import s3dg
 
+LARGEST_NUMBER = 1e7  # of a table: seconds, in practice; the decoder takes no time far beyond
+
 log = logging.getLogger("milnce")
 
 
@@ -24,7 +26,9 @@ def run_script(main):
     try:
         main()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # A data worker's error arrives with the worker's traceback; its message comes last.
+        message = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -35,7 +39,7 @@ def check_file(path, flag):
     if not os.path.isfile(path):
         raise InputError(f"--{flag}: there is no file {path}: give an existing one")
     if not os.access(path, os.R_OK):
-        raise InputError(f"--{flag}: {path} cannot be read")
+        raise InputError(f"--{flag}: {path} cannot be read: change its permissions")
 
 
 def check_folder(path, flag):
@@ -47,26 +51,34 @@ def check_folder(path, flag):
 
 
 def read_table(path, columns, numbers=(), flag="eval_csv"):
-    """Reads a CSV file's columns. All are strings but `numbers`; an empty cell is a missing text.
+    """Reads a CSV file's columns. All are strings but `numbers`, which are 0 or above; an empty
+    cell is a missing text.
 
     Words such as "null" or "NA" stay words. Raises InputError naming the file and the fault.
     """
     check_file(path, flag)
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise InputError(f"--{flag}: {path} is not a CSV table: {error}") from None
+    except ValueError as error:  # pandas' parser errors and undecodable bytes are ValueErrors
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--{flag}: {path} is not a CSV table ({reason}): give one with {', '.join(columns)}"
+        ) from None
     missing = [column for column in columns if column not in table.columns]
     if missing:
         have = ", ".join(map(str, table.columns[:8]))
-        raise InputError(f"--{flag}: {path} has no column {', '.join(missing)} (it has: {have})")
+        raise InputError(
+            f"--{flag}: {path} has no column {', '.join(missing)} (it has {have}): add it"
+        )
     for column in numbers:
-        try:
-            table[column] = pd.to_numeric(table[column])
-        except (ValueError, TypeError) as error:
-            raise InputError(f"--{flag}: {path}, column {column}: {error}") from None
-        if table[column].isna().any():
-            raise InputError(f"--{flag}: {path}, column {column}: a value is missing")
+        values = pd.to_numeric(table[column], errors="coerce")
+        wrong = table.index[~values.between(0, LARGEST_NUMBER)]
+        if len(wrong):
+            raise InputError(
+                f"--{flag}: {path}, line {wrong[0] + 2}, column {column}: "
+                f"{table[column][wrong[0]]} is not a number from 0 to {LARGEST_NUMBER:.0e}: mend it"
+            )
+        table[column] = values
     return table
 
 
@@ -76,7 +88,7 @@ def read_words(args):
     try:
         return s3dg.load_words(args.token_to_word_path)
     except ValueError as error:
-        raise InputError(f"--token_to_word_path: {error}") from None
+        raise InputError(f"--token_to_word_path: {error}: give a .npy word list") from None
 
 
 def check_words_fit(words, rows, path):
@@ -86,6 +98,13 @@ def check_words_fit(words, rows, path):
             f"--token_to_word_path: {path} has {len(words)} words, but the word embedding has "
             f"{rows} rows (one a word and one for padding): give the list made with these vectors"
         )
+
+
+def check_clip_size(args, model):
+    """The space_to_depth stem takes even numbers only."""
+    for flag, value in (("num_frames", args.num_frames), ("video_size", args.video_size)):
+        if model.space_to_depth and value % 2:
+            raise InputError(f"--{flag} {value}: this model's stem needs an even number")
 
 
 def lr_multiplier(step, warmup_steps, total_steps):
@@ -117,9 +136,9 @@ def to_device(video, device):
     return video.to(device, non_blocking=True).float() / 255
 
 
-def setup_logging(verbose, path=None):
+def setup_logging(verbose, path=None, level=logging.INFO):
     """Sends the log to the terminal (verbose) and to a file that is added to."""
-    log.setLevel(logging.INFO)
+    log.setLevel(level)
     log.propagate = False
     handlers = [logging.StreamHandler(sys.stdout)] if verbose else []
     if path is not None:
@@ -132,7 +151,8 @@ def setup_logging(verbose, path=None):
 def check_output(path):
     """Refuses, before the work, a file that could not be written after it."""
     folder = Path(path).resolve().parent
-    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK)):
+    writable = folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir()
+    if path and not writable:
         raise InputError(f"--output: {path} cannot be written: give a file in an existing folder")
 
 
@@ -148,6 +168,7 @@ def make_folder(path, flag):
 
 def report(title, figures, output=""):
     """Prints an evaluation's figures, and writes them to a JSON file where --output names one."""
-    print(title + ": " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in figures.items())
+    print(f"{title}: {'  '.join(shown)}")
     if output:
         Path(output).write_text(json.dumps(figures, indent=2) + "\n")

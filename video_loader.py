@@ -8,11 +8,12 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils import InputError, check_folder, log, read_table
+from utils import InputError, check_folder, read_table
 from video_decoder import DecodeError, decode_clip
 
-MAX_WORDS = 20
+TEXT_WORDS = 20
 MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
+MAX_SECONDS = 1e6  # a caption's time beyond is a slip
 
 
 class CaptionError(Exception):
@@ -22,19 +23,19 @@ class CaptionError(Exception):
 def read_captions(path):
     """Reads a caption file: start and end in seconds (float arrays) and a list of texts.
 
-    Raises CaptionError where it is absent, is no table of captions or has no caption.
+    Rows without usable times are passed over. Raises CaptionError where the file is absent, is no
+    table of captions or has no caption.
     """
     try:
         table = pd.read_csv(path, dtype={"text": str}, keep_default_na=False, na_values=[""])
-        table = table.dropna(subset=["start", "end"])
-        starts = table["start"].to_numpy(float)
-        ends = table["end"].to_numpy(float)
-        texts = table["text"].tolist()
+        starts, ends = table["start"].to_numpy(float), table["end"].to_numpy(float)
+        usable = (starts >= 0) & (starts < MAX_SECONDS) & (ends >= 0) & (ends < MAX_SECONDS)
+        starts, ends, texts = starts[usable], ends[usable], table["text"][usable].tolist()
     except (OSError, ValueError, KeyError) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
         raise CaptionError(f"{path}: {' '.join(reason.split())}") from None
     if not texts:
-        raise CaptionError(f"{path}: no caption in it")
+        raise CaptionError(f"{path}: no caption with usable times in it")
     return starts, ends, texts
 
 
@@ -70,8 +71,8 @@ class HowTo100M(Dataset):
     """Videos with narration. A sample is a function of (seed, epoch, index) alone.
 
     Keys are (epoch, index). An item: "video" uint8 [3, num_frames, size, size]; "text" int64
-    [K, 20] for K candidate captions, [20] where K is 1. A video or caption file that cannot be read
-    costs a warning, and another video, drawn from the same numbers, takes its place.
+    [K, 20] for K candidate captions, [20] where K is 1; "replaced" str, a line for each video or
+    caption file that could not be read, in whose place another, drawn from the same numbers, is.
     """
 
     def __init__(
@@ -118,13 +119,16 @@ class HowTo100M(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        for _ in range(MAX_REPLACEMENTS):
+        faults = []
+        while len(faults) < MAX_REPLACEMENTS:
             try:
-                return self.sample(self.names[index], rng)
+                return {**self.sample(self.names[index], rng), "replaced": "\n".join(faults)}
             except (CaptionError, DecodeError) as error:
-                log.warning("replaced an unreadable sample: %s", error)
+                faults.append(str(error))
                 index = int(rng.integers(len(self.names)))
-        raise RuntimeError(f"{MAX_REPLACEMENTS} samples in a row cannot be read: see the warnings")
+        raise InputError(
+            f"--video_path: {MAX_REPLACEMENTS} samples in a row cannot be read: {faults[-1]}"
+        )
 
     def sample(self, name, rng):
         """One sample of this video. Raises CaptionError or DecodeError."""
@@ -156,7 +160,8 @@ class StepSampler(Sampler):
 
     Each epoch is a permutation of the videos drawn from (seed, epoch), and the batches are cut from
     the epochs laid end to end: every video is visited once an epoch, no batch is short, and the
-    union of the ranks' shares does not depend on how many ranks there are.
+    union of the ranks' shares does not depend on how many ranks there are. Less than a batch is
+    left over where the last step ends.
     """
 
     def __init__(self, length, batch_size, steps, *, first_step=0, seed=1, rank=0, world_size=1):

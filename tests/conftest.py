@@ -1,5 +1,7 @@
 """What several test modules share: golden values, the shared clips, golden weights."""
 
+import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from s3dg import S3D
+from utils import log
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"  # real clips and annotation tables; absent in most clones
@@ -121,3 +124,25 @@ def run_python(script, *flags, cwd=None, check=True):
         cwd=cwd,
         timeout=300,
     )
+
+
+def golden_frames(kind):
+    """The rows of frames.json of one kind."""
+    return [row for row in golden_json("frames") if row["kind"] == kind]
+
+
+def frames_digest(video):
+    """What frames.json has of a clip uint8 [3, T, H, W]: the SHA-256 of [T, H, W, 3]."""
+    return hashlib.sha256(video.permute(1, 2, 3, 0).contiguous().numpy().tobytes()).hexdigest()
+
+
+def write_csv(path, *rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.fixture
+def milnce_log(caplog, monkeypatch):
+    """The project's log, which otherwise does not reach pytest's."""
+    monkeypatch.setattr(log, "propagate", True)
+    return caplog

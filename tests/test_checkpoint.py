@@ -65,12 +65,14 @@ class Evil:
 
 
 @pytest.mark.parametrize(
-    "damage", ["absent", "text", "empty", "truncated", "pickle", "list", "other model"]
+    "damage", ["absent", "text", "more text", "empty", "truncated", "pickle", "list", "other model"]
 )
 def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, capsys):
     path = tmp_path / "weights.pth"
     if damage == "text":
         path.write_text("not a checkpoint")
+    elif damage == "more text":
+        path.write_text("Kitchen weights, not a checkpoint")
     elif damage == "empty":
         path.touch()
     elif damage == "truncated":
@@ -99,8 +101,8 @@ def test_resuming_skips_a_damaged_newest_file(tmp_path):
     for epoch in (1, 2):
         path = save_checkpoint(tmp_path, content(epoch, {"w": torch.ones(1) * epoch}))
     path.write_bytes(path.read_bytes()[:50])
-    found, path = newest_checkpoint(tmp_path)
-    assert found["epoch"] == 1 and path.name == "epoch0001.pth.tar"
+    found = newest_checkpoint(tmp_path)
+    assert found["epoch"] == 1 and found["path"].name == "epoch0001.pth.tar"
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 

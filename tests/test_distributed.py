@@ -27,7 +27,14 @@ def test_plain_python_on_several_nodes_needs_an_address():
 
 
 def test_torchrun_has_started_every_process_already():
-    launch = plan(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a")
+    launch = plan(
+        RANK="3",
+        LOCAL_RANK="1",
+        WORLD_SIZE="4",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="a",
+        MASTER_PORT="1",
+    )
     assert (launch.world_size, launch.first_rank, launch.local_rank) == (4, 3, 1)
     assert (launch.nproc_per_node, launch.spawn, launch.init_method) == (2, 1, "env://")
 
@@ -45,6 +52,27 @@ def test_a_slurm_task_a_process_spawns_none():
     launch = plan(**SLURM, SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="5", SLURM_LOCALID="1")
     assert (launch.world_size, launch.first_rank, launch.local_rank) == (8, 5, 1)
     assert (launch.nproc_per_node, launch.spawn) == (4, 1)
+
+
+def test_older_slurm_names_and_a_given_master_are_understood():
+    old = {"SLURM_NPROCS": "2", "SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_JOBID": "7"}
+    assert plan(**old, SLURM_NODELIST="a,b").init_method == "tcp://a:20007"
+    assert plan(**old, MASTER_ADDR="m", MASTER_PORT="9").init_method == "tcp://m:9"
+    assert plan(**old, SLURM_NODELIST="a,b").world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "env", "named"),
+    [
+        ("", {"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ("", {"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x"),
+        ("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "many"}, "SLURM_NTASKS=many"),
+        ("--dist_url foo", {}, "--dist_url"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(line, env, named):
+    with pytest.raises(InputError, match=named):
+        plan(line, **env)
 
 
 def test_dist_file_overrides_the_address():

@@ -1,13 +1,12 @@
 """The three evaluation scripts, run as a user runs them."""
 
-import csv
 import importlib
 import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import run_python, write_csv
 
 from utils import run_script
 
@@ -60,11 +59,6 @@ def test_the_ffmpeg_backend_gives_the_same_figures(toy, weights, tmp_path):
     assert ours == evaluate("eval_msrvtt.py", tmp_path, *flags, "--decoder=ffmpeg")
 
 
-def write_table(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-
 def test_the_shared_clips_evaluate_and_what_is_absent_or_broken_is_counted(
     toy, weights, tmp_path, shared_videos
 ):
@@ -79,7 +73,8 @@ def test_the_shared_clips_evaluate_and_what_is_absent_or_broken_is_counted(
         (9, 2, 101, "the star", "broken"),
         (9, 2, 101, "a star", "absent"),
     ]
-    write_table(tmp_path / "table.csv", [("end", "start", "task", "text", "video_id"), *rows])
+    header = ("end", "start", "task", "text", "video_id")
+    write_csv(tmp_path / "table.csv", header, *rows)
     figures = evaluate(
         "eval_youcook.py",
         tmp_path,
@@ -98,7 +93,7 @@ def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
             shutil.copy(shared_videos / clip, tmp_path / label / copy)
             rows.append((copy, f"{label}_test", part, part, part))
     header = ("video_id", "label", "split1", "split2", "split3")
-    write_table(tmp_path / "table.csv", [header, *rows])
+    write_csv(tmp_path / "table.csv", header, *rows)
     figures = evaluate(
         "eval_hmdb.py",
         tmp_path,

@@ -12,7 +12,7 @@ from evaluation import (
     video_features,
 )
 from s3dg import Tokenizer
-from utils import InputError, log
+from utils import InputError
 
 CPU = torch.device("cpu")
 
@@ -77,21 +77,22 @@ class Colours(torch.utils.data.Dataset):
         if index in self.broken:
             return {"error": f"video {index} is broken"}
         video = torch.tensor(self.colours[index], dtype=torch.uint8).view(1, 3, 1, 1, 1)
-        return {"video": video.expand(5, 3, 2, 4, 4)}
+        video = video.repeat(5, 1, 2, 4, 4)
+        video[0] = 255  # a first window that is of every colour: the others have to outweigh it
+        return {"video": video}
 
 
 def primaries(n, **settings):
     return Colours([[255 if c == i % 3 else i + 1 for c in range(3)] for i in range(n)], **settings)
 
 
-def test_retrieval_scores_each_video_and_leaves_out_and_names_the_broken(caplog):
-    log.propagate = True
+def test_retrieval_scores_each_video_and_leaves_out_and_names_the_broken(milnce_log):
     model = Brightness()
     figures = evaluate_retrieval(model, primaries(3), CPU, batch_size=4, workers=0)
     assert figures == {"R1": 1, "R5": 1, "R10": 1, "MR": 1, "num_videos": 3, "num_missing": 2}
     figures = evaluate_retrieval(model, primaries(3, broken=[1]), CPU, batch_size=4, workers=2)
     assert (figures["num_videos"], figures["num_missing"], figures["R1"]) == (2, 3, 1)
-    assert "video 1 is broken" in caplog.text
+    assert "video 1 is broken" in milnce_log.text
 
 
 def test_no_batch_is_larger_than_batch_size_val():

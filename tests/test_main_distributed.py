@@ -1,4 +1,3 @@
-import csv
 import json
 import shutil
 import subprocess
@@ -8,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python, toy_flags
+from conftest import run_python, toy_flags, write_csv
 
 import main_distributed
 from checkpoint import load_model, read_checkpoint
-from utils import run_script
+from s3dg import S3D
+from utils import lr_multiplier, run_script
 
 ROOT = Path(main_distributed.__file__).parent
 
@@ -87,7 +87,7 @@ def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, 
     folder, flags = two_epochs
     run_python(
         "eval_youcook.py",
-        *(flag for flag in flags if not flag.startswith(("--nproc", "--evaluate", "--pretrain"))),
+        *without(flags, "--nproc", "--evaluate", "--pretrain"),
         f"--pretrain_cnn_path={folder}/checkpoint/run/epoch0002.pth.tar",
         f"--output={tmp_path}/out.json",
     )
@@ -100,7 +100,7 @@ def test_resuming_ends_with_the_weights_of_the_uninterrupted_run(two_epochs, toy
     folder, flags = two_epochs
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "checkpoint/run/epoch0002.pth.tar").unlink()
-    flags = [f for f in flags if not f.startswith(("--eval", "--checkpoint_root", "--log_root"))]
+    flags = without(flags, "--eval", "--checkpoint_root", "--log_root")
     run_python("main_distributed.py", *flags, *run_flags(tmp_path), "--resume")
     assert [r["step"] for r in records(tmp_path)] == [3, 4]
     resumed = read_checkpoint(tmp_path / "checkpoint/run/epoch0002.pth.tar")
@@ -125,21 +125,27 @@ def test_torchrun_starts_the_same_training(two_epochs, toy, weights, tmp_path):
     assert [r["loss"] for r in records(tmp_path)] == pytest.approx(expected, rel=1e-4)
 
 
-def test_released_style_weights_start_a_training_with_their_stem(toy, tmp_path):
+@pytest.fixture(scope="module")
+def released_run(toy, tmp_path_factory):
+    """A training of one epoch that starts from a file like the released one."""
+    folder = tmp_path_factory.mktemp("released")
     torch.manual_seed(0)
-    model = main_distributed.S3D(space_to_depth=True, word2vec_path=toy / "word2vec.pth")
-    torch.save(model.state_dict(), tmp_path / "released.pth")
-    flags = [*toy_flags(toy), *run_flags(tmp_path), "--epochs=1"]
-    run_python("main_distributed.py", *flags, f"--pretrain_cnn_path={tmp_path}/released.pth")
-    assert load_model(tmp_path / "checkpoint/run/epoch0001.pth.tar").space_to_depth
+    model = S3D(space_to_depth=True, word2vec_path=toy / "word2vec.pth")
+    torch.save(model.state_dict(), folder / "released.pth")
+    flags = [*toy_flags(toy), *run_flags(folder), "--epochs=1"]
+    run_python("main_distributed.py", *flags, f"--pretrain_cnn_path={folder}/released.pth")
+    return folder
+
+
+def test_released_style_weights_start_a_training_with_their_stem(released_run):
+    assert load_model(released_run / "checkpoint/run/epoch0001.pth.tar").space_to_depth
 
 
 def test_the_shared_clips_train(toy, tmp_path, shared_videos):
     names = [p.name for p in shared_videos.iterdir() if p.suffix != ".md"]
     for name in names:
         rows = [("start", "end", "text"), (0, 2, "cut the red star"), (2.5, 4, "the star spins")]
-        with open((tmp_path / name).with_suffix(".csv"), "w", newline="") as file:
-            csv.writer(file).writerows(rows)
+        write_csv((tmp_path / name).with_suffix(".csv"), *rows)
     (tmp_path / "list.csv").write_text("\n".join(["video_path", *names]) + "\n")
     run_python(
         "main_distributed.py",
@@ -169,7 +175,8 @@ BAD_INPUTS = {
     "word list that is none": ["--token_to_word_path={toy}/word2vec.pth"],
     "word list that does not fit": ["--word2vec_path="],
     "a batch that processes cannot share": ["--batch_size=5", "--nproc_per_node=2"],
-    "a batch larger than the list": ["--batch_size=9"],
+    "a batch larger than all the epochs": ["--batch_size=20", "--epochs=2"],
+    "a first epoch after the last": ["--epochs=2", "--start_epoch=2"],
     "unknown decoder": ["--decoder=gstreamer"],
     "missing start weights": ["--pretrain_cnn_path=absent.pth"],
     "start weights that are none": ["--pretrain_cnn_path={toy}/howto100m_videos.csv"],
@@ -196,14 +203,85 @@ def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
     culprit = flags[-1].split("=")[0]
     if fault == "word list that does not fit":
         culprit = "--token_to_word_path"
-    elif fault.startswith("a batch that"):
+    elif fault.startswith("a batch"):
         culprit = "--batch_size"
+    elif fault.startswith("a first epoch"):
+        culprit = "--start_epoch"
     assert culprit in error
+
+
+def without(flags, *names):
+    return [flag for flag in flags if not flag.startswith(names)]
 
 
 def test_resuming_a_finished_run_trains_no_further(two_epochs, tmp_path):
     _, flags = two_epochs
-    flags = [flag for flag in flags if not flag.startswith(("--eval", "--log_root"))]
+    flags = without(flags, "--eval", "--log_root")
     run_python("main_distributed.py", *flags, f"--log_root={tmp_path}", "--resume")
     assert not (tmp_path / "run.jsonl").exists()
     assert "after epoch 2" in (tmp_path / "run.txt").read_text()
+
+
+def test_more_epochs_and_another_learning_rate_take_effect_when_resuming(two_epochs, tmp_path):
+    folder, flags = two_epochs
+    shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    flags = [*without(flags, "--eval", "--pretrain"), *run_flags(tmp_path), "--resume"]
+    run_python("main_distributed.py", *flags, "--epochs=4", "--lr=0.5")
+    expected = [0.5 * lr_multiplier(step, 2, 8) for step in range(4, 8)]
+    assert [r["lr"] for r in records(tmp_path)] == pytest.approx(expected)
+
+
+REFUSED_WITH_OLD_CHECKPOINTS = {
+    "--checkpoint_dir": [],
+    "--resume": ["--resume", "--optimizer=sgd"],
+    "--token_to_word_path": ["--resume", "--token_to_word_path={folder}/short.npy"],
+}
+
+
+@pytest.mark.parametrize("named", REFUSED_WITH_OLD_CHECKPOINTS)
+def test_old_checkpoints_are_not_overwritten_or_misused(
+    named, two_epochs, tmp_path, monkeypatch, capsys
+):
+    folder, flags = two_epochs
+    np.save(tmp_path / "short.npy", np.array(["cut"]))
+    more = [flag.format(folder=tmp_path) for flag in REFUSED_WITH_OLD_CHECKPOINTS[named]]
+    monkeypatch.setattr("sys.argv", ["main_distributed.py", *flags, *more])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main_distributed.main)
+    assert stopped.value.code == 2 and named in capsys.readouterr().err
+    assert len(list((folder / "checkpoint/run").iterdir())) == 2
+
+
+def test_what_any_process_cannot_read_is_named_in_the_log_once(toy, tmp_path):
+    """Two of the eight videos are absent, a text file stands in for a validation video."""
+    videos = shutil.copytree(toy / "videos", tmp_path / "videos")
+    names = sorted(path.name for path in videos.iterdir())
+    for name in names[:2]:
+        (videos / name).unlink()
+    validation = shutil.copytree(toy / "youcook", tmp_path / "youcook")
+    table = (toy / "validation_youcook.csv").read_text().splitlines()[:5]
+    (tmp_path / "table.csv").write_text("\n".join(table))
+    task, _, video = table[2].split(",")[2:]  # the second item is the second rank's
+    next((validation / "validation" / task).glob(f"{video}.*")).write_text("no video")
+    flags = [f"--video_path={videos}", f"--eval_video_root={validation}", "--evaluate"]
+    flags += [f"--eval_csv={tmp_path}/table.csv", "--nproc_per_node=2", "--epochs=3"]
+    run_python("main_distributed.py", *toy_flags(toy), *run_flags(tmp_path), *flags)
+    text = (tmp_path / "log/run.txt").read_text()
+    for name in names[:2]:
+        assert 1 <= text.count(f"sample: {videos / name}") <= 2  # each process may come upon it
+    assert f"{video}." in text
+    assert records(tmp_path)[-1]["num_missing"] >= 1
+
+
+def test_a_space_to_depth_run_resumes_with_its_stem(released_run, toy):
+    flags = [*toy_flags(toy), *run_flags(released_run), "--epochs=2", "--resume"]
+    run_python("main_distributed.py", *flags)
+    assert load_model(released_run / "checkpoint/run/epoch0002.pth.tar").space_to_depth
+
+
+def test_an_odd_clip_size_is_refused_with_that_stem(released_run, toy, monkeypatch, capsys):
+    flags = [*toy_flags(toy), f"--pretrain_cnn_path={released_run}/released.pth", "--num_frames=5"]
+    monkeypatch.setattr("sys.argv", ["main_distributed.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main_distributed.main)
+    assert stopped.value.code == 2 and "--num_frames 5" in capsys.readouterr().err

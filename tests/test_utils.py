@@ -27,13 +27,13 @@ def test_schedule_matches_the_golden_multipliers(case):
 
 
 def test_an_input_error_is_one_line_and_status_2(capsys):
-    def main():
-        raise InputError("--flag: two\nlines")
+    def main():  # as a DataLoader passes on what its worker raised
+        raise InputError("Caught InputError in worker\n  ...\nutils.InputError: --flag: wrong")
 
     with pytest.raises(SystemExit) as stopped:
         run_script(main)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: --flag: two lines\n"
+    assert capsys.readouterr().err == "error: --flag: wrong\n"
 
 
 def test_tables_keep_words_that_pandas_takes_for_missing(tmp_path):

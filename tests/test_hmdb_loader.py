@@ -1,0 +1,48 @@
+import pandas as pd
+import pytest
+from conftest import frames_digest, golden_frames, write_csv
+
+from hmdb_loader import HMDB51
+from utils import InputError
+
+COLUMNS = ("video_id", "label", "split1", "split2", "split3")
+
+
+@pytest.mark.parametrize("row", golden_frames("hmdb"), ids=lambda row: row["video"])
+def test_items_match_the_golden_windows(row, tmp_path, shared_videos):
+    (tmp_path / "wave").mkdir()
+    (tmp_path / "wave" / row["video"]).symlink_to(shared_videos / row["video"])
+    write_csv(tmp_path / "t.csv", COLUMNS, (row["video"], "wave_test", 1, 2, 0))
+    settings = {"num_frames": row["num_frames"], "size": row["size"]}
+    dataset = HMDB51(tmp_path / "t.csv", tmp_path, num_windows=row["num_clip"], **settings)
+    assert dataset.labels.tolist() == ["wave"] and dataset.splits.tolist() == [[1, 2, 0]]
+    assert [frames_digest(window) for window in dataset[0]["video"]] == row["sha256"]
+
+
+def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):
+    (tmp_path / "wave").mkdir()
+    (tmp_path / "wave" / "a.avi").write_text("no video")
+    rows = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 2)]
+    write_csv(tmp_path / "t.csv", COLUMNS, *rows)
+    dataset = HMDB51(tmp_path / "t.csv", tmp_path)
+    assert (len(dataset), dataset.num_missing) == (1, 1)
+    assert "a.avi" in dataset[0]["error"]
+
+
+def test_a_split_that_is_no_split_is_refused(tmp_path):
+    write_csv(tmp_path / "t.csv", COLUMNS, ("a.avi", "wave_test", 1, 3, 1))
+    with pytest.raises(InputError, match="splits"):
+        HMDB51(tmp_path / "t.csv", tmp_path)
+
+
+def test_the_official_table_is_read_whole(shared_csv, tmp_path):
+    table = pd.read_csv(shared_csv / "hmdb51.csv")
+    for row in table.itertuples():
+        path = tmp_path / row.label.removesuffix("_test") / row.video_id
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    dataset = HMDB51(shared_csv / "hmdb51.csv", tmp_path)
+    assert len(dataset) == 6766 and len(set(dataset.labels)) == 51
+    for split in range(3):
+        parts = dataset.splits[:, split]
+        assert ((parts == 1).sum(), (parts == 2).sum()) == (3570, 1530)
