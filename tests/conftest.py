@@ -114,15 +114,15 @@ def toy_flags(toy):
     ]
 
 
-def run_python(script, *flags, cwd=None, check=True):
+def run_python(script, *flags, cwd=None, timeout=300):
     """Runs a script of the project as a user does; returns the finished process."""
     return subprocess.run(
         [sys.executable, HERE.parent / script, *map(str, flags)],
-        check=check,
+        check=True,
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=300,
+        timeout=timeout,
     )
 
 
