@@ -50,6 +50,7 @@ class HMDB51(Dataset):
             video = decode_frames(self.paths[index], size=self.size, backend=self.decoder)
         except DecodeError as error:
             return {"error": str(error)}
-        video = F.pad(video, (0, 0, 0, 0, 0, max(0, self.num_frames - video.shape[1])))
+        if video.shape[1] < self.num_frames:  # black frames at the end
+            video = F.pad(video, (0, 0, 0, 0, 0, self.num_frames - video.shape[1]))
         starts = np.linspace(0, video.shape[1] - self.num_frames, self.num_windows, dtype=int)
         return {"video": torch.stack([video[:, s : s + self.num_frames] for s in starts])}

@@ -40,6 +40,9 @@ MAX_SECONDS = 120
 # The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
 MAX_REPEATS = 30 * 3600 * 30
 
+# The most that the short way of _pyav_windows holds of a file at once: packets, in bytes.
+MAX_HELD = 64 << 20
+
 # Where packets are known to carry their frame's time, and to be skippable (see _pyav_windows).
 WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 SKIPPABLE = ("h264", "hevc")
@@ -105,14 +108,18 @@ def decode_clips(
     `exact`), where plain FFmpeg would round it down. Frames missing at the end are black; a
     window past the end is all black. Of several video streams the first is decoded.
 
+    Two kinds of file on which `pyav` is known to differ from `ffmpeg`: those that the container
+    crops (MP4's clap, Matroska's PixelCrop; ffmpeg 7.1 and later obey it, PyAV does not show it),
+    and, from there on, those whose picture size changes midway.
+
     Raises DecodeError where the file cannot be opened as a local video file or gives no frame
     at all, ValueError for arguments out of range.
     """
     _check_backend(backend)
     starts = [_microseconds(start) for start in starts]
-    fps = Fraction(fps).limit_denominator(100000)
-    if fps <= 0 or num_frames < 1 or size < 1:
+    if not 0 < fps < math.inf or num_frames < 1 or size < 1:
         raise ValueError(f"fps {fps}, num_frames {num_frames} and size {size} must be positive")
+    fps = Fraction(fps).limit_denominator(100000)
     filters = _crop_filters(size, crop_only, crop, flip)
     _check_regular_file(path)
     out = np.zeros((len(starts), 3, num_frames, size, size), np.uint8)
@@ -586,7 +593,7 @@ def _plan_windows(container, stream, starts, fps, num_frames):
     units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
     ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
     context = stream.codec_context
-    runs, segments, ended = [], [], False
+    runs, segments, ended, held = [], [], False, 0
     for window in sorted(range(len(starts)), key=starts.__getitem__):
         offset = rescale(-starts[window] - (container.start_time or 0), *units_per_us)
         if not segments or not _covers(segments[-1], -offset, ended, context):
@@ -622,6 +629,9 @@ def _plan_windows(container, stream, starts, fps, num_frames):
                     raise _Surprise
                 segment[packet.pts] = packet
                 after += packet.pts >= limit
+                held += packet.size
+                if held > MAX_HELD:
+                    raise _Surprise
             showing = _show(segment, offset, ended, num_frames, ticks_per_unit, stream)
             if ended:
                 break
@@ -730,8 +740,11 @@ def _windows_by_frames(path, starts, fps, filters, clips):
     shown = [False] * len(starts)
     convert = _converter(path, filters)
     passes = {}
+    with _open(path) as container:
+        # Where timestamps may jump (MPEG-TS, MPEG-PS) the windows' clocks could part.
+        may_share = len(starts) > 1 and not container.format.flags & AVFMT_TS_DISCONT
     for window, start in enumerate(starts):
-        landing = _landing(path, start) if len(starts) > 1 else None
+        landing = _landing(path, start) if may_share else None
         passes.setdefault(landing or window, []).append(window)
     for windows in passes.values():
         with _open(path) as container:
@@ -777,13 +790,12 @@ def _pass(path, container, stream, starts, windows, fps, num_frames):
 
 def _landing(path, start):
     """The packet that a seek to `start` leads to: windows that share it share all that follow.
-    None where timestamps may jump, so that the windows' clocks could part."""
+    None where it has no name to be told by."""
     with _open(path) as container:
         stream = _video_stream(path, container)
         _seek(container, stream, start)
         packet = next(_demux(container, stream), None)
-        jumps = container.format.flags & AVFMT_TS_DISCONT
-        if packet is None or packet.dts is None or jumps:
+        if packet is None or packet.dts is None:
             return None
         return packet.pts, packet.dts, packet.pos
 
@@ -886,18 +898,27 @@ def _run(path, command, limit):
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
         )
-        killer = threading.Timer(MAX_SECONDS, process.kill)
+        late = threading.Event()
+
+        def stop():
+            late.set()
+            process.kill()
+
+        killer = threading.Timer(MAX_SECONDS, stop)
         killer.start()
         try:
             pixels = process.stdout.read(limit)
-            late = not killer.is_alive()
+            if len(pixels) < limit:
+                process.wait()
         finally:
             killer.cancel()
             process.stdout.close()
             process.kill()
-            process.wait()
-        if late:
+            status = process.wait()
+        if late.is_set():
             raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
+        if len(pixels) < limit and status < 0:
+            raise DecodeError(f"{path}: the ffmpeg program crashed (signal {-status})")
         errors.seek(0)
         return pixels, errors.read(1 << 20).decode("utf-8", "replace")
 
@@ -911,7 +932,7 @@ def _ffmpeg_windows(path, starts, fps, filters, clips):
     for start, clip in zip(starts, clips, strict=True):
         seek = {"ss": f"{start}us", "t": f"{_window_length(num_frames, fps)}us"}
         pixels = _ffmpeg_pixels(path, rate, filters, clip.size, **seek)
-        frames = np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
+        frames = _as_frames(path, pixels, size)
         for number, frame in enumerate(frames):
             _put(frame, clip[:, number : number + 1])
         shown.append(len(frames) > 0)
@@ -923,4 +944,11 @@ def _ffmpeg_whole(path, filters, size):
     pixels = _ffmpeg_pixels(path, [], filters, MAX_BYTES + 1)
     if len(pixels) > MAX_BYTES:
         raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
+    return _as_frames(path, pixels, size)
+
+
+def _as_frames(path, pixels, size):
+    """The bytes of whole pictures as an array [frames, size, size, 3]."""
+    if len(pixels) % (3 * size * size):
+        raise DecodeError(f"{path}: the ffmpeg program stopped in the middle of a frame")
     return np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)

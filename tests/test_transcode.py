@@ -45,7 +45,8 @@ def arguments(source, out, *more):
 
 
 def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if path.name != transcode.SETTINGS)
 
 
 def psnr(first, second):
@@ -133,11 +134,30 @@ def test_a_file_cut_short_by_a_crash_is_not_taken_for_done(tree, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.mp4").write_bytes((tree / "source" / "a.mp4").read_bytes())
-    partial = tmp_path / "store" / ("a.mp4" + transcode.PARTIAL)
+    partial = tmp_path / "store" / ("a.mp4.0" + transcode.PARTIAL)
     partial.parent.mkdir()
     partial.write_bytes(b"half a file")
     assert transcode.main(arguments(source, tmp_path / "store")) == 0
-    assert files(tmp_path / "store") == ["a.mp4"]
+    assert files(tmp_path / "store") == ["a.mp4", partial.name]
+    assert video_decoder.decode_clip(tmp_path / "store" / "a.mp4", 0, **CLIP).any()
+
+
+def test_two_runs_at_once_leave_a_whole_store(tree, tmp_path):
+    command = [sys.executable, str(SCRIPT), *arguments(tree / "source", tmp_path / "store")]
+    runs = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert files(tmp_path / "store") == files(tree / "store")
+    for name in files(tmp_path / "store"):
+        expected = video_decoder.decode_clip(tree / "store" / name, 1, **CLIP)
+        assert torch.equal(
+            video_decoder.decode_clip(tmp_path / "store" / name, 1, **CLIP), expected
+        )
+
+
+def test_a_store_is_not_continued_with_other_settings(tree, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        transcode.main(arguments(tree / "source", tree / "store", "--fps", "10"))
+    assert stopped.value.code == 2 and "--fps 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,6 +169,8 @@ def test_a_file_cut_short_by_a_crash_is_not_taken_for_done(tree, tmp_path):
         (["--multiple", "0"], "--multiple"),
         (["--crf", "99"], "--crf"),
         (["--keyint", "0"], "--keyint"),
+        (["--keyint", "inf"], "--keyint"),
+        (["--out", "{source}/../a.file/store"], "a.file"),
         (["--short_side", "4"], "--short_side"),
         (["--num_workers", "0"], "--num_workers"),
         (["--preset", "hasty"], "hasty"),
@@ -157,6 +179,7 @@ def test_a_file_cut_short_by_a_crash_is_not_taken_for_done(tree, tmp_path):
 )
 def test_a_wrong_call_is_one_line_and_status_2(tree, tmp_path, wrong, message):
     (tmp_path / "empty").mkdir()
+    (tree / "a.file").touch()
     wrong = [part.format(source=tree / "source", empty=tmp_path / "empty") for part in wrong]
     command = [sys.executable, str(SCRIPT), *arguments(tree / "source", tmp_path / "out"), *wrong]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -80,8 +79,13 @@ def outcome(path, backend, whole):
 
 
 def check_damage(make, folder, seed, count):
+    """Damages `count` files: both backends accept the same, and intact parts come out alike.
+
+    What damage does to pictures depends on FFmpeg's version, and PyAV's wheel carries another one
+    than the ffmpeg program; so the bits of H.264, where that is rare, have to agree nearly always.
+    """
     rng = random.Random(seed)
-    refused = 0
+    refused, equal = 0, []
     for number in range(count):
         source = make(SOURCES[number % len(SOURCES)])
         path = folder / f"{seed}_{number}{source.suffix}"
@@ -91,11 +95,10 @@ def check_damage(make, folder, seed, count):
         assert isinstance(ours, str) == isinstance(theirs, str), (path, ours, theirs)
         if isinstance(ours, str):
             refused += 1
-        else:
-            # What damage does to pictures and clocks depends on FFmpeg's version, and PyAV's wheel
-            # carries another one than the ffmpeg program.
-            assert ours.shape[2:] == theirs.shape[2:], path
+        elif source.name.startswith("h264"):
+            equal.append(torch.equal(ours, theirs))
         path.unlink()
+    assert sum(equal) >= 0.9 * len(equal) > 0, f"{sum(equal)} of {len(equal)} equal"
     return refused
 
 
@@ -108,6 +111,18 @@ def test_damaged_files_give_frames_or_one_error(video, tmp_path):  # noqa: F811
 def test_five_hundred_damaged_files(video, tmp_path):  # noqa: F811
     refused = check_damage(video, tmp_path, 2, 500)
     assert 0 < refused < 500
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
+
+
+def run_alone(code, *arguments):
+    """What a fresh process prints that runs this code."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(video_decoder.__file__).parent)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+    ).stdout
 
 
 def replaced(path, old, new, folder, least=1):
@@ -132,14 +147,30 @@ def hostile_frame_sizes(folder):
     yield replaced(vp8, start + bytes([64, 0, 48, 0]), start + b"\xff\x3f\xff\x3f", folder)
 
 
+PEAK = """
+import re, resource, sys
+import video_decoder
+for path in sys.argv[2:]:
+    for decode, more in ((video_decoder.decode_frames, {}), (video_decoder.decode_clip, CLIP)):
+        try:
+            decode(path, *([0] if more else []), size=32, backend=sys.argv[1], **more)
+            sys.exit(f"{path} was decoded")
+        except video_decoder.DecodeError:
+            pass
+with open("/proc/self/status") as file:
+    own = int(re.search(r"VmHWM:\\s+(\\d+)", file.read())[1])
+print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+""".replace("CLIP", "dict(fps=5, num_frames=8)")
+
+
+@needs_proc
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_huge_frames_are_refused_without_the_memory(tmp_path, backend):
-    for path in hostile_frame_sizes(tmp_path):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert isinstance(outcome(path, backend, False), str)
-        assert isinstance(outcome(path, backend, True), str)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert after - before < 200 * 1024  # KiB; one 60000 x 60000 picture has 5.4 million
+    paths = []
+    for number, path in enumerate(hostile_frame_sizes(tmp_path)):
+        paths.append(path.rename(tmp_path / f"{number}{path.suffix}"))
+    # KiB, torch and all; one 60000 x 60000 picture has 5.4 million.
+    assert int(run_alone(PEAK, backend, *paths)) < 1_000_000
 
 
 def hostile_clock(folder):
@@ -234,14 +265,9 @@ print(sizes[1] - sizes[0])
 
 def growth(warm, total, paths):
     """Bytes of resident memory gained from the warm-th to the last clip, in a fresh process."""
-    command = [sys.executable, "-c", LEAK, str(warm), str(total), *map(str, paths)]
-    root = Path(video_decoder.__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout)
+    return int(run_alone(LEAK, warm, total, *paths))
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
 LEAKY = ["h264_bpyramid.mp4", "packed_b.avi", "vp9.webm", "interlaced.mp4", "turned_90.mp4"]
 
 
@@ -261,3 +287,30 @@ def test_memory_stays_level(leaky_files):
 @pytest.mark.slow
 def test_memory_stays_level_over_five_thousand_clips(leaky_files):
     assert growth(500, 5000, leaky_files) < 20e6
+
+
+@pytest.mark.parametrize(
+    ("dies", "message"),
+    [("head -c 1000 /dev/zero", "middle of a frame"), ("kill -SEGV $$", "signal 11")],
+)
+def test_an_ffmpeg_program_that_dies_is_an_error(video, tmp_path, monkeypatch, dies, message):  # noqa: F811
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\n{dies}\n")
+    program.chmod(0o755)
+    path = video("h264_bpyramid.mp4")
+    monkeypatch.setattr(video_decoder, "ffmpeg_program", lambda: str(program))
+    for whole in (False, True):
+        assert message in outcome(path, "ffmpeg", whole)
+
+
+def test_a_long_stretch_without_keyframes_is_not_held_in_memory(video, monkeypatch):  # noqa: F811
+    path = video("h264_bpyramid.mp4")
+    held = decode_clip(path, 1, fps=5, num_frames=8, size=32)
+    monkeypatch.setattr(video_decoder, "MAX_HELD", 100)
+    plain = []
+    by_frames = video_decoder._windows_by_frames
+    monkeypatch.setattr(
+        video_decoder, "_windows_by_frames", lambda *a: plain.append(1) or by_frames(*a)
+    )
+    assert torch.equal(decode_clip(path, 1, fps=5, num_frames=8, size=32), held)
+    assert plain

@@ -9,11 +9,15 @@ stopped and run again, and goes on with what is missing.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
+import json
+import math
+import multiprocessing.pool
 import os
+import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,6 +30,7 @@ EXTENSIONS = {
     *(".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
 }
 PARTIAL = ".part"
+SETTINGS = "transcode.json"
 
 
 def find_videos(root):
@@ -55,7 +60,8 @@ def store_filters(fps, multiple, short_side):
 def transcode(source, target, *, fps, multiple, short_side, keyint, crf, preset):
     """Write the store's version of one video. Raises RuntimeError with a one-line reason."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + PARTIAL)
+    # A name of its own: another run of the command may be at the same video.
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     frames = max(1, round(keyint * fps * multiple))
     # With the default multiple every other frame, which training does not take, is one that no
     # frame refers to: the decoder skips it. Clips start on whole seconds, and so do groups.
@@ -104,17 +110,21 @@ def parse_arguments(arguments=None):
             parser.error(f"--{name} must be at least 1")
     if options.short_side < 16:
         parser.error("--short_side must be at least 16")
-    if not options.keyint > 0:
-        parser.error("--keyint must be positive")
+    if not 0 < options.keyint < math.inf:
+        parser.error("--keyint must be a positive number")
     if not 0 <= options.crf <= 51:
         parser.error("--crf must be from 0 to 51")
-    if not Path(options.video_path).is_dir():
+    if not options.video_path or not Path(options.video_path).is_dir():
         parser.error(f"--video_path {options.video_path}: no such folder")
     source, out = Path(options.video_path).resolve(), Path(options.out).resolve()
     if source == out or source in out.parents or out in source.parents:
         parser.error("--out and --video_path must be folders apart from each other")
-    if out.exists() and not out.is_dir():
-        parser.error(f"--out {options.out}: not a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
+    if not os.access(out, os.W_OK):
+        parser.error(f"--out {options.out}: cannot be written to")
     return parser, options
 
 
@@ -127,9 +137,21 @@ What it buys and costs, measured by benchmarks/bench_decode.py on two cores of a
 the defaults, for a source of 340x256 at 30 frames per second (x264 medium, CRF 23, GOP 250):
 decoding a training clip of 16 frames at 5 per second takes 8.9 ms of CPU instead of 38.9 (89.5 the
 public release's way); disk 119 MB an hour instead of 111; PSNR of the clips against the source's
-40.4 dB. A lower --crf is closer to the source and larger: 20 gave 42.1 dB and 37% more bytes. A
-longer --keyint saves bytes and costs decoding: 4 gave 13% fewer bytes and 14% more CPU. The store
-is made for one --fps, from whole seconds on; at others its frames are a little early or late."""
+40.4 dB. A lower --crf is closer to the source and larger, a longer --keyint smaller and slower to
+decode. The store is made for one --fps, from whole seconds on; at others its frames are a little
+early or late."""
+
+
+def check_settings(parser, out, settings):
+    """A store is of one kind: its settings are kept in it, and a run with others is refused."""
+    path = out / SETTINGS
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if kept != settings:
+            made = " ".join(f"--{name} {value}" for name, value in kept.items())
+            parser.error(f"--out {out} was made with {made}: give these or another --out")
+    else:
+        path.write_text(json.dumps(settings) + "\n")
 
 
 def main(arguments=None):
@@ -142,27 +164,26 @@ def main(arguments=None):
         name: getattr(options, name)
         for name in ("fps", "multiple", "short_side", "keyint", "crf", "preset")
     }
+    check_settings(parser, Path(options.out), settings)
     todo = [video for video in videos if not (Path(options.out) / video).exists()]
     failures = []
-    with (
-        concurrent.futures.ThreadPoolExecutor(options.num_workers) as pool,
-        tqdm(total=len(videos), initial=len(videos) - len(todo), unit="video") as progress,
-    ):
-        work = {
-            pool.submit(
-                transcode, Path(options.video_path) / video, Path(options.out) / video, **settings
-            ): video
-            for video in todo
-        }
+
+    def attempt(video):
         try:
-            for future in concurrent.futures.as_completed(work):
-                try:
-                    future.result()
-                except (RuntimeError, OSError) as error:
-                    failures.append((work[future], error))
+            transcode(Path(options.video_path) / video, Path(options.out) / video, **settings)
+        except (RuntimeError, OSError) as error:
+            return video, error
+
+    progress = tqdm(total=len(videos), initial=len(videos) - len(todo), unit="video")
+    with progress, multiprocessing.pool.ThreadPool(options.num_workers) as pool:
+        try:
+            for failure in pool.imap_unordered(attempt, todo):
+                if failure:
+                    failures.append(failure)
                 progress.update()
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            pool.terminate()  # begin no more
+            pool.join()
             parser.exit(130, "stopped; run it again to go on\n")
     done = len(videos) - len(failures)
     print(f"{done} of {len(videos)} videos are in {options.out} ({len(todo)} were missing)")
@@ -172,5 +193,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C
     with contextlib.suppress(BrokenPipeError):
         sys.exit(main())
