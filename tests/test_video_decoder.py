@@ -1,25 +1,21 @@
 """video_decoder: the golden frames, the same pixels from both backends on every kind of file, and
 the arithmetic of timestamps that this rests on."""
 
-import hashlib
-import json
 import random
 import subprocess
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED, frames_digest, golden_json
 
 import video_decoder
 from video_decoder import BACKENDS, DecodeError, decode_clip, decode_clips, decode_frames
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 VIDEOS = SHARED / "videos"
-GOLDEN = SHARED / "golden" / "frames.json"
 
 needs_shared = pytest.mark.skipif(not VIDEOS.is_dir(), reason="the shared clips are not here")
 
@@ -35,16 +31,11 @@ def pinned_program(monkeypatch):
 
 
 def golden_rows():
-    rows = json.loads(GOLDEN.read_text()) if VIDEOS.is_dir() else []
+    rows = golden_json("frames") if VIDEOS.is_dir() else []
     return [
         pytest.param(row, id=f"{number}-{row['kind']}-{row['video']}")
         for number, row in enumerate(rows)
     ]
-
-
-def sha256(clip):
-    """Of a [3,T,H,W] clip, as the golden file takes it: [T,H,W,3] in C order."""
-    return hashlib.sha256(np.ascontiguousarray(clip.permute(1, 2, 3, 0).numpy())).hexdigest()
 
 
 def decode_row(row, backend):
@@ -69,7 +60,7 @@ def decode_row(row, backend):
 @pytest.mark.parametrize("row", golden_rows())
 def test_golden_frames(row, backend):
     expected = row["sha256"] if isinstance(row["sha256"], list) else [row["sha256"]]
-    assert [sha256(clip) for clip in decode_row(row, backend)] == expected
+    assert [frames_digest(clip) for clip in decode_row(row, backend)] == expected
 
 
 # --- files of every kind ----------------------------------------------------------------------
