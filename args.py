@@ -83,6 +83,26 @@ def get_args(description="MIL-NCE", argv=None):
     add("--batch_size", type=positive(int), default=256, help="of a node, shared by its processes")
     add("--seed", type=not_negative(int), default=1, help="of weights, data order and samples")
 
+    # What a run puts up with
+    add(
+        "--max_bad_fraction",
+        type=not_negative(float),
+        default=0.1,
+        help="share of an epoch's samples that may be unreadable",
+    )
+    add(
+        "--max_bad_steps",
+        type=positive(int),
+        default=10,
+        help="steps in a row that may have a loss or gradient that is not finite",
+    )
+    add(
+        "--sample_timeout",
+        type=positive(float),
+        default=180.0,
+        help="seconds after which a sample that is still being decoded is given up",
+    )
+
     # Evaluation
     add("-e", "--evaluate", action="store_true", help="score YouCook2 retrieval each epoch")
     add("--eval_video_root", default="", help="folder of the evaluation videos")
@@ -97,6 +117,12 @@ def get_args(description="MIL-NCE", argv=None):
     add("--checkpoint_root", default="checkpoint", help="folder of all runs' checkpoints")
     add("--checkpoint_dir", default="", help="this run's folder in it, and the log's name")
     add("--resume", action="store_true", help="continue from the newest good checkpoint")
+    add(
+        "--checkpoint_every",
+        type=not_negative(int),
+        default=500,
+        help="steps between checkpoints within an epoch; 0: none",
+    )
     add("--log_root", default="log", help="folder of the logs")
     add("--n_display", type=positive(int), default=10, help="steps between log lines")
     add("--verbose", type=int, choices=(0, 1), default=1, help="log to the terminal too")
@@ -112,6 +138,12 @@ def get_args(description="MIL-NCE", argv=None):
     add("--rank", type=int, default=-1, help="this node's number, where no launcher says so")
     add("--dist_url", default="", help="rendezvous, tcp://host:port (default: worked out)")
     add("--dist_file", default="dist-file", help="rendezvous through a new file on a shared disk")
+    add(
+        "--dist_timeout",
+        type=positive(float),
+        default=600.0,
+        help="seconds without progress of any process after which the run ends",
+    )
     add("--dist_backend", default="nccl", help="process group on GPUs; on CPUs it is gloo")
     add(
         "--multiprocessing_distributed",

@@ -15,8 +15,9 @@ from torch import nn
 from s3dg import S3D, WORD_DIM
 from utils import InputError, check_file, log
 
-KEPT = 10  # newest checkpoints of a run
-NAME = re.compile(r"epoch(\d{4,})\.pth\.tar")
+KEPT = 10  # newest checkpoints of a run, one an epoch
+KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
+NAME = re.compile(r"epoch(\d{4,})(?:_step(\d{8,}))?\.pth\.tar")
 
 
 def read_checkpoint(path, flag="pretrain_cnn_path"):
@@ -104,26 +105,52 @@ def load_model(path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path
 
 
 def numbered(folder):
-    """The run's checkpoints as (epoch, path), oldest first."""
+    """The run's checkpoints as ((finished epochs, step or 0), path), oldest first."""
     found = ((NAME.fullmatch(path.name), path) for path in Path(folder).glob("epoch*.pth.tar"))
-    return sorted((int(match[1]), path) for match, path in found if match)
+    return sorted(((int(match[1]), int(match[2] or 0)), path) for match, path in found if match)
 
 
-def save_checkpoint(folder, content):
-    """Writes epochNNNN.pth.tar and removes all but the newest. Half a file never has that name."""
+def save_checkpoint(folder, content, step=None):
+    """Writes epochNNNN.pth.tar, or epochNNNN_stepNNNNNNNN.pth.tar in the middle of an epoch.
+
+    Removes all but the newest of its kind. Half a file never has that name. Returns the path, or
+    None where it could not be written, which is logged: the older ones are still there.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"epoch{content['epoch']:04d}.pth.tar"
+    within = "" if step is None else f"_step{step:08d}"
+    path = folder / f"epoch{content['epoch']:04d}{within}.pth.tar"
     partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    for _, old in numbered(folder)[:-KEPT]:
-        with contextlib.suppress(FileNotFoundError):
-            old.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("epoch*.tmp"):  # by a run that was killed
+            left.unlink(missing_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when a write fails
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        log.error("could not write %s, going on with the older checkpoints: %s", path, reason)
+        return None
+    for kept, is_step in ((KEPT, False), (KEPT_STEPS, True)):
+        same = [old for (_, step), old in numbered(folder) if bool(step) == is_step]
+        for old in same[:-kept]:
+            with contextlib.suppress(OSError):
+                old.unlink()
     return path
+
+
+def sync_folder(folder):
+    """Has the disk know of a renamed file, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def newest_checkpoint(folder):

@@ -1,16 +1,24 @@
-"""How the processes of a run find each other: plain python, torchrun or SLURM."""
+"""How the processes of a run find each other, talk and end: plain python, torchrun or SLURM."""
 
+import contextlib
+import datetime
 import os
 import re
+import signal
 import socket
 import sys
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils import InputError, pick_device, run_script
+from utils import STOP_SIGNALS, InputError, die_with_parent, log, pick_device, run_script
+from watchdog import Watchdog
+
+DIST_FILE = "dist-file"  # the flag's default, the release's; here it means none
+STOPPED = 75  # exit status after a signal and a checkpoint: start again to go on (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
@@ -21,13 +29,14 @@ class Launch:
     local_rank is the first one's number on this node, of nproc_per_node.
     """
 
-    launcher: str  # "python", "torchrun" or "SLURM", for the log
+    launcher: str  # for the log
     world_size: int
     first_rank: int
     local_rank: int
     nproc_per_node: int
     spawn: int
     init_method: str
+    restarted: bool = False  # by the launcher, after a failure or a preemption
 
 
 def first_host(node_list):
@@ -53,62 +62,156 @@ def free_port():
 
 
 def plan_launch(args, env=os.environ):
-    """Reads off flags and environment which processes there are. Raises InputError."""
+    """Reads off flags and environment which processes there are.
+
+    torchrun is told by RANK and WORLD_SIZE, srun by SLURM_STEP_ID; anything else is plain python.
+    Raises InputError where they contradict each other.
+    """
     gpus = torch.cuda.device_count() if pick_device(args).type == "cuda" else 0
-    if args.gpu is not None and (args.nproc_per_node or 1) > 1:
-        raise InputError("--gpu takes one process: drop it, or --nproc_per_node")
-    nproc = args.nproc_per_node or (1 if args.gpu is not None else max(1, gpus))
-    if gpus and nproc > gpus:
-        raise InputError(f"--nproc_per_node {nproc}: there are {gpus} GPUs here")
     url = args.dist_url
+    if url and args.dist_file != DIST_FILE:
+        raise InputError("--dist_url and --dist_file exclude each other: drop one")
     if url and not re.match(r"(tcp|file)://.", url):
         raise InputError(f"--dist_url {url}: give tcp://host:port or file:///path")
-    if not url and args.dist_file != "dist-file":
+    if args.dist_file != DIST_FILE:
         url = "file://" + os.path.abspath(args.dist_file)
-    has_master = {"MASTER_ADDR", "MASTER_PORT"} <= env.keys()
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        raise InputError(
+            "of RANK and WORLD_SIZE one is set, one is not: set both (torchrun) or none"
+        )
+    if "RANK" in env:
+        launch = plan_torchrun(env, url)
+    elif "SLURM_STEP_ID" in env and slurm_tasks(env) > 1:
+        launch = plan_slurm(args, env, url, max(1, gpus))
+    else:
+        if "SLURM_PROCID" in env and slurm_tasks(env) > 1:
+            raise InputError(
+                f"this SLURM job has {slurm_tasks(env)} tasks, but python was started without "
+                "srun: put srun before it"
+            )
+        launch = plan_python(args, env, url, max(1, gpus))
 
-    world_size = whole_number(env, "WORLD_SIZE")
-    if "RANK" in env and world_size:
-        if world_size > 1 and not has_master and not url:
-            raise InputError("RANK and WORLD_SIZE are set, but no MASTER_ADDR and MASTER_PORT")
-        rank, local_rank = whole_number(env, "RANK"), whole_number(env, "LOCAL_RANK")
-        local_world = whole_number(env, "LOCAL_WORLD_SIZE", default=world_size)
-        return Launch("torchrun", world_size, rank, local_rank, local_world, 1, url or "env://")
+    if args.gpu is not None and launch.nproc_per_node > 1:
+        raise InputError(
+            f"--gpu takes one process a node, but {launch.launcher} has {launch.nproc_per_node}: "
+            "drop it, or start one"
+        )
+    found = {
+        "nproc_per_node": launch.nproc_per_node,
+        "world_size": launch.world_size // launch.nproc_per_node,
+        "rank": launch.first_rank // launch.nproc_per_node,
+    }
+    for flag, value in found.items():
+        given = getattr(args, flag)
+        if given not in (None, -1, value):
+            raise InputError(
+                f"--{flag} {given}, but started by {launch.launcher} it is {value}: drop the flag"
+            )
+    # A launcher may show each process its own GPU only.
+    if gpus and launch.nproc_per_node > gpus and not (gpus == 1 and launch.spawn == 1):
+        raise InputError(
+            f"{launch.nproc_per_node} processes on this node, but {gpus} GPUs: start one a GPU "
+            "(--nproc_per_node)"
+        )
+    return launch
 
-    if not url and has_master:
+
+def plan_torchrun(env, url):
+    world_size, rank = whole_number(env, "WORLD_SIZE"), whole_number(env, "RANK")
+    if not 0 <= rank < world_size:
+        raise InputError(f"RANK={rank} is not below WORLD_SIZE={world_size}: use torchrun")
+    if world_size > 1 and not url and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise InputError("RANK and WORLD_SIZE are set, but no MASTER_ADDR and MASTER_PORT")
+    local_world = whole_number(env, "LOCAL_WORLD_SIZE", default=world_size)
+    restarted = whole_number(env, "TORCHELASTIC_RESTART_COUNT") > 0
+    return Launch(
+        "torchrun",
+        *(world_size, rank, whole_number(env, "LOCAL_RANK"), local_world),
+        *(1, url or "env://", restarted),
+    )
+
+
+def slurm_tasks(env):
+    return whole_number(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS", default=1)
+
+
+def plan_slurm(args, env, url, gpus):
+    tasks, task = slurm_tasks(env), whole_number(env, "SLURM_PROCID")
+    nodes = whole_number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
+    if tasks % nodes:
+        raise InputError(f"{tasks} SLURM tasks on {nodes} nodes: give each node as many")
+    job, step = whole_number(env, "SLURM_JOB_ID", "SLURM_JOBID"), whole_number(env, "SLURM_STEP_ID")
+    restarts = whole_number(env, "SLURM_RESTART_COUNT")
+    if url.startswith("file://"):
+        url += f".{job}.{step}.{restarts}"  # a file of an earlier start would mislead this one
+    if not url and {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-    tasks = whole_number(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS", default=1)
-    if "SLURM_PROCID" in env and tasks > 1:
-        nodes = whole_number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
-        task = whole_number(env, "SLURM_PROCID")
-        if not url:
-            names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-            hosts = next((env[name] for name in names if name in env), "127.0.0.1")
-            port = 20000 + whole_number(env, "SLURM_JOB_ID", "SLURM_JOBID") % 40000
-            url = f"tcp://{first_host(hosts)}:{port}"
-        if tasks > nodes:  # a task a process
-            local = whole_number(env, "SLURM_LOCALID")
-            return Launch("SLURM", tasks, task, local, max(1, tasks // nodes), 1, url)
-        return Launch("SLURM", tasks * nproc, task * nproc, 0, nproc, nproc, url)
+    if not url:
+        names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+        host = first_host(next((env[name] for name in names if name in env), "127.0.0.1"))
+        # Below the ports that systems hand out; another one for every step of a job.
+        url = f"tcp://{host}:{10000 + (31 * job + step) % 20000}"
+    if tasks > nodes:
+        local, on_node = whole_number(env, "SLURM_LOCALID"), tasks // nodes
+        return Launch("SLURM, a task a process", tasks, task, local, on_node, 1, url, restarts > 0)
+    nproc = args.nproc_per_node or gpus
+    return Launch(
+        "SLURM, a task a node", tasks * nproc, task * nproc, 0, nproc, nproc, url, restarts > 0
+    )
 
+
+def plan_python(args, env, url, gpus):
+    nproc = args.nproc_per_node or (1 if args.gpu is not None else gpus)
     nodes, node = max(1, args.world_size), max(0, args.rank)
     if nodes > 1 and not url:
         raise InputError("--world_size above 1 needs --dist_url tcp://host:port, the first node's")
     if node >= nodes:
         raise InputError(f"--rank {node} is not below --world_size {nodes}")
     url = url or f"tcp://127.0.0.1:{free_port()}"
-    return Launch("python", nodes * nproc, node * nproc, 0, nproc, nproc, url)
+    restarted = whole_number(env, "SLURM_RESTART_COUNT") > 0
+    return Launch("python", nodes * nproc, node * nproc, 0, nproc, nproc, url, restarted)
 
 
-@dataclass(frozen=True)
 class Process:
     """One process of a run, as the training sees it."""
 
-    rank: int
-    world_size: int
-    nproc_per_node: int
-    device: torch.device
-    launcher: str
+    def __init__(self, rank, launch, device, watchdog, group):
+        self.rank, self.device, self.launch = rank, device, launch
+        self.world_size, self.nproc_per_node = launch.world_size, launch.nproc_per_node
+        self.at = watchdog.at
+        self.group = group  # of gloo, on the CPU: small talk does not wait for the GPUs
+        self.signal = None  # the name of the first one of STOP_SIGNALS that came
+
+    def __str__(self):
+        nodes = self.world_size // self.nproc_per_node
+        return (
+            f"{self.launch.launcher}: {nodes} x {self.nproc_per_node} processes, on "
+            f"{self.device.type}, meeting at {self.launch.init_method}"
+        )
+
+    def answer_signals(self):
+        def note(number, frame):
+            self.signal = self.signal or signal.Signals(number).name
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def sum(self, *values):
+        """The sums of these whole numbers over all ranks."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def gather(self, value):
+        """The ranks' values, in their order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def start(work, args, launch):
@@ -116,34 +219,107 @@ def start(work, args, launch):
     if launch.spawn == 1:
         run_process(0, work, args, launch)
         return
-    try:
-        mp.spawn(run_spawned, args=(work, args, launch), nprocs=launch.spawn)
-    except mp.ProcessExitedException as error:
-        if error.exit_code == 2:  # the process has said why
-            sys.exit(2)
-        raise
+    context = mp.get_context("spawn")
+    # What is started here inherits the blocked signals: a rank until it can answer them, Python's
+    # resource tracker for good.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    processes = [
+        context.Process(target=run_spawned, args=(index, work, args, launch))
+        for index in range(launch.spawn)
+    ]
+    for process in processes:
+        process.start()
+    running = {p.sentinel: (launch.first_rank + i, p) for i, p in enumerate(processes)}
+
+    def pass_on(number, frame):
+        for _, process in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    status = 0
+    while running:
+        ended = []
+        for sentinel in wait(list(running)):
+            rank, process = running[sentinel]
+            process.join()
+            del running[sentinel]
+            ended.append((process.exitcode, rank))
+        code, rank = min(ended)  # a signal's, if any: what it killed, others failed for
+        if code < 0:
+            print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+        if code not in (0, STOPPED):
+            for _, process in running.values():
+                process.kill()
+            for _, process in running.values():
+                process.join()
+            sys.exit(code if code > 0 else 1)
+        status = max(status, code)
+    if status:
+        sys.exit(status)
 
 
 def run_spawned(index, work, args, launch):
+    die_with_parent()
     run_script(lambda: run_process(index, work, args, launch))
 
 
 def run_process(index, work, args, launch):
     """Joins the process group as the index-th process of this launch and does the work."""
     rank, local_rank = launch.first_rank + index, launch.local_rank + index
-    device = pick_device(args, local_rank)
+    device = pick_device(args, local_rank if torch.cuda.device_count() > 1 else 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.nproc_per_node))
+    store, group = dist.HashStore(), None
     if launch.world_size > 1:
-        backend = args.dist_backend if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=launch.init_method, rank=rank, world_size=launch.world_size
-        )
+        store, group = join_group(args, launch, rank, device)
+    watchdog = Watchdog(store, rank, launch.world_size, args.dist_timeout)
+    process = Process(rank, launch, device, watchdog, group)
+    process.answer_signals()
     try:
-        nproc = launch.nproc_per_node
-        work(args, Process(rank, launch.world_size, nproc, device, launch.launcher))
+        process.gather(None)  # every rank has a watchdog
+        watchdog.start()
+        work(args, process)
+        process.at("the end")
+        process.gather(None)  # rank 0 keeps the store until all are done
+    except RuntimeError as error:
+        # Most likely a collective operation that lacks a rank.
+        print(f"rank {rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if launch.world_size > 1 and (gone := watchdog.blame()):
+            log.error("stopping: %s", gone)
+            print(f"error: rank {rank}: {gone}", file=sys.stderr)
+            sys.exit(1)
+        raise
     finally:
+        watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def join_group(args, launch, rank, device):
+    """Meets the other ranks. Returns the store they share and a group of gloo."""
+    timeout = datetime.timedelta(seconds=args.dist_timeout)
+    try:
+        rendezvous = dist.rendezvous(launch.init_method, rank, launch.world_size, timeout=timeout)
+        store = next(rendezvous)[0]
+        store.set_timeout(timeout)
+        backend = args.dist_backend if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=launch.world_size,
+            # The watchdog comes first: it can say which rank it is.
+            timeout=timeout * 1.5,
+        )
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"rank {rank} of {launch.world_size} did not find the others at {launch.init_method} "
+            f"within {args.dist_timeout:g} s (--dist_timeout): {' '.join(str(error).split())}"
+        ) from None
+    group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout * 1.5)
+    return store.clone(), group

@@ -28,6 +28,7 @@ def main():
         device,
         batch_size=args.batch_size_val,
         workers=args.num_thread_reader,
+        sample_timeout=args.sample_timeout,
     )
     report("HMDB-51", figures, args.output)
 

@@ -1,10 +1,11 @@
 """The evaluations: one loop over the videos, retrieval figures, a linear SVM."""
 
+import contextlib
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.svm import LinearSVC
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import load_model
@@ -23,6 +24,7 @@ from utils import (
     setup_logging,
     to_device,
 )
+from workers import Crash, sample_batches
 
 
 def clip_batches(items, batch_size):
@@ -45,37 +47,52 @@ def clip_batches(items, batch_size):
 
 @torch.inference_mode()
 def video_features(
-    model, dataset, device, *, batch_size, workers, mixed5c=False, rank=0, world_size=1
+    model,
+    dataset,
+    device,
+    *,
+    batch_size,
+    workers,
+    sample_timeout,
+    mixed5c=False,
+    rank=0,
+    world_size=1,
+    on_video=lambda: None,
 ):
     """Features of each video's windows: a dict from index to float array [W, 512 or 1024].
 
     Videos that cannot be decoded are named in the log and have no entry. With several ranks each
-    takes every world_size-th video, and all of them get the whole.
+    takes every world_size-th video, and all of them get the whole. on_video is called after each.
     """
-    loader = DataLoader(
+    share = range(rank, len(dataset), world_size)
+    videos = sample_batches(
         dataset,
-        batch_size=None,
-        sampler=range(rank, len(dataset), world_size),
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # workers share the data set
+        ([index] for index in share),
+        workers=workers,
+        timeout=sample_timeout,
         pin_memory=device.type == "cuda",
     )
 
     def decoded():
-        bar = tqdm(loader, desc=type(dataset).__name__, unit="video", disable=rank > 0)
-        for index, item in zip(loader.sampler, bar, strict=True):
-            if "error" in item:
-                log.warning("left out of the evaluation: %s", item["error"])
+        bar = tqdm(share, desc=type(dataset).__name__, unit="video", disable=rank > 0)
+        for index, video in zip(bar, videos, strict=True):
+            error = video["errors"][0]
+            if isinstance(error, Crash):
+                error = f"{dataset.path(index)}: it {error}"
+            if error:
+                log.warning("left out of the evaluation: %s", error)
             else:
-                yield index, item["video"]
+                yield index, video["video"][0].clone()  # its memory is used again
+            on_video()
 
     was_training = model.training
     model.eval()
     features = {}
-    for owners, clips in clip_batches(decoded(), batch_size):
-        output = model(to_device(clips, device), None, mode="video", mixed5c=mixed5c)
-        for owner, feature in zip(owners, output.float().cpu().numpy(), strict=True):
-            features.setdefault(owner, []).append(feature)
+    with contextlib.closing(videos):
+        for owners, clips in clip_batches(decoded(), batch_size):
+            output = model(to_device(clips, device), None, mode="video", mixed5c=mixed5c)
+            for owner, feature in zip(owners, output.float().cpu().numpy(), strict=True):
+                features.setdefault(owner, []).append(feature)
     model.train(was_training)
     features = {owner: np.stack(windows) for owner, windows in features.items()}
     if world_size > 1:
@@ -109,20 +126,13 @@ def retrieval_metrics(scores):
     }
 
 
-def evaluate_retrieval(model, dataset, device, *, batch_size, workers, rank=0, world_size=1):
+def evaluate_retrieval(model, dataset, device, **decoding):
     """Zero-shot text-to-video retrieval (paper, section 4): R1, R5, R10, MR and counts.
 
     A video is the mean of its windows' embeddings. Absent and undecodable ones leave both sides.
+    For the keyword arguments see video_features.
     """
-    videos = video_features(
-        model,
-        dataset,
-        device,
-        batch_size=batch_size,
-        workers=workers,
-        rank=rank,
-        world_size=world_size,
-    )
+    videos = video_features(model, dataset, device, **decoding)
     if not videos:
         raise InputError("--eval_video_root: none of the videos there can be decoded")
     texts = text_features(model, dataset, list(videos), device)
@@ -162,6 +172,7 @@ def retrieval_script(args, dataset_class, default_csv):
         device,
         batch_size=args.batch_size_val,
         workers=args.num_thread_reader,
+        sample_timeout=args.sample_timeout,
     )
     report(dataset_class.__name__, figures, args.output)
 
@@ -194,12 +205,13 @@ def check_splits(labels, parts):
             )
 
 
-def evaluate_hmdb(model, dataset, device, *, batch_size, workers):
-    """Linear classification of HMDB-51 on pooled mixed_5c features: top-1 of each split, mean."""
+def evaluate_hmdb(model, dataset, device, **decoding):
+    """Linear classification of HMDB-51 on pooled mixed_5c features: top-1 of each split, mean.
+
+    For the keyword arguments see video_features.
+    """
     check_splits(dataset.labels, dataset.splits)  # before the hours of decoding
-    videos = video_features(
-        model, dataset, device, batch_size=batch_size, workers=workers, mixed5c=True
-    )
+    videos = video_features(model, dataset, device, mixed5c=True, **decoding)
     kept = list(videos)
     labels, splits = dataset.labels[kept], dataset.splits[kept]
     check_splits(labels, splits)

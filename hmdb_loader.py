@@ -41,9 +41,13 @@ class HMDB51(Dataset):
         self.splits = present[list(SPLITS)].to_numpy(dtype=np.int64)
         self.num_frames, self.size = num_frames, size
         self.num_windows, self.decoder = num_windows, decoder
+        self.fields = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
 
     def __len__(self):
         return len(self.paths)
+
+    def path(self, index):
+        return self.paths[index]
 
     def __getitem__(self, index):
         try:

@@ -3,16 +3,22 @@
 One process a GPU, or a few on the CPU; plain python, torchrun or SLURM: see README.md.
 """
 
+import contextlib
+import csv
+import datetime
 import json
 import logging
 import math
+import sys
 import time
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.nn.utils import get_total_norm
 
 import checkpoint
 import distributed
@@ -28,40 +34,82 @@ from utils import (
     log,
     lr_multiplier,
     make_folder,
+    read_table,
     read_words,
     run_script,
     setup_logging,
     to_device,
 )
-from video_loader import TEXT_WORDS, HowTo100M, StepSampler
+from video_loader import QUARANTINE, TEXT_WORDS, HowTo100M, StepSampler, training_batches
 from youcook_loader import YouCook2
 
 
 def main():
     args = get_args(__doc__)
     launch = distributed.plan_launch(args)
-    check_inputs(args, launch)
+    args.resume = args.resume or launch.restarted
+    if launch.spawn > 1:
+        setup_logging(verbose=False)
+        prepare(args, launch, torch.device("cpu"))  # what is wrong is said once, not by each
     distributed.start(train, args, launch)
 
 
-def check_inputs(args, launch):
-    """Refuses, in the first seconds, what would fail in the first hour. Raises InputError."""
-    if args.batch_size % launch.nproc_per_node:
+@dataclass
+class Progress:
+    """How far a run has come. Its checkpoints hold it, as "progress"."""
+
+    epoch: int = 0  # finished ones
+    step: int = 0
+    bad_samples: int = 0  # places that another sample had to take
+    bad_in_epoch: int = 0
+    skipped_steps: int = 0  # for a loss or gradient that was not finite
+    skipped_in_row: int = 0
+
+
+@dataclass
+class Job:
+    """What a process trains with, all of it checked."""
+
+    dataset: HowTo100M
+    validation: YouCook2 | None
+    model: S3D
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    progress: Progress
+    batch_size: int  # clips of a step over all nodes
+    total_steps: int
+    resumed: Path | None  # the checkpoint, if any
+
+    def steps_before(self, epoch):
+        return steps_before(epoch, self.dataset, self.batch_size)
+
+
+def prepare(args, processes, device):
+    """Reads all input and builds the Job; refuses, in the first seconds, what would fail in the
+    first hour. `processes` is a Launch or a Process. Raises InputError.
+    """
+    if args.batch_size % processes.nproc_per_node:
         raise InputError(
-            f"--batch_size {args.batch_size} cannot be shared by {launch.nproc_per_node} "
+            f"--batch_size {args.batch_size} cannot be shared by {processes.nproc_per_node} "
             "processes: give a multiple"
         )
+    if processes.world_size > 1 and args.sample_timeout >= args.dist_timeout:
+        raise InputError(
+            f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
+            f"{args.dist_timeout:g}: a slow sample would end the run"
+        )
+    batch_size = args.batch_size // processes.nproc_per_node * processes.world_size
     words = read_words(args)
     dataset = training_set(args, words)
-    if steps_before(args.epochs, dataset, whole_batch(args, launch)) == 0:
+    total_steps = steps_before(args.epochs, dataset, batch_size)
+    if total_steps == 0:
         raise InputError(
             f"--batch_size: {args.epochs} epochs of the {len(dataset)} videos of {args.train_csv} "
-            f"do not fill one batch of {whole_batch(args, launch)}"
+            f"do not fill one batch of {batch_size}"
         )
-    if args.evaluate:
-        validation_set(args, words)
+    validation = validation_set(args, words) if args.evaluate else None
     model, resumed = starting_point(args, words)
-    build_optimizer(args, model, 0, 1, resumed)
+    model.to(device)
     if not resumed and args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}")
     folder = checkpoint_folder(args)
@@ -72,11 +120,12 @@ def check_inputs(args, launch):
         )
     make_folder(log_path(args, "txt").parent, "log_root")
     make_folder(folder, "checkpoint_root")
-
-
-def whole_batch(args, processes):
-    """Clips of a step over all nodes; `processes` is a Launch or a Process."""
-    return args.batch_size // processes.nproc_per_node * processes.world_size
+    progress = first_progress(args, resumed, dataset, batch_size)
+    optimizer, scheduler = build_optimizer(args, model, progress.step, total_steps, resumed)
+    path = resumed and resumed["path"]
+    return Job(
+        *(dataset, validation, model, optimizer, scheduler, progress, batch_size, total_steps, path)
+    )
 
 
 def steps_before(epoch, dataset, batch_size):
@@ -84,8 +133,20 @@ def steps_before(epoch, dataset, batch_size):
     return epoch * len(dataset) // batch_size
 
 
+def first_progress(args, resumed, dataset, batch_size):
+    """Where to start. A checkpoint of another batch size is gone on from at the same video."""
+    epoch = resumed["epoch"] if resumed else args.start_epoch
+    step = steps_before(epoch, dataset, batch_size)
+    if not resumed or resumed.get("progress", {}).get("videos") != len(dataset):
+        return Progress(epoch, step)
+    saved = dict(resumed["progress"])
+    del saved["videos"]
+    saved["step"] = max(step, saved.pop("clips") // batch_size)
+    return Progress(**saved)
+
+
 def log_path(args, kind):
-    """<log_root>/<checkpoint_dir>.txt, .jsonl; a run without a name of its own is `train`."""
+    """<log_root>/<checkpoint_dir>.txt, .jsonl, ..; a run without a name of its own is `train`."""
     return Path(args.log_root, f"{args.checkpoint_dir or 'train'}.{kind}")
 
 
@@ -170,151 +231,319 @@ def build_optimizer(args, model, first_step, total_steps, resumed=None):
     return optimizer, scheduler
 
 
-def load_batches(args, process, dataset, first_step, total_steps):
-    """An iterator over this rank's share of the batch of every step to come."""
-    workers = workers_of(args, process)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=StepSampler(
-            len(dataset),
-            whole_batch(args, process),
-            total_steps,
-            first_step=first_step,
-            seed=args.seed,
-            rank=process.rank,
-            world_size=process.world_size,
-        ),
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # workers share the video list
-        pin_memory=args.pin_memory and process.device.type == "cuda",
-    )
-    return iter(loader)
-
-
 def train(args, process):
     """The whole training, as one process of it sees it."""
     first_rank = process.rank == 0
-    level = logging.INFO if first_rank else logging.WARNING
-    setup_logging(args.verbose, log_path(args, "txt"), level)
-    torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
-
-    words = read_words(args)
-    dataset = training_set(args, words)
-    validation = validation_set(args, words) if args.evaluate else None
-    batch_size = whole_batch(args, process)
-    model, resumed = starting_point(args, words)
-    model.to(process.device)
-    first_epoch = resumed["epoch"] if resumed else args.start_epoch
-    first_step = steps_before(first_epoch, dataset, batch_size)
-    total_steps = steps_before(args.epochs, dataset, batch_size)
-    optimizer, scheduler = build_optimizer(args, model, first_step, total_steps, resumed)
-    log.info(
-        "started by %s: %d processes on %s; %d videos, %d steps of %d clips",
-        *(process.launcher, process.world_size, process.device.type),
-        *(len(dataset), total_steps, batch_size),
+    make_folder(log_path(args, "txt").parent, "log_root")
+    setup_logging(
+        args.verbose, log_path(args, "txt"), logging.INFO if first_rank else logging.ERROR
     )
-    if resumed:
-        log.info("resumed from %s, after epoch %d", resumed["path"], first_epoch)
-        if resumed["scheduler"].get("last_epoch") != first_step and first_rank:
-            log.warning(
-                "its batch or video list was another: the schedule goes on from step %d, where "
-                "epoch %d ends now",
-                *(first_step, first_epoch),
-            )
-    network = model
+    torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
+    job = prepare(args, process, process.device)
+    log.setLevel(logging.INFO if first_rank else logging.WARNING)
+    progress = job.progress
+    log.info(
+        "started by %s; %d videos, %d steps of %d clips",
+        *(process, len(job.dataset), job.total_steps, job.batch_size),
+    )
+    if job.resumed:
+        log.info(
+            "resumed from %s, after epoch %d, step %d",
+            *(job.resumed, progress.epoch, progress.step),
+        )
+    check_alike(process, job)
+    network = job.model
     if process.world_size > 1:
         ids = [process.device] if process.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=ids)
-
-    batches = load_batches(args, process, dataset, first_step, total_steps)
-    named = set()
-    for epoch in range(first_epoch, args.epochs):
-        network.train()
-        ends = (steps_before(e, dataset, batch_size) for e in (epoch, epoch + 1))
-        device, n_display = process.device, args.n_display
-        steps = train_steps(
-            range(*ends), batches, network, optimizer, scheduler, device, n_display, named
-        )
-        for record in steps:
-            record["clips_per_second"] *= process.world_size
-            record = {"epoch": epoch + 1, **record}
-            log.info(
-                "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} "
-                "clips/s, {data_wait:.0%} of the time waiting for data".format(**record)
-            )
-            if first_rank:
-                append_json(log_path(args, "jsonl"), record)
-        if first_rank:
-            content = {
-                "epoch": epoch + 1,
-                "state_dict": {f"module.{name}": v for name, v in model.state_dict().items()},
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-            }
-            path = checkpoint.save_checkpoint(checkpoint_folder(args), content)
-            log.info("wrote %s", path)
-        if validation:
-            figures = validate(args, process, model, validation)
-            log.info("epoch %d, YouCook2: %s", epoch + 1, figures)
-            if first_rank:
-                append_json(log_path(args, "jsonl"), {"epoch": epoch + 1, **figures})
-
-
-def validate(args, process, model, dataset):
-    """Retrieval figures of the model as rank 0 has it; the ranks share the videos."""
-    if process.world_size > 1:
-        for buffer in model.buffers():  # each rank has running statistics of its own
-            dist.broadcast(buffer, src=0)
-    return evaluate_retrieval(
-        model,
-        dataset,
-        process.device,
-        batch_size=args.batch_size_val,
-        workers=workers_of(args, process),
+        network = DistributedDataParallel(job.model, device_ids=ids)
+        settle(args, process, network)
+    bad = BadSamples(log_path(args, "bad.csv"), process)
+    sampler = StepSampler(
+        len(job.dataset),
+        job.batch_size,
+        job.total_steps,
+        first_step=progress.step,
+        seed=args.seed,
         rank=process.rank,
         world_size=process.world_size,
     )
+    batches = training_batches(
+        job.dataset,
+        sampler,
+        workers=workers_of(args, process),
+        timeout=args.sample_timeout,
+        quarantined=bad.quarantined,
+        pin_memory=args.pin_memory and process.device.type == "cuda",
+    )
+    with contextlib.closing(batches):
+        if job.validation and lacks_validation(args, process, job):
+            validate(args, process, job)
+        for _ in range(progress.epoch, args.epochs):
+            train_epoch(args, process, job, network, batches, bad)
+            progress.epoch += 1
+            progress.bad_in_epoch = 0
+            save(args, process, job)
+            if job.validation:
+                validate(args, process, job)
 
 
-def name_replaced(faults, named):
-    """Warns of each video or caption file that a batch could not read, once in a run."""
-    for fault in "\n".join(faults).splitlines():
-        if fault and fault not in named:
-            named.add(fault)
-            log.warning("replaced an unreadable sample: %s", fault)
+def check_alike(process, job):
+    """Every rank reads for itself what it starts from: they have to have read the same."""
+    progress = (job.progress.epoch, job.progress.step)
+    starts = process.gather((job.resumed and job.resumed.name, *progress, len(job.dataset)))
+    for rank, start in enumerate(starts):
+        if start != starts[0]:
+            raise InputError(
+                f"--resume: rank {rank} starts from (checkpoint, epoch, step, videos) {start}, "
+                f"rank 0 from {starts[0]}: the nodes see different files"
+            )
 
 
-def train_steps(steps, batches, network, optimizer, scheduler, device, n_display, named):
-    """Runs these steps; yields, every n_display of them, what there is to show of this rank."""
+def settle(args, process, network):
+    """Takes DistributedDataParallel past its first backward pass, after which it lays gradients out
+    anew and adds up the ranks in another order: so a resumed run has an uninterrupted one's bits.
+    """
+    side = args.video_size
+    video = torch.zeros(2, 3, args.num_frames, side, side, device=process.device)
+    text = torch.zeros(2, TEXT_WORDS, dtype=torch.int64, device=process.device)
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    sum(embedding.sum() for embedding in network(video, text)).backward()
+    network.zero_grad()
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+class BadSamples:
+    """The list of what could not be read, <log_root>/<checkpoint_dir>.bad.csv, each video once."""
+
+    def __init__(self, path, process):
+        self.path, self.process = path, process
+        self.found = []  # (video_path, reason) since the last call of write, by this rank
+        listed = {}
+        if process.rank == 0 and path.exists():
+            table = read_table(path, ["path", "reason"], flag="log_root")
+            listed = dict(zip(table["path"], table["reason"], strict=True))
+        listed = process.gather(listed)[0]
+        self.listed = set(listed)
+        # Passed over by training_batches, which adds to them.
+        self.quarantined = {v for v, why in listed.items() if str(why).startswith(QUARANTINE)}
+
+    def write(self):
+        """Adds what any rank has found since to the list. To be called by all ranks."""
+        rows = []
+        for video, reason in chain.from_iterable(self.process.gather(self.found)):
+            if reason.startswith(QUARANTINE):
+                self.quarantined.add(video)
+            if video not in self.listed:
+                self.listed.add(video)
+                rows.append((video, reason))
+        self.found = []
+        if self.process.rank == 0 and rows:
+            head = [] if self.path.exists() else [("path", "reason")]
+            with reported(self.path), open(self.path, "a", newline="") as file:
+                csv.writer(file).writerows(head + rows)
+
+
+def train_epoch(args, process, job, network, batches, bad):
+    """Runs the steps that are left of an epoch. A signal ends the process, after a checkpoint."""
+    progress, last_step = job.progress, job.steps_before(job.progress.epoch + 1)
     criterion = MILNCELoss()
-    since, clips, waited = time.perf_counter(), 0, 0.0
-    for step in steps:
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        name_replaced(batch["replaced"], named)
+    network.train()
+    window = Window()
+    unlisted = False  # whether any rank has found bad samples that the list does not have yet
+    while progress.step < last_step:
+        process.at(f"waiting for the data of step {progress.step + 1}")
+        with window.waiting():
+            batch = next(batches)
+        process.at(f"step {progress.step + 1}")
+        bad.found.extend(chain.from_iterable(batch["bad"]))
+        signalled, replaced = process.sum(process.signal is not None, len(batch["bad"]))
+        unlisted |= replaced > 0
+        progress.bad_samples += replaced
+        progress.bad_in_epoch += replaced
 
-        video = to_device(batch["video"], device)
-        text = batch["text"].to(device, non_blocking=True).view(-1, TEXT_WORDS)
-        loss = criterion(*network(video, text))
-        optimizer.zero_grad()
-        loss.backward()
+        video = to_device(batch["video"], process.device)
+        text = batch["text"].to(process.device, non_blocking=True).view(-1, TEXT_WORDS)
+        loss, applied = train_step(network, criterion, job.optimizer, video, text)
+        lr = job.scheduler.get_last_lr()[0]
+        job.scheduler.step()
+        progress.step += 1
+        window.count(len(video) * process.world_size)
+
+        too_bad = progress.bad_in_epoch > args.max_bad_fraction * len(job.dataset)
+        due = args.checkpoint_every and progress.step % args.checkpoint_every == 0
+        shown = progress.step % args.n_display == 0 or progress.step == last_step
+        if unlisted and (too_bad or due or shown or signalled):
+            bad.write()
+            unlisted = False
+        if too_bad:
+            raise InputError(
+                f"--max_bad_fraction: {progress.bad_in_epoch} samples of epoch "
+                f"{progress.epoch + 1}, which has {len(job.dataset)}, could not be read, more than "
+                f"{args.max_bad_fraction:g} of them: see {bad.path}"
+            )
+        count_skipped(args, process, progress, applied, loss)
+        if shown:
+            show(args, process, job, window, loss.item(), lr)
+            window = window.next()
+        if signalled or (due and progress.step < last_step):
+            save(args, process, job, within_epoch=True)
+        if signalled:
+            stop(process)
+
+
+def train_step(network, criterion, optimizer, video, text):
+    """One step. Returns the loss and whether the step was applied: not where the loss or the
+    gradient is not finite, and then the model is as it was. These are the same on all ranks.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    loss = criterion(*network(video, text))
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    finite = torch.isfinite(loss.detach() + get_total_norm(gradients)).item()
+    if finite:
         optimizer.step()
-        lr = optimizer.param_groups[0]["lr"]
-        scheduler.step()
+    else:
+        for buffer, before in buffers:  # BatchNorm has averaged it in
+            buffer.copy_(before)
+    return loss.detach(), finite
 
-        clips += len(video)
-        if (step + 1) % n_display == 0 or step + 1 == steps.stop:
-            loss = loss.item()  # waits for the device: the time that follows is the steps' own
-            elapsed = time.perf_counter() - since
-            yield {
-                "step": step + 1,
-                "loss": loss,
-                "lr": lr,
-                "clips_per_second": clips / elapsed,
-                "data_wait": waited / elapsed,
-            }
-            since, clips, waited = time.perf_counter(), 0, 0.0
+
+def count_skipped(args, process, progress, applied, loss):
+    """Raises InputError after max_bad_steps in a row."""
+    if applied:
+        progress.skipped_in_row = 0
+        return
+    progress.skipped_steps += 1
+    progress.skipped_in_row += 1
+    if process.rank == 0:
+        log.warning(
+            "step %d skipped: its loss is %g, its loss or gradient not finite (%d in a row)",
+            *(progress.step, loss, progress.skipped_in_row),
+        )
+    if progress.skipped_in_row == args.max_bad_steps:
+        raise InputError(
+            f"--max_bad_steps: {args.max_bad_steps} steps in a row, up to step {progress.step}, "
+            "had a loss or gradient that is not finite: lower --lr, or look at the data; "
+            f"the checkpoints in {checkpoint_folder(args)} are from before"
+        )
+
+
+class Window:
+    """Counts clips and time from one log line to the next."""
+
+    def __init__(self, began=None, steps=0):
+        self.since = time.perf_counter()
+        self.began = began or self.since  # of the epoch's first window in this process
+        self.steps = steps  # since then
+        self.clips, self.waited = 0, 0.0
+
+    def next(self):
+        return Window(self.began, self.steps)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    def count(self, clips):
+        self.clips += clips
+        self.steps += 1
+
+
+def show(args, process, job, window, loss, lr):
+    """Logs how the training stands; `loss` is a number, so the device has done the steps."""
+    progress, now = job.progress, time.perf_counter()
+    elapsed = now - window.since
+    record = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "loss": loss,
+        "lr": lr,
+        "clips_per_second": window.clips / elapsed,
+        "data_wait": window.waited / elapsed,
+        "seconds_left": (now - window.began) / window.steps * (job.total_steps - progress.step),
+        "bad_samples": progress.bad_samples,
+        "skipped_steps": progress.skipped_steps,
+    }
+    line = (
+        "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} clips/s, "
+        "{data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} bad samples"
+    )
+    if process.device.type == "cuda":
+        record["gpu_gib"] = torch.cuda.max_memory_allocated(process.device) / 2**30
+        line += ", {gpu_gib:.1f} GiB of GPU memory"
+    left = datetime.timedelta(seconds=round(record["seconds_left"]))
+    log.info(line.format(**record, left=left))
+    if process.rank == 0:
+        append_json(log_path(args, "jsonl"), record)
+
+
+def save(args, process, job, within_epoch=False):
+    """Rank 0 writes a checkpoint."""
+    process.at("writing a checkpoint")
+    if process.rank > 0:
+        return
+    clips = job.progress.step * job.batch_size
+    content = {
+        "epoch": job.progress.epoch,
+        "state_dict": {f"module.{name}": v for name, v in job.model.state_dict().items()},
+        "optimizer": job.optimizer.state_dict(),
+        "scheduler": job.scheduler.state_dict(),
+        "progress": {**asdict(job.progress), "clips": clips, "videos": len(job.dataset)},
+    }
+    step = job.progress.step if within_epoch else None
+    if path := checkpoint.save_checkpoint(checkpoint_folder(args), content, step):
+        log.info("wrote %s", path)
+
+
+def stop(process):
+    """Ends a process after a signal, when rank 0 has written its checkpoint."""
+    process.at("the end, after a signal")
+    signals = [name for name in process.gather(process.signal) if name]
+    log.info("stopped by %s: start again to go on from there", signals[0])
+    sys.exit(distributed.STOPPED)
+
+
+def validate(args, process, job):
+    """Retrieval figures of the model as rank 0 has it; the ranks share the videos."""
+
+    def on_video():
+        process.at("validation")
+        if process.signal:  # nothing is lost: the checkpoint is written, a restart validates
+            log.info("stopped by %s in validation", process.signal)
+            sys.exit(distributed.STOPPED)
+
+    if process.world_size > 1:
+        for buffer in job.model.buffers():  # each rank has running statistics of its own
+            dist.broadcast(buffer, src=0)
+    figures = evaluate_retrieval(
+        job.model,
+        job.validation,
+        process.device,
+        batch_size=args.batch_size_val,
+        workers=workers_of(args, process),
+        sample_timeout=args.sample_timeout,
+        rank=process.rank,
+        world_size=process.world_size,
+        on_video=on_video,
+    )
+    log.info("epoch %d, YouCook2: %s", job.progress.epoch, figures)
+    if process.rank == 0:
+        append_json(log_path(args, "jsonl"), {"epoch": job.progress.epoch, **figures})
+
+
+def lacks_validation(args, process, job):
+    """Whether the run was ended between an epoch's checkpoint and its validation."""
+    ended = job.resumed and job.progress.step == job.steps_before(job.progress.epoch)
+    done = True
+    path = log_path(args, "jsonl")
+    if ended and process.rank == 0 and path.exists():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        done = any("R1" in line and line["epoch"] == job.progress.epoch for line in lines)
+    return not process.gather(done)[0]
 
 
 def workers_of(args, process):
@@ -325,8 +554,17 @@ def workers_of(args, process):
 def append_json(path, record):
     """Adds one line; a number that JSON does not know, such as a diverged loss, becomes null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    with open(path, "a") as file:
+    with reported(path), open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def reported(path):
+    """A log that cannot be written, on a full disk, is no reason to end a training."""
+    try:
+        yield
+    except OSError as error:
+        log.error("could not write %s: %s", path, error.strerror)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the two retrieval data sets have in common: a text and evenly spaced windows of a video."""
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from utils import InputError
@@ -32,9 +33,13 @@ class Retrieval(Dataset):
         self.tokenizer = tokenizer
         self.num_frames, self.size, self.fps = num_frames, size, fps
         self.num_windows, self.decoder = num_windows, decoder
+        self.fields = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
 
     def __len__(self):
         return len(self.pairs)
+
+    def path(self, index):
+        return self.pairs[index][0]
 
     def __getitem__(self, index):
         path, start, end, text = self.pairs[index]

@@ -1,9 +1,12 @@
 """Small things the scripts share: user errors, tables, the schedule, logging, the device."""
 
+import ctypes
 import json
 import logging
 import math
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import torch
 import s3dg
 
 LARGEST_NUMBER = 1e7  # of a table: seconds, in practice; the decoder takes no time far beyond
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a training answers them with a checkpoint
 
 log = logging.getLogger("milnce")
 
@@ -30,6 +35,15 @@ def run_script(main):
         message = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def die_with_parent():
+    """Has the kernel kill this child process as soon as its parent is gone, however it went."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)  # it went before
 
 
 def check_file(path, flag):

@@ -1,6 +1,7 @@
 """HowTo100M for training: a random caption of a video, its neighbours, and a clip around it."""
 
 import os
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,13 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils import InputError, check_folder, read_table
+from utils import InputError, check_folder, log, read_table
 from video_decoder import DecodeError, decode_clip
+from workers import Crash, sample_batches
 
 TEXT_WORDS = 20
 MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
+QUARANTINE = "quarantined"  # how the reason begins where a video is not to be tried again
 MAX_SECONDS = 1e6  # a caption's time beyond is a slip
 
 
@@ -67,12 +70,29 @@ def clip_window(start, end, min_time):
     return int(start), int(end)
 
 
-class HowTo100M(Dataset):
-    """Videos with narration. A sample is a function of (seed, epoch, index) alone.
+class PackedStrings:
+    """Strings in two arrays. Workers share them; of a list each would copy every page it reads."""
 
-    Keys are (epoch, index). An item: "video" uint8 [3, num_frames, size, size]; "text" int64
-    [K, 20] for K candidate captions, [20] where K is 1; "replaced" str, a line for each video or
-    caption file that could not be read, in whose place another, drawn from the same numbers, is.
+    def __init__(self, strings):
+        encoded = [string.encode() for string in strings]
+        self.ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
+        self.characters = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        start = self.ends[index - 1] if index else 0
+        return self.characters[start : self.ends[index]].tobytes().decode()
+
+
+class HowTo100M(Dataset):
+    """Videos with narration. A sample is a function of (seed, epoch, index, attempt) alone.
+
+    Keys are (epoch, index) or (epoch, index, attempt): attempts from 1 on are of other videos, to
+    be taken where the one before cannot be read. An item: "video" uint8 [3, num_frames, size,
+    size] and "text" int64 [K, 20] for K candidate captions, [20] where K is 1; or "error", a line
+    that names the video or caption file that cannot be read.
     """
 
     def __init__(
@@ -96,8 +116,7 @@ class HowTo100M(Dataset):
         names = read_table(csv, ["video_path"], flag="train_csv")["video_path"].dropna()
         check_folder(video_path, "video_path")
         check_folder(caption_root, "caption_root")
-        # One array of fixed-width strings: workers share it, where a list is copied to each.
-        self.names = names.to_numpy(dtype=np.str_)
+        self.names = PackedStrings(names)
         self.video_path = Path(video_path)
         self.caption_root = Path(caption_root)
         self.tokenizer = tokenizer
@@ -105,9 +124,14 @@ class HowTo100M(Dataset):
         self.crop_only, self.centercrop, self.random_flip = crop_only, centercrop, random_flip
         self.min_time, self.num_candidates = min_time, num_candidates
         self.seed, self.decoder = seed, decoder
-        if not any(os.path.isfile(self.video_path / name) for name in self.names):
+        captions = (num_candidates, TEXT_WORDS) if num_candidates > 1 else (TEXT_WORDS,)
+        self.fields = {
+            "video": ((3, num_frames, size, size), torch.uint8),
+            "text": (captions, torch.int64),
+        }
+        if not any(os.path.isfile(self.video_path / name) for name in names):
             raise InputError(f"--video_path: none of the videos of {csv} is in {video_path}")
-        if not any(os.path.isfile(self.caption_file(name)) for name in self.names):
+        if not any(os.path.isfile(self.caption_file(name)) for name in names):
             raise InputError(f"--caption_root: no caption file for {csv} is in {caption_root}")
 
     def __len__(self):
@@ -116,19 +140,24 @@ class HowTo100M(Dataset):
     def caption_file(self, name):
         return (self.caption_root / name).with_suffix(".csv")
 
+    def draw(self, key):
+        """The video's index that this key is of, and the generator of the sample's randomness."""
+        epoch, index, attempt = (*key, 0)[:3]
+        if attempt == 0:
+            return index, np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, epoch, index, attempt))
+        return int(rng.integers(len(self))), rng
+
+    def name(self, key):
+        """The video_path, as the list has it, of a key's video."""
+        return self.names[self.draw(key)[0]]
+
     def __getitem__(self, key):
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        faults = []
-        while len(faults) < MAX_REPLACEMENTS:
-            try:
-                return {**self.sample(self.names[index], rng), "replaced": "\n".join(faults)}
-            except (CaptionError, DecodeError) as error:
-                faults.append(str(error))
-                index = int(rng.integers(len(self.names)))
-        raise InputError(
-            f"--video_path: {MAX_REPLACEMENTS} samples in a row cannot be read: {faults[-1]}"
-        )
+        index, rng = self.draw(key)
+        try:
+            return self.sample(self.names[index], rng)
+        except (CaptionError, DecodeError) as error:
+            return {"error": str(error)}
 
     def sample(self, name, rng):
         """One sample of this video. Raises CaptionError or DecodeError."""
@@ -187,3 +216,54 @@ class StepSampler(Sampler):
                     order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
                 keys.append((epoch, int(order[place])))
             yield keys
+
+
+def training_batches(dataset, sampler, *, workers, timeout, quarantined, pin_memory=False):
+    """Yields a rank's share of every step's batch, with other samples in place of unreadable ones.
+
+    A batch has "video" and "text" as the items, [b, ...], and "bad": for each sample that others
+    had to replace, in turn, a list of (video_path, reason). A video whose decoding crashes its
+    worker, or takes it more than `timeout` seconds, joins `quarantined`, a set of video_paths that
+    are not tried; which samples take a place does not depend on that. Raises InputError where
+    MAX_REPLACEMENTS samples in a row cannot be read.
+    """
+    faults = {}  # (epoch, index) -> [(video_path, reason)] of its attempts
+    sent = deque()  # the keys of the batches in work
+
+    def next_attempt(key, reason):
+        epoch, index, attempt = (*key, 0)[:3]
+        faults.setdefault((epoch, index), []).append((dataset.name(key), reason))
+        if attempt == MAX_REPLACEMENTS:
+            raise InputError(
+                f"--video_path: {MAX_REPLACEMENTS} samples in a row cannot be read: {reason}"
+            )
+        return epoch, index, attempt + 1
+
+    def usable(key):
+        while quarantined and dataset.name(key) in quarantined:
+            key = next_attempt(key, QUARANTINE)
+        return key
+
+    def replace(key, error):
+        if isinstance(error, Crash):
+            name = dataset.name(key)
+            log.warning("quarantined %s: it %s", name, error)
+            quarantined.add(name)
+            error = f"{QUARANTINE}: it {error}"
+        return usable(next_attempt(key, error))
+
+    def key_batches():
+        for keys in sampler:
+            sent.append(keys)
+            yield [usable(key) for key in keys]
+
+    for batch in sample_batches(
+        dataset,
+        key_batches(),
+        workers=workers,
+        timeout=timeout,
+        pin_memory=pin_memory,
+        retry=replace,
+    ):
+        del batch["errors"]
+        yield {**batch, "bad": [faults.pop(key) for key in sent.popleft() if key in faults]}
