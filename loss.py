@@ -1,60 +1,88 @@
-"""MIL-NCE, the loss of Miech et al. (CVPR 2020), section 3.2."""
+"""MIL-NCE, the loss of Miech et al. (CVPR 2020), section 3.2.
+
+In a process group the batch is the union of the ranks' batches. A rank has b of the B videos and
+their b*K texts. It scores its own videos against all texts and all videos against its own texts,
+never the whole B x B*K.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
-class AllGather(torch.autograd.Function):
-    """Concatenates the ranks' tensors; backward returns to each rank the sum of all its gradients.
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-    [b, D] on each rank -> [world_size * b, D] on all, in rank order. Every rank must bring the same
-    shape.
+
+def gather(local):
+    """[b, ...], of one shape on every rank -> [world_size * b, ...] on all, in rank order."""
+    if world_size() == 1:
+        return local
+    gathered = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
+    dist.all_gather_single(gathered, local.contiguous())
+    return gathered
+
+
+class Denominators(torch.autograd.Function):
+    """video [b, D], text [b*K, D] -> lse [b]: lse_i = logsumexp{x_ijk, x_jik for all j, k}.
+
+    j runs over all ranks' batches; x_ijk = v_i . t_jk. Backward gives a rank the gradient of every
+    rank's denominators with respect to its own embeddings. All it needs from the other ranks is
+    two numbers per video, lse and the gradient arriving there; their embeddings it has already.
     """
 
     @staticmethod
-    def forward(ctx, local):
-        gathered = local.new_empty((dist.get_world_size() * local.shape[0], *local.shape[1:]))
-        dist.all_gather_single(gathered, local.contiguous())
-        return gathered
+    def forward(ctx, video, text):
+        videos, texts = gather(video), gather(text)  # [B, D], [B*K, D]
+        rows = video @ texts.t()  # [b, B*K]: x_ijk of own i
+        columns = videos @ text.t()  # [B, b*K]: x_ijk of own j
+        by_candidate = columns.view(videos.shape[0], video.shape[0], -1)  # [B, b, K]
+        lse = torch.logaddexp(rows.logsumexp(1), by_candidate.logsumexp((0, 2)))
+        ctx.save_for_backward(videos, texts, rows, columns, lse)
+        return lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        local = gradient.new_empty(
-            (gradient.shape[0] // dist.get_world_size(), *gradient.shape[1:])
+        videos, texts, rows, columns, lse = ctx.saved_tensors
+        candidates = texts.shape[0] // videos.shape[0]
+        own = torch.stack((gradient, lse), dim=1)  # [b, 2]
+        union = gather(own)  # [B, 2]
+        of_own_texts, of_texts = (x.repeat_interleave(candidates, 0) for x in (own, union))
+        return (
+            score_gradient(rows, own, of_texts) @ texts,
+            score_gradient(columns, union, of_own_texts).t() @ videos,
         )
-        dist.reduce_scatter_single(local, gradient)
-        return local
+
+
+def score_gradient(scores, of_video, of_text):
+    """The gradient of all denominators in scores [n, m].
+
+    of_video [n, 2] and of_text [m, 2] hold (g, lse), the gradient arriving at a denominator and
+    its value: x_ijk is a term of lse_i and of lse_j. No term exceeds its logsumexp: exp is stable.
+    """
+    gradient = (scores - of_video[:, 1:]).exp_().mul_(of_video[:, :1])
+    return gradient.add_((scores - of_text[:, 1]).exp_().mul_(of_text[:, 0]))
 
 
 class MILNCELoss(nn.Module):
     """mean_i( logsumexp{x_ijk, x_jik for all j, k} - logsumexp_k x_iik ), x_ijk = v_i . t_jk.
 
     Both directions of the denominator hold the positives, as in the public release: the minimum
-    is log 2. In a process group the batch is the union of all ranks' batches, of equal size, and
-    each rank scores its own share only: its videos against all texts, all videos against its
-    texts. The value is the union's on every rank; so is the gradient, once it is averaged over the
-    ranks as DistributedDataParallel does.
+    is log 2. The value is the union batch's on every rank; so is the gradient, once it is averaged
+    over the ranks as DistributedDataParallel does.
     """
 
     def forward(self, video_embd, text_embd):
-        """video_embd: [B, D]. text_embd: [B*K, D]; row b*K + k is candidate k of video b."""
-        batch, candidates = video_embd.shape[0], text_embd.shape[0] // video_embd.shape[0]
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        all_videos = AllGather.apply(video_embd) if distributed else video_embd
-        all_texts = AllGather.apply(text_embd) if distributed else text_embd
+        """video_embd: [b, D]. text_embd: [b*K, D]; row i*K + k is candidate k of video i."""
+        own_texts = text_embd.view(video_embd.shape[0], -1, text_embd.shape[1])  # [b, K, D]
+        positives = torch.einsum("bd,bkd->bk", video_embd, own_texts).logsumexp(dim=1)
+        loss = (Denominators.apply(video_embd, text_embd) - positives).mean()
 
-        video_to_text = video_embd @ all_texts.t()  # [B, all B * K]
-        text_to_video = all_videos @ text_embd.t()  # [all B, B * K]
-        text_to_video = text_to_video.view(-1, batch, candidates).transpose(0, 1).flatten(1)
-        everything = torch.cat((video_to_text, text_to_video), dim=1)
-        positives = torch.einsum("bd,bkd->bk", video_embd, text_embd.view(batch, candidates, -1))
-        loss = (everything.logsumexp(dim=1) - positives.logsumexp(dim=1)).mean()
-
-        if distributed:
-            # Show the union's value and keep the local gradient.
+        if world_size() > 1:
+            # Show the union's value and keep the gradient of the rank's own mean.
             union = loss.detach().clone()
             dist.all_reduce(union)
-            loss = loss + (union / dist.get_world_size() - loss.detach())
+            loss = loss + (union / world_size() - loss.detach())
         return loss

@@ -9,7 +9,7 @@ from conftest import golden_json
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loss import MILNCELoss
+from loss import Denominators, MILNCELoss
 
 
 def embeddings(case):
@@ -38,6 +38,31 @@ def test_the_minimum_is_log_two():
 def test_large_scores_stay_finite():
     video = 1e4 * torch.randn(4, 8)
     assert torch.isfinite(MILNCELoss()(video, 1e2 * torch.randn(8, 8)))
+
+
+def random_embeddings(batch, candidates, dim=5):
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((batch, dim), (batch * candidates, dim))
+    return [
+        torch.randn(*size, dtype=torch.float64, generator=generator).requires_grad_()
+        for size in sizes
+    ]
+
+
+@pytest.mark.parametrize(("batch", "candidates"), [(4, 3), (5, 1), (1, 2)])
+def test_gradients_are_those_of_finite_differences(batch, candidates):
+    inputs = random_embeddings(batch, candidates)
+    assert torch.autograd.gradcheck(MILNCELoss(), inputs)
+    # One denominator at a time: the mean gives all of them the same weight.
+    assert torch.autograd.gradcheck(Denominators.apply, inputs)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    inputs = random_embeddings(4, 3)
+    loss = MILNCELoss()(*inputs)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
 # A small two-tower model: the loss must not care what computed the embeddings.
