@@ -16,6 +16,14 @@ VIDEO_SHAPES = [(2, 3, 8, 64, 64), (1, 3, 16, 112, 112), (1, 3, 32, 96, 128)]
 GOLDEN_NAMES = {"std": "standard", "s2d": "space_to_depth"}
 
 
+def assert_golden(value, expected):
+    """1e-9 relative. What cancels to nearly nothing keeps the rounding errors of its large terms,
+    which differ from processor to processor: 1e-12 of the largest value is allowed for them.
+    """
+    atol = 1e-12 * np.abs(expected).max()
+    np.testing.assert_allclose(value, expected, rtol=1e-9, atol=atol)
+
+
 @pytest.fixture(scope="module")
 def golden_models():
     """Both stems with the golden weights, float64, in evaluation mode."""
@@ -43,7 +51,7 @@ def test_video_outputs_match_the_golden_values(golden_models, golden_values, ste
         embedding = golden_models[stem](video, None, mode="video")
         mixed5c = golden_models[stem](video, None, mode="video", mixed5c=True)
     for value, key in ((embedding, "embedding"), (mixed5c, "mixed5c")):
-        np.testing.assert_allclose(value, golden_values[f"{stem}/{name}/{key}"], rtol=1e-9)
+        assert_golden(value, golden_values[f"{stem}/{name}/{key}"])
 
 
 def golden_tokens():
@@ -57,7 +65,7 @@ def golden_tokens():
 def test_text_outputs_match_the_golden_values(golden_models, golden_values, stem):
     with torch.inference_mode():
         text = golden_models[stem](None, golden_tokens(), mode="text")
-    np.testing.assert_allclose(text, golden_values[f"{stem}/text"], rtol=1e-9)
+    assert_golden(text, golden_values[f"{stem}/text"])
 
 
 def test_float32_stays_within_a_thousandth_of_the_largest_value(golden_models, golden_values):
@@ -82,21 +90,22 @@ def test_a_training_step_matches_the_golden_loss_gradients_and_statistics(golden
     loss = MILNCELoss()(video_embd, text_embd)
     loss.backward()
 
-    np.testing.assert_allclose(loss.item(), golden_values["train/loss"], rtol=1e-9)
-    np.testing.assert_allclose(video_embd.detach(), golden_values["train/video"], rtol=1e-9)
-    np.testing.assert_allclose(text_embd.detach(), golden_values["train/text"], rtol=1e-9)
+    assert_golden(loss.item(), golden_values["train/loss"])
+    assert_golden(video_embd.detach(), golden_values["train/video"])
+    assert_golden(text_embd.detach(), golden_values["train/text"])
     parameters = dict(model.named_parameters())
     names = golden_json("state_dict")["parameters_sorted"]
     assert sorted(parameters) == names
     norms = [-1.0 if parameters[n].grad is None else parameters[n].grad.norm() for n in names]
-    np.testing.assert_allclose(norms, golden_values["train/grad_norms"], rtol=1e-9)
+    assert_golden(norms, golden_values["train/grad_norms"])
     for key, expected in golden_values.items():
         if key.startswith("train/grad/"):
             gradient = parameters[key.removeprefix("train/grad/")].grad.flatten()[:256]
-            np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+            assert_golden(gradient, expected)
     means = [v for v in model.state_dict().values() if v.shape == (384,)]
     expected = golden_values["train/bn_running_mean"]
-    assert any(np.allclose(v, expected, rtol=1e-9, atol=1e-12) for v in means)
+    atol = 1e-12 * np.abs(expected).max()
+    assert any(np.allclose(v, expected, rtol=1e-9, atol=atol) for v in means)
 
 
 def test_word_embedding_is_frozen_and_sized_by_its_vectors(tmp_path):
