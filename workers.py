@@ -14,6 +14,7 @@ import signal
 import time
 import traceback
 from collections import deque
+from itertools import chain
 from multiprocessing.connection import wait
 
 import torch
@@ -49,6 +50,7 @@ def sample_batches(
     first = next(batches, None)
     if first is None:
         return
+    batches = chain([first], batches)
     size = len(first)  # of the largest batch: none that follows is larger
     if ahead is None:  # two items a worker, three batches where they are small
         ahead = max(3, math.ceil(2 * workers / size)) if size > 1 else 2 * workers
@@ -67,10 +69,11 @@ def sample_batches(
         submitted += size
 
     try:
-        submit(first)
-        while waiting:
+        while True:
             while len(waiting) <= ahead * bool(workers) and (keys := next(batches, None)):
                 submit(keys)
+            if not waiting:
+                return
             while waiting[0][2]:
                 for slot, key, error in pool.finished():
                     other = retry(key, error) if error else None
