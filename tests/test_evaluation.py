@@ -1,4 +1,9 @@
+import faulthandler
+import os
+import signal
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import golden_json
@@ -61,19 +66,29 @@ class Brightness(torch.nn.Module):
 
 
 class Colours(torch.utils.data.Dataset):
-    """Videos of one colour each, described by that colour's numbers; some cannot be decoded."""
+    """Videos of one colour each, described by that colour's numbers; some cannot be decoded, some
+    end the process that tries, some never end."""
 
     num_missing = 2
 
-    def __init__(self, colours, broken=()):
-        self.colours, self.broken = colours, broken
+    def __init__(self, colours, broken=(), fatal=(), endless=()):
+        self.colours, self.broken, self.fatal, self.endless = colours, broken, fatal, endless
+        self.fields = {"video": ((5, 3, 2, 4, 4), torch.uint8)}
         self.pairs = [(None, 0, 1, " ".join(map(str, colour))) for colour in colours]
         self.tokenizer = Tokenizer([str(i) for i in range(1, 256)], 3)
 
     def __len__(self):
         return len(self.colours)
 
+    def path(self, index):
+        return f"/videos/{index}.mp4"
+
     def __getitem__(self, index):
+        if index in self.fatal:
+            faulthandler.disable()  # pytest's, which would fill the screen
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if index in self.endless:
+            signal.pause()
         if index in self.broken:
             return {"error": f"video {index} is broken"}
         video = torch.tensor(self.colours[index], dtype=torch.uint8).view(1, 3, 1, 1, 1)
@@ -86,34 +101,71 @@ def primaries(n, **settings):
     return Colours([[255 if c == i % 3 else i + 1 for c in range(3)] for i in range(n)], **settings)
 
 
-def test_retrieval_scores_each_video_and_leaves_out_and_names_the_broken(milnce_log):
+def decoding(workers=0, batch_size=4, sample_timeout=60):
+    return {"workers": workers, "batch_size": batch_size, "sample_timeout": sample_timeout}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_retrieval_scores_each_video_and_leaves_out_and_names_the_broken(milnce_log, workers):
     model = Brightness()
-    figures = evaluate_retrieval(model, primaries(3), CPU, batch_size=4, workers=0)
+    figures = evaluate_retrieval(model, primaries(3), CPU, **decoding(workers))
     assert figures == {"R1": 1, "R5": 1, "R10": 1, "MR": 1, "num_videos": 3, "num_missing": 2}
-    figures = evaluate_retrieval(model, primaries(3, broken=[1]), CPU, batch_size=4, workers=2)
+    figures = evaluate_retrieval(model, primaries(3, broken=[1]), CPU, **decoding(workers))
     assert (figures["num_videos"], figures["num_missing"], figures["R1"]) == (2, 3, 1)
     assert "video 1 is broken" in milnce_log.text
 
 
-def test_no_batch_is_larger_than_batch_size_val():
+def test_a_video_that_crashes_or_hangs_its_worker_is_left_out_and_named(milnce_log):
+    videos = primaries(5, fatal=[1], endless=[3])
+    settings = decoding(workers=2, sample_timeout=1)
+    features = video_features(Brightness(), videos, CPU, **settings)
+    expected = video_features(Brightness(), primaries(5), CPU, **decoding())
+    assert list(features) == [0, 2, 4]
+    for index, feature in features.items():
+        np.testing.assert_array_equal(feature, expected[index])
+    [crashed] = [line for line in milnce_log.messages if "/videos/1.mp4" in line]
+    assert "SIGSEGV" in crashed
+    [hung] = [line for line in milnce_log.messages if "/videos/3.mp4" in line]
+    assert "1 s" in hung
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_batch_is_larger_than_batch_size_val(workers):
     model = Brightness()
-    features = video_features(model, primaries(7), CPU, batch_size=6, workers=0)
+    features = video_features(model, primaries(7), CPU, **decoding(workers, batch_size=6))
     assert model.largest == 6
     assert [f.shape for f in features.values()] == [(5, 3)] * 7
 
 
-def test_features_do_not_depend_on_the_batch_size_and_the_model_keeps_its_mode():
+@pytest.mark.parametrize("workers", [0, 3])
+def test_features_do_not_depend_on_the_batch_size_and_the_model_keeps_its_mode(workers):
     model = Brightness().train()
-    one = video_features(model, primaries(5), CPU, batch_size=1, workers=0)
-    many = video_features(model, primaries(5), CPU, batch_size=32, workers=0)
+    one = video_features(model, primaries(5), CPU, **decoding(batch_size=1))
+    many = video_features(model, primaries(5), CPU, **decoding(workers, batch_size=32))
     assert model.training
+    assert list(one) == list(many) == list(range(5))
     for index, feature in one.items():
         np.testing.assert_array_equal(feature, many[index])
 
 
+def test_each_video_is_told_of_and_a_caller_who_has_enough_leaves_no_worker():
+    seen, children = [], psutil.Process().children()
+
+    def on_video():
+        seen.append(1)
+        if len(seen) == 3:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        settings = decoding(workers=2)
+        video_features(Brightness(), primaries(9, broken=[1]), CPU, **settings, on_video=on_video)
+    assert len(seen) == 3
+    assert psutil.Process().children() == children
+
+
 def test_nothing_that_can_be_decoded_is_an_input_error():
     with pytest.raises(InputError, match="--eval_video_root"):
-        evaluate_retrieval(Brightness(), primaries(2, broken=[0, 1]), CPU, batch_size=2, workers=0)
+        evaluate_retrieval(Brightness(), primaries(2, broken=[0, 1]), CPU, **decoding())
 
 
 @pytest.mark.parametrize("classes", [2, 5])

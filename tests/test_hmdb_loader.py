@@ -16,7 +16,9 @@ def test_items_match_the_golden_windows(row, tmp_path, shared_videos):
     settings = {"num_frames": row["num_frames"], "size": row["size"]}
     dataset = HMDB51(tmp_path / "t.csv", tmp_path, num_windows=row["num_clip"], **settings)
     assert dataset.labels.tolist() == ["wave"] and dataset.splits.tolist() == [[1, 2, 0]]
-    assert [frames_digest(window) for window in dataset[0]["video"]] == row["sha256"]
+    video = dataset[0]["video"]
+    assert dataset.fields == {"video": (video.shape, video.dtype)}
+    assert [frames_digest(window) for window in video] == row["sha256"]
 
 
 def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):
@@ -27,6 +29,7 @@ def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):
     dataset = HMDB51(tmp_path / "t.csv", tmp_path)
     assert (len(dataset), dataset.num_missing) == (1, 1)
     assert "a.avi" in dataset[0]["error"]
+    assert dataset.path(0) == tmp_path / "wave" / "a.avi"
 
 
 def test_a_split_that_is_no_split_is_refused(tmp_path):

@@ -48,7 +48,9 @@ def test_youcook_items_match_the_golden_windows(row, youcook_root):
     )
     item = dataset[0]
     assert item["text"].tolist() == [1] + [0] * 29
+    assert dataset.fields == {"video": (item["video"].shape, item["video"].dtype)}
     assert item["video"].dtype == torch.uint8
+    assert dataset.path(0) == youcook_root / "validation" / "101" / row["video"]
     assert [frames_digest(window) for window in item["video"]] == row["sha256"]
 
 

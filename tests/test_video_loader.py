@@ -1,21 +1,35 @@
+import faulthandler
+import os
+import random
+import signal
+import string
+import time
+from contextlib import closing
 from itertools import chain
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import frames_digest, golden_frames, golden_json, write_csv
-from torch.utils.data import DataLoader
 
+import video_loader
 from s3dg import Tokenizer
 from utils import InputError
+from video_decoder import DecodeError
 from video_loader import (
+    MAX_REPLACEMENTS,
+    QUARANTINE,
     CaptionError,
     HowTo100M,
+    PackedStrings,
     StepSampler,
     clip_window,
     find_nearest_candidates,
     read_captions,
+    training_batches,
 )
+from workers import sample_batches
 
 WORDS = ["the", "cook", "flips", "a", "pancake", "null"]
 
@@ -94,6 +108,13 @@ def test_an_item_has_the_documented_shapes_and_types(tree, shared_videos):
     assert dataset(tree, shared_videos, num_candidates=1)[0, 1]["text"].shape == (20,)
 
 
+@pytest.mark.parametrize("num_candidates", [1, 3])
+def test_fields_say_what_an_item_holds(tree, shared_videos, num_candidates):
+    data = dataset(tree, shared_videos, num_candidates=num_candidates)
+    item = data[0, 1]
+    assert data.fields == {name: (value.shape, value.dtype) for name, value in item.items()}
+
+
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tree, shared_videos):
     data = dataset(tree, shared_videos)
     first = data[3, 0]["video"]
@@ -142,26 +163,35 @@ def test_flips_and_crops_are_drawn_and_can_be_switched_off(tree, shared_videos):
     assert centre != seen(centercrop=True, random_flip=False, crop_only=False)
 
 
-def test_unreadable_samples_are_replaced_alike_and_named(tree, shared_videos):
-    write_list(tree / "list.csv", ["corrupt.mp4", "v_GGSY1Qvo990.mp4", "absent.mp4"])
-    write_captions(tree / "corrupt.csv", (0, 1, "a"))
+def test_an_unreadable_item_is_one_line_that_names_its_file(tree, shared_videos):
+    write_list(tree / "list.csv", ["absent.mp4", "v_GGSY1Qvo990.mp4", "mute.mp4"])
+    write_captions(tree / "absent.csv", (0, 1, "a"))
     data = dataset(tree, shared_videos)
-    item, again = data[0, 0], data[0, 0]
-    assert torch.equal(item["video"], again["video"])
-    assert "corrupt.mp4" in item["replaced"]
-    assert data[0, 1]["replaced"] == ""
+    for index, named in ((0, "absent.mp4"), (2, "mute.csv")):
+        item = data[0, index]
+        assert item.keys() == {"error"} and named in item["error"]
+        assert "\n" not in item["error"]
+    assert "error" not in data[0, 1]
 
 
-def test_nothing_that_can_be_read_ends_the_training(tree, shared_videos):
-    data = dataset(tree, shared_videos)
-    for name in CLIPS:
-        (tree / name).with_suffix(".csv").write_text("")
-    with pytest.raises(InputError, match="in a row"):
-        data[0, 0]
+def test_later_attempts_are_of_any_video_the_same_every_time(tree, shared_videos):
+    data, other = dataset(tree, shared_videos), dataset(tree, shared_videos, seed=2)
+    attempts = [(0, 1, attempt) for attempt in range(1, 31)]
+    drawn = [data.name(key) for key in attempts]
+    assert set(drawn) == set(CLIPS)
+    assert drawn == [data.name(key) for key in attempts] != [other.name(key) for key in attempts]
+    assert drawn != [data.name((1, *key[1:])) for key in attempts]
+    assert data.name((0, 1)) == data.name((0, 1, 0)) == CLIPS[1]
+    assert torch.equal(data[attempts[0]]["video"], data[attempts[0]]["video"])
+    same = [key for key in attempts if data.name(key) == drawn[0]]
+    assert not torch.equal(data[same[0]]["video"], data[same[1]]["video"])
 
 
 def test_a_list_of_nothing_that_is_there_is_refused(tree, shared_videos):
     write_list(tree / "list.csv", ["absent.mp4"])
+    with pytest.raises(InputError, match="--video_path"):
+        dataset(tree, shared_videos)
+    write_list(tree / "list.csv", [])
     with pytest.raises(InputError, match="--video_path"):
         dataset(tree, shared_videos)
     write_list(tree / "list.csv", ["h265_video.mp4"])
@@ -200,11 +230,6 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
         StepSampler(10, 4, 2, world_size=3)
 
 
-def test_the_video_list_is_one_array(tree, shared_videos):
-    assert isinstance(dataset(tree, shared_videos).names, np.ndarray)
-    assert dataset(tree, shared_videos).names.dtype.kind == "U"
-
-
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 1)])
 def test_batches_are_the_same_for_any_number_of_processes_and_workers(toy, world_size, workers):
     data = HowTo100M(
@@ -216,17 +241,221 @@ def test_batches_are_the_same_for_any_number_of_processes_and_workers(toy, world
         size=16,
         num_candidates=2,
     )
+    expected, found = union(data, 4, 3), union(data, 4, 3, world_size=world_size, workers=workers)
+    assert len(found) == 3 and found == expected
 
-    def union(world_size, workers):
-        ranks = []
-        for rank in range(world_size):
-            sampler = StepSampler(8, 4, 3, rank=rank, world_size=world_size)
-            loader = DataLoader(data, batch_sampler=sampler, num_workers=workers)
-            ranks.append([(batch["video"], batch["text"]) for batch in loader])
+
+def load(data, batch_size, steps, *, workers=0, timeout=60, quarantined=None, **sampler):
+    """A rank's batches of training_batches: for each, its samples' bytes and what was bad."""
+    batches = training_batches(
+        data,
+        StepSampler(len(data), batch_size, steps, **sampler),
+        workers=workers,
+        timeout=timeout,
+        quarantined=set() if quarantined is None else quarantined,
+    )
+    with closing(batches):
         return [
-            [torch.cat(parts) for parts in zip(*step, strict=True)]
-            for step in zip(*ranks, strict=True)
+            (
+                [
+                    (v.numpy().tobytes(), t.tolist())
+                    for v, t in zip(b["video"], b["text"], strict=True)
+                ],
+                b["bad"],
+            )
+            for b in batches
         ]
 
-    for expected, found in zip(union(1, 0), union(world_size, workers), strict=True):
-        assert all(map(torch.equal, expected, found))
+
+def union(data, batch_size, steps, *, world_size=1, **settings):
+    """The batches of all ranks together."""
+    ranks = [
+        load(data, batch_size, steps, rank=rank, world_size=world_size, **settings)
+        for rank in range(world_size)
+    ]
+    return [
+        tuple(list(chain.from_iterable(parts)) for parts in zip(*step, strict=True))
+        for step in zip(*ranks, strict=True)
+    ]
+
+
+def fake_decode(path, seek, *, num_frames, size, crop, flip, **settings):
+    """A clip that tells by its colours what was asked for; or what the file's name says."""
+    if "crash" in path.name:
+        faulthandler.disable()  # pytest's, which would fill the screen
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "hang" in path.name:
+        signal.pause()
+    if "broken" in path.name:
+        raise DecodeError(f"{path}: broken")
+    asked = f"{path.name} {seek} {crop} {flip}"
+    colours = np.random.default_rng(list(asked.encode())).integers(256, size=3, dtype=np.uint8)
+    clip = torch.from_numpy(colours)[:, None, None, None]
+    return clip.expand(3, num_frames, size, size)
+
+
+@pytest.fixture
+def fake_videos(tmp_path, monkeypatch):
+    """Makes a HowTo100M of files with these names, which fake_decode reads; those with `mute` in
+    the name have no captions."""
+
+    def make(*names):
+        for name in names:
+            (tmp_path / name).touch()
+            if "mute" not in name:
+                rows = [(t, t + 2, f"the cook flips {t}") for t in range(0, 90, 2)]
+                write_captions((tmp_path / name).with_suffix(".csv"), *rows)
+        write_list(tmp_path / "list.csv", names)
+        return dataset(tmp_path, tmp_path, size=2)
+
+    monkeypatch.setattr(video_loader, "decode_clip", fake_decode)
+    return make
+
+
+GOOD = [f"good{i}.mp4" for i in range(6)]
+BAD = ["broken0.mp4", "mute0.mp4", "broken1.mp4"]
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2)])
+def test_replacements_are_the_same_for_any_number_of_processes_and_workers(
+    fake_videos, world_size, workers
+):
+    data = fake_videos(*GOOD, *BAD)
+    expected, found = union(data, 4, 9), union(data, 4, 9, world_size=world_size, workers=workers)
+    assert sum(len(bad) for _, bad in expected) == 4 * len(BAD)  # of four epochs
+    assert found == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_replacements_are_the_same_after_a_restart(fake_videos, workers):
+    data = fake_videos(*GOOD, *BAD)
+    assert load(data, 4, 9, first_step=5, workers=workers) == load(data, 4, 9)[5:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_bad_sample_is_told_with_the_reason_and_all_that_was_tried(fake_videos, workers):
+    data = fake_videos(*GOOD, *BAD)
+    steps = keys(1, length=len(data), batch=3, steps=12)
+    batches = load(data, 3, 12, workers=workers)
+    for step, (samples, bad) in zip(steps, batches, strict=True):
+        assert len(samples) == 3
+        tried = []
+        for epoch, index in step:
+            names = [data.name((epoch, index, attempt)) for attempt in range(MAX_REPLACEMENTS)]
+            good = next(place for place, name in enumerate(names) if name in GOOD)
+            tried += [names[:good]] if good else []
+        assert [[name for name, _ in attempts] for attempts in bad] == tried
+        for name, reason in chain.from_iterable(bad):
+            assert name.removesuffix(".mp4") in reason
+            assert "captions" in reason or "broken" in reason or "No such file" in reason
+    assert any(len(attempts) > 1 for _, bad in batches for attempts in bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("crash.mp4", "SIGSEGV"), ("hang.mp4", "more than 1 s")]
+)
+def test_a_video_that_costs_its_worker_is_quarantined_and_told(
+    fake_videos, milnce_log, name, reason
+):
+    data = fake_videos(*GOOD, name)
+    quarantined = set()
+    batches = load(data, 7, 1, workers=2, timeout=1, quarantined=quarantined)
+    assert quarantined == {name}
+    told = [faults for _, bad in batches for attempts in bad for faults in attempts]
+    assert {video for video, _ in told} == {name}
+    assert all(why.startswith(QUARANTINE) for _, why in told)
+    assert reason in told[0][1]
+    assert name in milnce_log.text and reason in milnce_log.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_quarantined_video_is_replaced_as_if_it_had_just_crashed(fake_videos, workers):
+    data = fake_videos(*GOOD, "crash0.mp4", "broken.mp4", "crash1.mp4")
+    quarantined = {"crash0.mp4", "crash1.mp4"}
+    found = load(data, 3, 12, workers=2)
+    again = load(data, 3, 12, workers=workers, quarantined=quarantined)
+    for (samples, bad), (known_samples, known_bad) in zip(found, again, strict=True):
+        assert samples == known_samples
+        assert [[v for v, _ in tried] for tried in bad] == [[v for v, _ in t] for t in known_bad]
+    told = [(v, why) for _, bad in again for v, why in chain.from_iterable(bad)]
+    assert {why for v, why in told if v in quarantined} == {QUARANTINE}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("quarantined", [set(), set(BAD)])
+def test_a_hundred_unreadable_samples_in_a_row_end_the_training(fake_videos, workers, quarantined):
+    data = fake_videos("good.mp4", *BAD)
+    write_captions(data.caption_file("good.mp4"))
+    children = psutil.Process().children()
+    with pytest.raises(InputError, match=f"--video_path: {MAX_REPLACEMENTS} samples in a row"):
+        load(data, 2, 2, workers=workers, quarantined=quarantined)
+    assert psutil.Process().children() == children
+
+
+STRINGS = ["a/b.mp4", "", "größe/日本/🙂.mp4", "x" * 100_000, "a/b.mp4", "z"]
+
+
+def test_packed_strings_are_the_strings():
+    packed = PackedStrings(iter(STRINGS))
+    assert len(packed) == len(STRINGS)
+    assert [packed[i] for i in range(len(packed))] == STRINGS
+    assert [packed[np.int64(i)] for i in (5, 0)] == ["z", "a/b.mp4"]
+
+
+def howto100m_names(length):
+    """Names like HowTo100M's; one is very long."""
+    rng = random.Random(1)
+    letters = string.ascii_letters + string.digits + "-_"
+    names = ["".join(rng.choices(letters, k=13)) for _ in range(length)]
+    names = [f"{name[:2]}/{name[2:]}.mp4" for name in names]
+    names[length // 2] = f"XX/{'long' * 60}.mp4"
+    return names
+
+
+class ReadAll:
+    """An item reads every name once: the worker's private memory before and after, in bytes."""
+
+    def __init__(self, names):
+        self.names = names
+        self.fields = {"private": ((2,), torch.int64), "characters": ((), torch.int64)}
+
+    def __getitem__(self, key):
+        before = private_memory()
+        characters = sum(len(self.names[i]) for i in range(len(self.names)))
+        private = torch.tensor([before, private_memory()])
+        return {"private": private, "characters": torch.tensor(characters)}
+
+
+def private_memory():
+    with open("/proc/self/smaps_rollup") as file:
+        sizes = dict(line.split(":") for line in file.readlines()[1:])
+    return sum(int(sizes[name].split()[0]) << 10 for name in ("Private_Clean", "Private_Dirty"))
+
+
+def growth(names):
+    """By how many bytes eight workers together grow when each reads every name once."""
+    [batch] = sample_batches(ReadAll(names), [list(range(8))], workers=8, timeout=300)
+    assert batch["errors"] == [None] * 8
+    assert batch["characters"].tolist() == [sum(map(len, names))] * 8
+    return int((batch["private"][:, 1] - batch["private"][:, 0]).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/smaps_rollup"), reason="no /proc/PID/smaps_rollup"
+)
+def test_workers_share_a_list_of_a_million_videos(tmp_path):
+    names = howto100m_names(1_200_000)
+    write_list(tmp_path / "list.csv", names)
+    first = tmp_path / names[0]
+    first.parent.mkdir()
+    first.touch()
+    first.with_suffix(".csv").touch()
+    began = time.perf_counter()
+    data = dataset(tmp_path, tmp_path)
+    built = time.perf_counter() - began
+    assert len(data) == len(names)
+    packed, plain = growth(data.names), growth(names)
+    print(f"built in {built:.1f} s; eight workers grow by {packed / 1e6:.1f} MB", end=", ")
+    print(f"with a list of str by {plain / 1e6:.1f} MB")
+    assert packed < 100e6 < plain
