@@ -36,7 +36,7 @@ class Launch:
     nproc_per_node: int
     spawn: int
     init_method: str
-    restarted: bool = False  # by the launcher, after a failure or a preemption
+    restarts: int = 0  # how often the launcher has started it again
 
 
 def first_host(node_list):
@@ -123,11 +123,11 @@ def plan_torchrun(env, url):
     if world_size > 1 and not url and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise InputError("RANK and WORLD_SIZE are set, but no MASTER_ADDR and MASTER_PORT")
     local_world = whole_number(env, "LOCAL_WORLD_SIZE", default=world_size)
-    restarted = whole_number(env, "TORCHELASTIC_RESTART_COUNT") > 0
+    restarts = whole_number(env, "TORCHELASTIC_RESTART_COUNT")
     return Launch(
         "torchrun",
         *(world_size, rank, whole_number(env, "LOCAL_RANK"), local_world),
-        *(1, url or "env://", restarted),
+        *(1, url or "env://", restarts),
     )
 
 
@@ -153,10 +153,10 @@ def plan_slurm(args, env, url, gpus):
         url = f"tcp://{host}:{10000 + (31 * job + step) % 20000}"
     if tasks > nodes:
         local, on_node = whole_number(env, "SLURM_LOCALID"), tasks // nodes
-        return Launch("SLURM, a task a process", tasks, task, local, on_node, 1, url, restarts > 0)
+        return Launch("SLURM, a task a process", tasks, task, local, on_node, 1, url, restarts)
     nproc = args.nproc_per_node or gpus
     return Launch(
-        "SLURM, a task a node", tasks * nproc, task * nproc, 0, nproc, nproc, url, restarts > 0
+        "SLURM, a task a node", tasks * nproc, task * nproc, 0, nproc, nproc, url, restarts
     )
 
 
@@ -168,8 +168,8 @@ def plan_python(args, env, url, gpus):
     if node >= nodes:
         raise InputError(f"--rank {node} is not below --world_size {nodes}")
     url = url or f"tcp://127.0.0.1:{free_port()}"
-    restarted = whole_number(env, "SLURM_RESTART_COUNT") > 0
-    return Launch("python", nodes * nproc, node * nproc, 0, nproc, nproc, url, restarted)
+    restarts = whole_number(env, "SLURM_RESTART_COUNT")
+    return Launch("python", nodes * nproc, node * nproc, 0, nproc, nproc, url, restarts)
 
 
 class Process:
@@ -212,6 +212,14 @@ class Process:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def refuse(self, message):
+        """Ends the run for a reason that all ranks have found; it is said once."""
+        if self.rank == 0:
+            log.error(message)
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        self.gather(None)
+        sys.exit(2)
 
 
 def start(work, args, launch):
@@ -305,7 +313,8 @@ def join_group(args, launch, rank, device):
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     try:
         rendezvous = dist.rendezvous(launch.init_method, rank, launch.world_size, timeout=timeout)
-        store = next(rendezvous)[0]
+        # torchrun's store outlives the processes: what an earlier start left there is not for us.
+        store = dist.PrefixStore(f"start{launch.restarts}", next(rendezvous)[0])
         store.set_timeout(timeout)
         backend = args.dist_backend if device.type == "cuda" else "gloo"
         dist.init_process_group(

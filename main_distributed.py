@@ -4,13 +4,9 @@ One process a GPU, or a few on the CPU; plain python, torchrun or SLURM: see REA
 """
 
 import contextlib
-import csv
-import datetime
 import json
 import logging
-import math
 import sys
-import time
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,6 +22,7 @@ from args import get_args
 from evaluation import evaluate_retrieval, retrieval_set
 from loss import MILNCELoss
 from s3dg import S3D, Tokenizer
+from training_log import BadSamples, Window, append_json, log_path, show
 from utils import (
     InputError,
     check_clip_size,
@@ -34,20 +31,19 @@ from utils import (
     log,
     lr_multiplier,
     make_folder,
-    read_table,
     read_words,
     run_script,
     setup_logging,
     to_device,
 )
-from video_loader import QUARANTINE, TEXT_WORDS, HowTo100M, StepSampler, training_batches
+from video_loader import TEXT_WORDS, HowTo100M, StepSampler, training_batches
 from youcook_loader import YouCook2
 
 
 def main():
     args = get_args(__doc__)
     launch = distributed.plan_launch(args)
-    args.resume = args.resume or launch.restarted
+    args.resume = args.resume or launch.restarts > 0
     if launch.spawn > 1:
         setup_logging(verbose=False)
         prepare(args, launch, torch.device("cpu"))  # what is wrong is said once, not by each
@@ -145,11 +141,6 @@ def first_progress(args, resumed, dataset, batch_size):
     return Progress(**saved)
 
 
-def log_path(args, kind):
-    """<log_root>/<checkpoint_dir>.txt, .jsonl, ..; a run without a name of its own is `train`."""
-    return Path(args.log_root, f"{args.checkpoint_dir or 'train'}.{kind}")
-
-
 def checkpoint_folder(args):
     return Path(args.checkpoint_root, args.checkpoint_dir)
 
@@ -235,9 +226,8 @@ def train(args, process):
     """The whole training, as one process of it sees it."""
     first_rank = process.rank == 0
     make_folder(log_path(args, "txt").parent, "log_root")
-    setup_logging(
-        args.verbose, log_path(args, "txt"), logging.INFO if first_rank else logging.ERROR
-    )
+    level = logging.INFO if first_rank else logging.ERROR
+    setup_logging(args.verbose, log_path(args, "txt"), level)
     torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
     job = prepare(args, process, process.device)
     log.setLevel(logging.INFO if first_rank else logging.WARNING)
@@ -293,7 +283,7 @@ def check_alike(process, job):
     starts = process.gather((job.resumed and job.resumed.name, *progress, len(job.dataset)))
     for rank, start in enumerate(starts):
         if start != starts[0]:
-            raise InputError(
+            process.refuse(
                 f"--resume: rank {rank} starts from (checkpoint, epoch, step, videos) {start}, "
                 f"rank 0 from {starts[0]}: the nodes see different files"
             )
@@ -313,37 +303,6 @@ def settle(args, process, network):
         buffer.copy_(before)
 
 
-class BadSamples:
-    """The list of what could not be read, <log_root>/<checkpoint_dir>.bad.csv, each video once."""
-
-    def __init__(self, path, process):
-        self.path, self.process = path, process
-        self.found = []  # (video_path, reason) since the last call of write, by this rank
-        listed = {}
-        if process.rank == 0 and path.exists():
-            table = read_table(path, ["path", "reason"], flag="log_root")
-            listed = dict(zip(table["path"], table["reason"], strict=True))
-        listed = process.gather(listed)[0]
-        self.listed = set(listed)
-        # Passed over by training_batches, which adds to them.
-        self.quarantined = {v for v, why in listed.items() if str(why).startswith(QUARANTINE)}
-
-    def write(self):
-        """Adds what any rank has found since to the list. To be called by all ranks."""
-        rows = []
-        for video, reason in chain.from_iterable(self.process.gather(self.found)):
-            if reason.startswith(QUARANTINE):
-                self.quarantined.add(video)
-            if video not in self.listed:
-                self.listed.add(video)
-                rows.append((video, reason))
-        self.found = []
-        if self.process.rank == 0 and rows:
-            head = [] if self.path.exists() else [("path", "reason")]
-            with reported(self.path), open(self.path, "a", newline="") as file:
-                csv.writer(file).writerows(head + rows)
-
-
 def train_epoch(args, process, job, network, batches, bad):
     """Runs the steps that are left of an epoch. A signal ends the process, after a checkpoint."""
     progress, last_step = job.progress, job.steps_before(job.progress.epoch + 1)
@@ -355,9 +314,10 @@ def train_epoch(args, process, job, network, batches, bad):
         process.at(f"waiting for the data of step {progress.step + 1}")
         with window.waiting():
             batch = next(batches)
-        process.at(f"step {progress.step + 1}")
-        bad.found.extend(chain.from_iterable(batch["bad"]))
-        signalled, replaced = process.sum(process.signal is not None, len(batch["bad"]))
+            process.at(f"step {progress.step + 1}")
+            bad.found.extend(chain.from_iterable(batch["bad"]))
+            # Waits for the slowest rank's data.
+            signalled, replaced = process.sum(process.signal is not None, len(batch["bad"]))
         unlisted |= replaced > 0
         progress.bad_samples += replaced
         progress.bad_in_epoch += replaced
@@ -377,7 +337,8 @@ def train_epoch(args, process, job, network, batches, bad):
             bad.write()
             unlisted = False
         if too_bad:
-            raise InputError(
+            save(args, process, job, within_epoch=True)
+            process.refuse(
                 f"--max_bad_fraction: {progress.bad_in_epoch} samples of epoch "
                 f"{progress.epoch + 1}, which has {len(job.dataset)}, could not be read, more than "
                 f"{args.max_bad_fraction:g} of them: see {bad.path}"
@@ -411,7 +372,7 @@ def train_step(network, criterion, optimizer, video, text):
 
 
 def count_skipped(args, process, progress, applied, loss):
-    """Raises InputError after max_bad_steps in a row."""
+    """Ends the run after max_bad_steps in a row."""
     if applied:
         progress.skipped_in_row = 0
         return
@@ -423,62 +384,11 @@ def count_skipped(args, process, progress, applied, loss):
             *(progress.step, loss, progress.skipped_in_row),
         )
     if progress.skipped_in_row == args.max_bad_steps:
-        raise InputError(
+        process.refuse(
             f"--max_bad_steps: {args.max_bad_steps} steps in a row, up to step {progress.step}, "
             "had a loss or gradient that is not finite: lower --lr, or look at the data; "
             f"the checkpoints in {checkpoint_folder(args)} are from before"
         )
-
-
-class Window:
-    """Counts clips and time from one log line to the next."""
-
-    def __init__(self, began=None, steps=0):
-        self.since = time.perf_counter()
-        self.began = began or self.since  # of the epoch's first window in this process
-        self.steps = steps  # since then
-        self.clips, self.waited = 0, 0.0
-
-    def next(self):
-        return Window(self.began, self.steps)
-
-    @contextlib.contextmanager
-    def waiting(self):
-        asked = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - asked
-
-    def count(self, clips):
-        self.clips += clips
-        self.steps += 1
-
-
-def show(args, process, job, window, loss, lr):
-    """Logs how the training stands; `loss` is a number, so the device has done the steps."""
-    progress, now = job.progress, time.perf_counter()
-    elapsed = now - window.since
-    record = {
-        "epoch": progress.epoch + 1,
-        "step": progress.step,
-        "loss": loss,
-        "lr": lr,
-        "clips_per_second": window.clips / elapsed,
-        "data_wait": window.waited / elapsed,
-        "seconds_left": (now - window.began) / window.steps * (job.total_steps - progress.step),
-        "bad_samples": progress.bad_samples,
-        "skipped_steps": progress.skipped_steps,
-    }
-    line = (
-        "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} clips/s, "
-        "{data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} bad samples"
-    )
-    if process.device.type == "cuda":
-        record["gpu_gib"] = torch.cuda.max_memory_allocated(process.device) / 2**30
-        line += ", {gpu_gib:.1f} GiB of GPU memory"
-    left = datetime.timedelta(seconds=round(record["seconds_left"]))
-    log.info(line.format(**record, left=left))
-    if process.rank == 0:
-        append_json(log_path(args, "jsonl"), record)
 
 
 def save(args, process, job, within_epoch=False):
@@ -549,22 +459,6 @@ def lacks_validation(args, process, job):
 def workers_of(args, process):
     """This process's share of the node's data workers, one at least unless none are wanted."""
     return min(args.num_thread_reader, max(1, args.num_thread_reader // process.nproc_per_node))
-
-
-def append_json(path, record):
-    """Adds one line; a number that JSON does not know, such as a diverged loss, becomes null."""
-    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    with reported(path), open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-@contextlib.contextmanager
-def reported(path):
-    """A log that cannot be written, on a full disk, is no reason to end a training."""
-    try:
-        yield
-    except OSError as error:
-        log.error("could not write %s: %s", path, error.strerror)
 
 
 if __name__ == "__main__":

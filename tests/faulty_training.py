@@ -1,0 +1,50 @@
+"""main_distributed.py with faults planted: python faulty_training.py '{"crash": ..}' flags..
+
+crash, hang: part of a video's name, whose decoding crashes or hangs the worker.
+nan: [rank, first step, last step] at which that rank's clips are not numbers.
+stuck: [rank, step] at which that rank gets no further.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+FAULTS = json.loads(sys.argv[1])
+
+import torch.distributed as dist  # noqa: E402
+
+import main_distributed  # noqa: E402
+import video_loader  # noqa: E402
+
+
+def decode_clip(path, *args, **settings):
+    if FAULTS.get("crash", "no such name") in str(path):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if FAULTS.get("hang", "no such name") in str(path):
+        time.sleep(1000)
+    return real_decode_clip(path, *args, **settings)
+
+
+def train_step(network, criterion, optimizer, video, text):
+    global steps
+    steps += 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    nan_rank, first, last = FAULTS.get("nan", (None, 0, 0))
+    if rank == nan_rank and first <= steps <= last:
+        video = video * float("nan")
+    if FAULTS.get("stuck") == [rank, steps]:
+        time.sleep(1000)
+    return real_train_step(network, criterion, optimizer, video, text)
+
+
+steps = 0
+real_decode_clip, video_loader.decode_clip = video_loader.decode_clip, decode_clip
+real_train_step, main_distributed.train_step = main_distributed.train_step, train_step
+
+if __name__ == "__main__":
+    del sys.argv[1]
+    main_distributed.run_script(main_distributed.main)

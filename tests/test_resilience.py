@@ -1,0 +1,305 @@
+"""Whole trainings that are killed, stopped, starved and fed rubbish."""
+
+import csv
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import toy_flags
+
+from checkpoint import numbered, read_checkpoint
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+MAIN = HERE.parent / "main_distributed.py"
+
+
+class Run:
+    """A training of the toy set in a folder of its own, as a process that can be watched."""
+
+    def __init__(self, toy, weights, folder, *flags, faults=None, before=(), processes=2, **popen):
+        script = [MAIN] if faults is None else [HERE / "faulty_training.py", json.dumps(faults)]
+        own = [] if before else [f"--nproc_per_node={processes}"]
+        self.folder = folder
+        command = [
+            *(sys.executable, *before, *script, *toy_flags(toy)),
+            *(f"--checkpoint_root={folder}/checkpoint", f"--log_root={folder}/log"),
+            *("--checkpoint_dir=run", f"--pretrain_cnn_path={weights}", *own, *flags),
+        ]
+        with open(folder / "output.txt", "a") as output:
+            self.process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, **popen)
+
+    def family(self):
+        """All processes of the run."""
+        try:
+            return [self.process, *self.process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def ranks(self):
+        return [p for p in self.process.children() if "spawn_main" in " ".join(p.cmdline())]
+
+    def wait(self, timeout=240):
+        return self.process.wait(timeout)
+
+    def steps(self):
+        return [record["step"] for record in records(self.folder) if "loss" in record]
+
+    def wait_for(self, condition, timeout=120):
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, text(self.folder)
+            assert time.monotonic() < deadline, text(self.folder)
+            time.sleep(0.005)
+
+    def wait_for_step(self, step):
+        self.wait_for(lambda: max(self.steps(), default=0) >= step)
+
+
+def records(folder):
+    path = folder / "log/run.jsonl"
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
+def text(folder):
+    return (folder / "output.txt").read_text()
+
+
+def bad_samples(folder):
+    with open(folder / "log/run.bad.csv", newline="") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def final(folder):
+    return read_checkpoint(numbered(folder / "checkpoint/run")[-1][1])
+
+
+def assert_same_end(folder, other):
+    """The last checkpoints are equal to the bit: weights, optimizer, schedule, counts."""
+    one, two = final(folder), final(other)
+    assert one["epoch"] == two["epoch"] and one["progress"] == two["progress"]
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]), name
+    assert one["scheduler"]["last_epoch"] == two["scheduler"]["last_epoch"]
+    for number, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, two["optimizer"]["state"][number][name])
+
+
+def assert_all_gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+EPOCHS = 20
+LONG = [f"--epochs={EPOCHS}", "--checkpoint_every=1", "--n_display=1"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy, weights, tmp_path_factory):
+    """40 steps in two processes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = Run(toy, weights, folder, *LONG)
+    assert run.wait() == 0, text(folder)
+    return folder
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(uninterrupted, toy, weights, tmp_path):
+    """SIGKILL hits the launcher or a rank, at a random moment or while a checkpoint is written."""
+    rng = random.Random(0)
+    kills = while_writing = 0
+    checkpoints = tmp_path / "checkpoint/run"
+    while True:
+        run = Run(toy, weights, tmp_path, *LONG, "--resume")
+        done = max(run.steps(), default=0)
+        if kills == 12:
+            break
+        run.wait_for(lambda run=run, done=done: max(run.steps(), default=0) > done)
+        if kills % 3 == 0:
+            run.wait_for(lambda: list(checkpoints.glob("*.tmp")))
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, 1))
+        family, victim = run.family(), run.process
+        if kills % 2:
+            victim = rng.choice(run.ranks())
+        victim.kill()
+        assert run.wait() in (1, -signal.SIGKILL)
+        assert_all_gone(family)
+        kills += 1
+        while_writing += bool(list(checkpoints.glob("*.tmp")))
+    assert run.wait() == 0, text(tmp_path)
+    print(f"{kills} kills, {while_writing} of them while a checkpoint was written")
+    assert while_writing > 0
+    assert not list(checkpoints.glob("*.tmp"))
+    assert_same_end(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
+    number, uninterrupted, toy, weights, tmp_path
+):
+    flags = [*LONG, "--checkpoint_every=0"]
+    run = Run(toy, weights, tmp_path, *flags)
+    run.wait_for_step(21)
+    family = run.family()
+    # What a launcher does: everyone gets it, data workers included, and more than once.
+    for process in family:
+        process.send_signal(number)
+    assert run.wait() == 75, text(tmp_path)
+    assert_all_gone(family)
+    assert f"stopped by {number.name}" in text(tmp_path)
+    (_, step), path = numbered(tmp_path / "checkpoint/run")[-1]
+    assert step == run.steps()[-1] >= 21, path
+    assert Run(toy, weights, tmp_path, *flags, "--resume").wait() == 0, text(tmp_path)
+    assert_same_end(uninterrupted, tmp_path)
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(uninterrupted, toy, weights, tmp_path):
+    """Without --resume: that it is a restart is known from torchrun."""
+    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = Run(toy, weights, tmp_path, *LONG, before=[*before, "--max-restarts=1"])
+    run.wait_for_step(13)
+    random.Random(1).choice(run.process.children()).kill()
+    assert run.wait() == 0, text(tmp_path)
+    assert "resumed from" in text(tmp_path) and "torchrun: 1 x 2" in text(tmp_path)
+    assert_same_end(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, toy, weights, tmp_path):
+    faults = {} if silent else {"stuck": [1, 7]}
+    flags = [*LONG, "--dist_timeout=10", "--sample_timeout=5"]
+    run = Run(toy, weights, tmp_path, *flags, faults=faults)
+    run.wait_for_step(6)
+    family = run.family()
+    if silent:
+        run.ranks()[1].suspend()
+    began = time.monotonic()
+    assert run.wait() == 1
+    assert time.monotonic() - began < 60  # of 10 s, on a busy machine
+    assert_all_gone(family)
+    assert "rank 1 (" in text(tmp_path) and "rank 0 (" not in text(tmp_path)
+    assert ("no longer answers" in text(tmp_path)) == silent
+
+
+def test_a_rank_that_dies_ends_the_run_and_is_named(toy, weights, tmp_path):
+    run = Run(toy, weights, tmp_path, *LONG)
+    run.wait_for_step(3)
+    family = run.family()
+    run.ranks()[1].kill()
+    assert run.wait() == 1
+    assert_all_gone(family)
+    assert "rank 1 was killed by SIGKILL" in text(tmp_path)
+
+
+FAULTY = {"crash": "toy00003", "hang": "toy00005"}
+MESSY = ["--max_bad_fraction=1", "--sample_timeout=3", "--epochs=12", "--num_thread_reader=4"]
+
+
+@pytest.fixture(scope="module")
+def messy(toy, tmp_path_factory):
+    """The toy set with an absent video, one that is no video, and captions that are none."""
+    folder = tmp_path_factory.mktemp("messy")
+    shutil.copytree(toy / "videos", folder / "videos")
+    shutil.copytree(toy / "captions", folder / "captions")
+    (folder / "videos/toy00000.mp4").unlink()
+    (folder / "videos/toy00001.mp4").write_text("no video")
+    (folder / "captions/toy00002.csv").write_text("start,end,text\n")
+    return [*MESSY, f"--video_path={folder}/videos", f"--caption_root={folder}/captions"]
+
+
+def test_bad_samples_cost_one_sample_each_and_resuming_replaces_them_alike(
+    messy, toy, weights, tmp_path
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    run = Run(toy, weights, one, *messy, faults=FAULTY)
+    assert run.wait() == 0, text(one)
+    assert run.steps() == list(range(1, 25))
+    reasons = bad_samples(one)
+    assert sorted(reasons) == [f"toy0000{i}.mp4" for i in (0, 1, 2, 3, 5)]
+    assert len((one / "log/run.bad.csv").read_text().splitlines()) == 6
+    assert "SIGSEGV" in reasons["toy00003.mp4"] and "more than 3 s" in reasons["toy00005.mp4"]
+    assert "No such file" in reasons["toy00000.mp4"] and "caption" in reasons["toy00002.mp4"]
+    assert records(one)[-1]["bad_samples"] == 12 * 5  # every visit of one is a place taken
+
+    run = Run(toy, weights, two, *messy, faults=FAULTY)
+    run.wait_for_step(9)
+    run.process.terminate()
+    assert run.wait() == 75, text(two)
+    assert Run(toy, weights, two, *messy, "--resume", faults=FAULTY).wait() == 0, text(two)
+    assert_same_end(one, two)
+    assert sorted(bad_samples(two)) == sorted(reasons)
+    assert text(two).count("quarantined toy00003.mp4") <= 2  # by each rank that met it at once
+
+
+def test_too_many_bad_samples_end_the_run(messy, toy, weights, tmp_path):
+    run = Run(toy, weights, tmp_path, *messy, "--max_bad_fraction=0.3")
+    assert run.wait() == 2
+    assert text(tmp_path).count("error: --max_bad_fraction: 3 samples of epoch 1, which has 8") == 1
+    assert len(bad_samples(tmp_path)) == 3
+    # The checkpoint it leaves goes on once more is allowed.
+    assert Run(toy, weights, tmp_path, *messy, "--resume").wait() == 0
+    assert final(tmp_path)["epoch"] == 12
+
+
+def test_steps_that_are_not_finite_are_skipped_on_all_ranks(toy, weights, tmp_path):
+    run = Run(toy, weights, tmp_path, "--epochs=4", faults={"nan": [1, 3, 4]})
+    assert run.wait() == 0, text(tmp_path)
+    shown = records(tmp_path)
+    assert [r["loss"] is None for r in shown] == [s in (3, 4) for s in range(1, 9)]
+    assert shown[-1]["skipped_steps"] == 2
+    assert all(torch.isfinite(v).all() for v in final(tmp_path)["state_dict"].values())
+    assert "step 4 skipped" in text(tmp_path) and "(2 in a row)" in text(tmp_path)
+
+
+def test_many_in_a_row_end_the_run_with_its_checkpoints_untouched(toy, weights, tmp_path):
+    flags = ["--epochs=4", "--max_bad_steps=3", "--checkpoint_every=1"]
+    run = Run(toy, weights, tmp_path, *flags, faults={"nan": [1, 4, 8]})
+    assert run.wait() == 2
+    assert text(tmp_path).count("error: --max_bad_steps: 3 steps in a row, up to step 6") == 1
+    assert all(torch.isfinite(v).all() for v in final(tmp_path)["state_dict"].values())
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(
+    toy, weights, tmp_path
+):
+    """Files are limited to a size that a checkpoint exceeds, as on a full disk."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 20, 50 << 20))
+
+    run = Run(toy, weights, tmp_path, "--epochs=3", processes=1, preexec_fn=limit)
+    assert run.wait() == 0, text(tmp_path)
+    assert run.steps() == [1, 2, 3, 4, 5, 6]
+    assert text(tmp_path).count("could not write") == 3
+    assert not list((tmp_path / "checkpoint/run").iterdir())
+
+
+def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights, tmp_path):
+    flags = ["--epochs=1000", "--batch_size=2", "--num_frames=2", "--video_size=16"]
+    flags += ["--epochs=500", "--n_display=20", "--checkpoint_every=0", "--nproc_per_node=1"]
+    run = Run(toy, weights, tmp_path, *flags, processes=1)
+    samples = []
+    for step in range(200, 2001, 200):
+        run.wait_for_step(step)
+        family = run.family()
+        memory = sum(p.memory_full_info().uss for p in family)
+        samples.append((step, memory / 2**20, sum(p.num_fds() for p in family), len(family)))
+        print("step {}: {:.0f} MiB, {} open files, {} processes".format(*samples[-1]))
+    run.process.terminate()
+    run.wait()
+    _, memory, files, processes = zip(*samples, strict=True)
+    assert max(memory[-3:]) < memory[0] + 50, samples
+    assert len(set(files)) == len(set(processes)) == 1, samples

@@ -1,0 +1,118 @@
+"""What a training writes about itself: lines for people, JSON for programs, its bad samples."""
+
+import contextlib
+import csv
+import datetime
+import json
+import math
+import time
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from utils import log, read_table
+from video_loader import QUARANTINE
+
+
+def log_path(args, kind):
+    """<log_root>/<checkpoint_dir>.txt, .jsonl, ..; a run without a name of its own is `train`."""
+    return Path(args.log_root, f"{args.checkpoint_dir or 'train'}.{kind}")
+
+
+class Window:
+    """Counts clips and time from one log line to the next."""
+
+    def __init__(self, began=None, steps=0):
+        self.since = time.perf_counter()
+        self.began = began or self.since  # of the epoch's first window in this process
+        self.steps = steps  # since then
+        self.clips, self.waited = 0, 0.0
+
+    def next(self):
+        return Window(self.began, self.steps)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    def count(self, clips):
+        self.clips += clips
+        self.steps += 1
+
+
+def show(args, process, job, window, loss, lr):
+    """Logs how the training stands; `loss` is a number, so the device has done the steps."""
+    progress, now = job.progress, time.perf_counter()
+    elapsed = now - window.since
+    record = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "loss": loss,
+        "lr": lr,
+        "clips_per_second": window.clips / elapsed,
+        "data_wait": window.waited / elapsed,
+        "seconds_left": (now - window.began) / window.steps * (job.total_steps - progress.step),
+        "bad_samples": progress.bad_samples,
+        "skipped_steps": progress.skipped_steps,
+    }
+    line = (
+        "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} clips/s, "
+        "{data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} bad samples"
+    )
+    if process.device.type == "cuda":
+        record["gpu_gib"] = torch.cuda.max_memory_allocated(process.device) / 2**30
+        line += ", {gpu_gib:.1f} GiB of GPU memory"
+    left = datetime.timedelta(seconds=round(record["seconds_left"]))
+    log.info(line.format(**record, left=left))
+    if process.rank == 0:
+        append_json(log_path(args, "jsonl"), record)
+
+
+class BadSamples:
+    """The list of what could not be read, <log_root>/<checkpoint_dir>.bad.csv, each video once."""
+
+    def __init__(self, path, process):
+        self.path, self.process = path, process
+        self.found = []  # (video_path, reason) since the last call of write, by this rank
+        listed = {}
+        if process.rank == 0 and path.exists():
+            table = read_table(path, ["path", "reason"], flag="log_root")
+            listed = dict(zip(table["path"], table["reason"], strict=True))
+        listed = process.gather(listed)[0]
+        self.listed = set(listed)
+        # Passed over by training_batches, which adds to them.
+        self.quarantined = {v for v, why in listed.items() if str(why).startswith(QUARANTINE)}
+
+    def write(self):
+        """Adds what any rank has found since to the list. To be called by all ranks."""
+        rows = []
+        for video, reason in chain.from_iterable(self.process.gather(self.found)):
+            if reason.startswith(QUARANTINE):
+                self.quarantined.add(video)
+            if video not in self.listed:
+                self.listed.add(video)
+                rows.append((video, reason))
+        self.found = []
+        if self.process.rank == 0 and rows:
+            head = [] if self.path.exists() else [("path", "reason")]
+            with reported(self.path), open(self.path, "a", newline="") as file:
+                csv.writer(file).writerows(head + rows)
+
+
+def append_json(path, record):
+    """Adds one line; a number that JSON does not know, such as a diverged loss, becomes null."""
+    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    with reported(path), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def reported(path):
+    """A log that cannot be written, on a full disk, is no reason to end a training."""
+    try:
+        yield
+    except OSError as error:
+        log.error("could not write %s: %s", path, error.strerror)
