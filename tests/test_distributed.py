@@ -175,14 +175,13 @@ def test_flags_that_contradict_the_launcher_are_refused(env, lines):
             plan(line, **env)
 
 
-def test_a_run_that_its_launcher_started_again_is_known():
-    assert plan(**TORCHRUN, TORCHELASTIC_RESTART_COUNT="1").restarted
-    assert plan(**TASK_A_NODE, SLURM_RESTART_COUNT="2").restarted
-    assert plan(**TASK_A_PROCESS, SLURM_RESTART_COUNT="1").restarted
-    assert plan(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1").restarted
+def test_how_often_its_launcher_started_a_run_again_is_known():
+    assert plan(**TORCHRUN, TORCHELASTIC_RESTART_COUNT="1").restarts == 1
+    assert plan(**TASK_A_NODE, SLURM_RESTART_COUNT="2").restarts == 2
+    assert plan(**TASK_A_PROCESS, SLURM_RESTART_COUNT="3").restarts == 3
+    assert plan(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1").restarts == 1
     for env in (TORCHRUN, TASK_A_NODE, TASK_A_PROCESS, {}):
-        assert not plan(**env).restarted
-    assert not plan(**TORCHRUN, TORCHELASTIC_RESTART_COUNT="0").restarted
+        assert plan(**env).restarts == 0
 
 
 @pytest.mark.parametrize(
