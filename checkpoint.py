@@ -136,11 +136,15 @@ def save_checkpoint(folder, content, step=None):
         reason = " ".join(str(error).split())
         log.error("could not write %s, going on with the older checkpoints: %s", path, reason)
         return None
+    found = numbered(folder)
+    # Later steps of this epoch are of smaller batches, or damaged: the run went on from before.
+    left = [old for (epoch, at), old in found if step and epoch == content["epoch"] and at > step]
     for kept, is_step in ((KEPT, False), (KEPT_STEPS, True)):
-        same = [old for (_, step), old in numbered(folder) if bool(step) == is_step]
-        for old in same[:-kept]:
-            with contextlib.suppress(OSError):
-                old.unlink()
+        same = [old for (_, at), old in found if bool(at) == is_step and old not in left]
+        left += same[:-kept]
+    for old in left:
+        with contextlib.suppress(OSError):
+            old.unlink()
     return path
 
 

@@ -7,6 +7,8 @@ import re
 import signal
 import socket
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
@@ -138,7 +140,7 @@ def slurm_tasks(env):
 def plan_slurm(args, env, url, gpus):
     tasks, task = slurm_tasks(env), whole_number(env, "SLURM_PROCID")
     nodes = whole_number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
-    if tasks % nodes:
+    if tasks % nodes or "," in env.get("SLURM_STEP_TASKS_PER_NODE", ""):
         raise InputError(f"{tasks} SLURM tasks on {nodes} nodes: give each node as many")
     job, step = whole_number(env, "SLURM_JOB_ID", "SLURM_JOBID"), whole_number(env, "SLURM_STEP_ID")
     restarts = whole_number(env, "SLURM_RESTART_COUNT")
@@ -313,9 +315,10 @@ def join_group(args, launch, rank, device):
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     try:
         rendezvous = dist.rendezvous(launch.init_method, rank, launch.world_size, timeout=timeout)
-        # torchrun's store outlives the processes: what an earlier start left there is not for us.
-        store = dist.PrefixStore(f"start{launch.restarts}", next(rendezvous)[0])
+        store = next(rendezvous)[0]
         store.set_timeout(timeout)
+        if launch.init_method == "env://":
+            store = fresh_store(store, launch, rank, timeout)
         backend = args.dist_backend if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
@@ -332,3 +335,46 @@ def join_group(args, launch, rank, device):
         ) from None
     group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout * 1.5)
     return store.clone(), group
+
+
+def fresh_store(store, launch, rank, timeout):
+    """A store of this start's own, which rank 0 opens. torchrun's has what ranks of earlier starts
+    left in it, and no number in the environment tells one start from the next on all nodes: rank 0
+    answers whoever says hello, and goes by who is then here.
+    """
+    if rank > 0:
+        name = uuid.uuid4().hex
+        store.set(f"hello/{rank}", name)
+        host, port = store.get(f"answer/{name}").decode().rsplit(":", 1)
+        fresh = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+        fresh.set(f"here/{rank}", "")
+        return fresh
+    fresh = dist.TCPStore("0.0.0.0", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+    address = f"{own_address(launch)}:{fresh.port}"
+    missing = set(range(1, launch.world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in list(missing):
+            if fresh.check([f"here/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):
+                name = store.get(f"hello/{other}").decode()
+                store.set(f"answer/{name}", address)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(missing)} are missing")
+        time.sleep(0.1)
+    return fresh
+
+
+def own_address(launch):
+    """The address under which the other nodes find this one."""
+    master = os.environ["MASTER_ADDR"]
+    if launch.nproc_per_node == launch.world_size:
+        return "127.0.0.1"
+    port = int(os.environ["MASTER_PORT"])
+    family, kind, _, _, target = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        address = probe.getsockname()[0]
+    # A node may know itself as a loopback address, by which no other finds it.
+    return master if address.startswith("127.") or address == "::1" else address

@@ -229,6 +229,7 @@ def train(args, process):
     level = logging.INFO if first_rank else logging.ERROR
     setup_logging(args.verbose, log_path(args, "txt"), level)
     torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
+    args.resume = any(process.gather(args.resume))  # torchrun tells some nodes only of a restart
     job = prepare(args, process, process.device)
     log.setLevel(logging.INFO if first_rank else logging.WARNING)
     progress = job.progress
@@ -314,7 +315,7 @@ def train_epoch(args, process, job, network, batches, bad):
         process.at(f"waiting for the data of step {progress.step + 1}")
         with window.waiting():
             batch = next(batches)
-            process.at(f"step {progress.step + 1}")
+            process.at(f"the forward pass of step {progress.step + 1}")
             bad.found.extend(chain.from_iterable(batch["bad"]))
             # Waits for the slowest rank's data.
             signalled, replaced = process.sum(process.signal is not None, len(batch["bad"]))
@@ -324,7 +325,7 @@ def train_epoch(args, process, job, network, batches, bad):
 
         video = to_device(batch["video"], process.device)
         text = batch["text"].to(process.device, non_blocking=True).view(-1, TEXT_WORDS)
-        loss, applied = train_step(network, criterion, job.optimizer, video, text)
+        loss, applied = train_step(process.at, network, criterion, job.optimizer, video, text)
         lr = job.scheduler.get_last_lr()[0]
         job.scheduler.step()
         progress.step += 1
@@ -353,12 +354,16 @@ def train_epoch(args, process, job, network, batches, bad):
             stop(process)
 
 
-def train_step(network, criterion, optimizer, video, text):
-    """One step. Returns the loss and whether the step was applied: not where the loss or the
-    gradient is not finite, and then the model is as it was. These are the same on all ranks.
+def train_step(at, network, criterion, optimizer, video, text):
+    """One step; `at` is told how far it is. Returns the loss and whether the step was applied: not
+    where the loss or the gradient is not finite, and then the model is as it was. These are the
+    same on all ranks.
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    loss = criterion(*network(video, text))
+    embeddings = network(video, text)
+    at("the loss")
+    loss = criterion(*embeddings)
+    at("the backward pass")
     optimizer.zero_grad()
     loss.backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]

@@ -31,9 +31,7 @@ def run_script(main):
     try:
         main()
     except InputError as error:
-        # A data worker's error arrives with the worker's traceback; its message comes last.
-        message = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

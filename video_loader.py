@@ -158,6 +158,8 @@ class HowTo100M(Dataset):
             return self.sample(self.names[index], rng)
         except (CaptionError, DecodeError) as error:
             return {"error": str(error)}
+        except Exception as error:  # a run of weeks does not end for one strange file
+            return {"error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
 
     def sample(self, name, rng):
         """One sample of this video. Raises CaptionError or DecodeError."""

@@ -98,7 +98,7 @@ class Watchdog:
             if passed == fewest
         ]
         if len(behind) == len(self.keys) > 1:
-            return f"all ranks are at {self.place}"
+            return f"all ranks are at {self.place} (their own messages say where in it)"
         return ", ".join(behind)
 
     def blame(self):

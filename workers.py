@@ -5,7 +5,6 @@ memory that all processes share, so that neither pixels nor file handles travel.
 ends the run where a worker dies, and at any line of the main program; this is what it lacks.
 """
 
-import contextlib
 import gc
 import math
 import mmap
@@ -16,6 +15,7 @@ import traceback
 from collections import deque
 from itertools import chain
 from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 
 import torch
 
@@ -132,7 +132,13 @@ class Pool:
     def __init__(self, dataset, memory, workers, timeout):
         self.dataset, self.memory, self.timeout = dataset, memory, timeout
         self.pending = deque()  # tasks (slot, key) that no worker has yet
-        self.workers = [Worker(dataset, memory) for _ in range(workers)]
+        self.spared = set()  # tasks at which a worker was killed from outside
+        self.workers = []
+        # At the program's exit, multiprocessing would send what still runs a SIGTERM, which the
+        # workers ignore, and wait for them.
+        self.close = Finalize(self, end_workers, (self.workers,), exitpriority=0)
+        for _ in range(workers):
+            self.workers.append(Worker(dataset, memory))
 
     def submit(self, slot, key):
         self.pending.append((slot, key))
@@ -141,9 +147,9 @@ class Pool:
     def hand_out(self):
         while self.pending:
             worker = min(self.workers, key=lambda worker: len(worker.tasks))
-            if len(worker.tasks) == QUEUED:
+            if len(worker.tasks) == QUEUED or not worker.send(self.pending[0]):
                 return
-            worker.send(self.pending.popleft())
+            self.pending.popleft()
 
     def finished(self):
         """Waits for something to happen. Returns what is done: a list of (slot, key, error)."""
@@ -166,20 +172,24 @@ class Pool:
             else:
                 continue
             worker.process.join()
-            if worker.tasks:
+            if worker.tasks and reason.endswith("(SIGKILL)") and worker.tasks[0] not in self.spared:
+                # From outside, for lack of memory as a rule: not its fault the first time.
+                self.spared.add(worker.tasks[0])
+            elif worker.tasks:
                 done.append((*worker.tasks.popleft(), Crash(reason)))
             self.pending.extendleft(reversed(worker.tasks))
-            worker.close()
             self.workers[place] = Worker(self.dataset, self.memory)
+            worker.close()
         self.hand_out()
         return done
 
-    def close(self):
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.process.join()
-            worker.close()
+
+def end_workers(workers):
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
+        worker.close()
 
 
 class Worker:
@@ -201,11 +211,15 @@ class Worker:
         self.since = 0.0
 
     def send(self, task):
+        """False where it is dead, which Pool.finished will find: the task is not to blame."""
+        try:
+            self.outbox.send(task)
+        except BrokenPipeError:
+            return False
         if not self.tasks:
             self.since = time.monotonic()
         self.tasks.append(task)
-        with contextlib.suppress(BrokenPipeError):  # it is dead, which finished() will find
-            self.outbox.send(task)
+        return True
 
     def receive(self, done):
         """Adds to `done` what it has finished. False where it is dead."""

@@ -1,4 +1,4 @@
-"""main_distributed.py with faults planted: python faulty_training.py '{"crash": ..}' flags..
+"""main_distributed.py with the faults planted that the environment has as JSON in FAULTS.
 
 crash, hang: part of a video's name, whose decoding crashes or hangs the worker.
 nan: [rank, first step, last step] at which that rank's clips are not numbers.
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-FAULTS = json.loads(sys.argv[1])
+FAULTS = json.loads(os.environ["FAULTS"])
 
 import torch.distributed as dist  # noqa: E402
 
@@ -29,7 +29,7 @@ def decode_clip(path, *args, **settings):
     return real_decode_clip(path, *args, **settings)
 
 
-def train_step(network, criterion, optimizer, video, text):
+def train_step(at, network, criterion, optimizer, video, text):
     global steps
     steps += 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -38,7 +38,7 @@ def train_step(network, criterion, optimizer, video, text):
         video = video * float("nan")
     if FAULTS.get("stuck") == [rank, steps]:
         time.sleep(1000)
-    return real_train_step(network, criterion, optimizer, video, text)
+    return real_train_step(at, network, criterion, optimizer, video, text)
 
 
 steps = 0
@@ -46,5 +46,4 @@ real_decode_clip, video_loader.decode_clip = video_loader.decode_clip, decode_cl
 real_train_step, main_distributed.train_step = main_distributed.train_step, train_step
 
 if __name__ == "__main__":
-    del sys.argv[1]
     main_distributed.run_script(main_distributed.main)

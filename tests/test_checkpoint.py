@@ -137,7 +137,6 @@ def test_the_newest_two_of_steps_are_kept_besides_the_ten_of_epochs(tmp_path):
     assert len(steps) == KEPT_STEPS
 
 
-@pytest.mark.xfail(strict=True, reason="the newest by name are kept, this file is not")
 def test_fewer_larger_steps_of_a_resumed_epoch_replace_its_older_files(tmp_path):
     """A run of batches of 256 is resumed with batches of 512."""
     save(tmp_path, 3)

@@ -193,7 +193,6 @@ def test_a_bug_ends_it_with_the_workers_traceback():
         read(Numbers({5: stumble}), batches_of(2, 10), workers=0)
 
 
-@pytest.mark.xfail(strict=True, reason="the item it is sent next is blamed")
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_a_worker_that_dies_while_idle_is_replaced_and_no_item_blamed(ahead):
     numbers, before = Numbers(), psutil.Process().children()
@@ -284,7 +283,6 @@ def test_workers_are_killed_with_their_parent():
     await_(lambda: all(map(is_gone, started)))
 
 
-@pytest.mark.xfail(run=False, reason="multiprocessing waits for it, after a SIGTERM: for ever")
 def test_a_program_that_does_not_close_the_batches_ends_all_the_same():
     script, _ = start_script("")
     try:
