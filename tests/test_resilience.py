@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -191,13 +192,9 @@ def test_torchrun_on_two_nodes_restarts_both(uninterrupted, toy, weights, tmp_pa
     before = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     before += ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--max-restarts=3"]
     flags = [*LONG, "--batch_size=2"]  # of a node
-    runs = []
-    for node in range(2):  # with a core each, as the ranks of the uninterrupted run have
-
-        def pin(core=sorted(os.sched_getaffinity(0))[node]):
-            os.sched_setaffinity(0, {core})
-
-        runs.append(Run(toy, weights, tmp_path, *flags, before=before, preexec_fn=pin))
+    cores = sorted(os.sched_getaffinity(0))[:2]  # one each, as the uninterrupted run's ranks have
+    pins = [partial(os.sched_setaffinity, 0, {core}) for core in cores]
+    runs = [Run(toy, weights, tmp_path, *flags, before=before, preexec_fn=pin) for pin in pins]
     runs[0].wait_for_step(7)
     runs[0].process.children()[0].kill()
     assert [run.wait() for run in runs] == [0, 0], text(tmp_path)
