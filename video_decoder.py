@@ -28,6 +28,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 
 BACKENDS = ("pyav", "ffmpeg")
 
@@ -512,8 +513,11 @@ def _graph(frame, matrix, filters):
 
 def _display_matrix(frame):
     """The nine integers of the file's rotation tag, or None."""
+    # Not frame.side_data: the frame would keep it and, as it knows the frame, never be freed
+    # before a garbage collection, pictures and all.
+    side_data = SideDataContainer(frame)
     try:
-        return struct.unpack("<9i", bytes(frame.side_data["DISPLAYMATRIX"]))
+        return struct.unpack("<9i", bytes(side_data["DISPLAYMATRIX"]))
     except (KeyError, struct.error):
         return None
 

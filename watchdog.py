@@ -2,14 +2,35 @@
 
 import contextlib
 import faulthandler
+import json
 import logging
 import os
 import socket
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 from utils import log
+
+
+class Report(NamedTuple):
+    """What a rank tells the others every few seconds."""
+
+    beats: int  # of its watchdog
+    passed: int  # places
+    rank: str
+    place: str
+    line: str  # of the program, that the main thread is at
+    communicates: bool  # whether that is in a collective operation
+
+
+def line_of_main_thread():
+    """Report's line and communicates, of this process."""
+    code = sys._current_frames()[threading.main_thread().ident]
+    path = code.f_code.co_filename
+    communicates = "torch/distributed/" in path or path.endswith("torch/nn/parallel/distributed.py")
+    return f"{os.path.basename(path)}:{code.f_lineno}", communicates
 
 
 class Watchdog:
@@ -47,20 +68,18 @@ class Watchdog:
 
     def report(self):
         self.beats += 1
-        where = f"{self.beats}\n{self.passed}\n{self.host}\n{self.place}"
-        self.store.set(self.keys[self.rank], where)
+        name = f"rank {self.rank} ({self.host})"
+        report = (self.beats, self.passed, name, self.place, *line_of_main_thread())
+        self.store.set(self.keys[self.rank], json.dumps(report))
 
     def look(self):
         """Reads where all ranks are."""
         now = time.monotonic()
         for rank, text in enumerate(self.store.multi_get(self.keys)):
-            beats, passed, host, place = text.decode().split("\n")
-            report = (int(beats), int(passed), host, place)
-            before, beat, rose = self.seen.get(rank, (None, now, now))
-            if before and report[0] != before[0]:
-                beat = now
-            if before and report[1] != before[1]:
-                rose = now
+            report = Report(*json.loads(text))
+            before, beat, rose = self.seen.get(rank, (report, now, now))
+            beat = now if report.beats != before.beats else beat
+            rose = now if report.passed != before.passed else rose
             self.seen[rank] = (report, beat, rose)
 
     def watch(self):
@@ -82,24 +101,23 @@ class Watchdog:
         """The ranks that report nothing any more, as a message, or ''."""
         now = time.monotonic()
         gone = [
-            f"rank {rank} ({host}, last seen at {place})"
-            for rank, ((_, _, host, place), beat, _) in self.seen.items()
+            f"{report.rank}, last seen at {report.place}, no longer answers"
+            for report, beat, _ in self.seen.values()
             if now - beat > 2.5 * self.interval
         ]
-        return f"{', '.join(gone)} no longer answers" if gone else ""
+        return "; ".join(gone)
 
     def culprit(self):
         if silent := self.silent():
             return silent
-        fewest = min(passed for (_, passed, _, _), _, _ in self.seen.values())
-        behind = [
-            f"rank {rank} ({host}) is at {place}"
-            for rank, ((_, passed, host, place), _, _) in self.seen.items()
-            if passed == fewest
-        ]
-        if len(behind) == len(self.keys) > 1:
-            return f"all ranks are at {self.place} (their own messages say where in it)"
-        return ", ".join(behind)
+        reports = [report for report, _, _ in self.seen.values()]
+        fewest = min(report.passed for report in reports)
+        behind = [report for report in reports if report.passed == fewest]
+        # Where all wait for each other, the one to blame is none that waits.
+        behind = [report for report in behind if not report.communicates] or behind
+        if len(behind) == len(reports) > 1:
+            return f"all ranks are at {self.place}"
+        return "; ".join(f"{r.rank} is at {r.place}, {r.line}" for r in behind)
 
     def blame(self):
         """Which ranks are gone, once a collective operation has failed; takes a few intervals."""

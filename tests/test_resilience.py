@@ -215,8 +215,10 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, toy, weights, tmp_p
     assert run.wait() == 1
     assert time.monotonic() - began < 60  # of 10 s, on a busy machine
     assert_all_gone(family)
-    assert "rank 1 (" in text(tmp_path) and "rank 0 (" not in text(tmp_path)
-    assert ("no longer answers" in text(tmp_path)) == silent
+    (line,) = {line for line in text(tmp_path).splitlines() if "stopping: " in line}
+    assert "no rank got any further for 1" in line
+    assert "rank 1 (" in line and "rank 0 (" not in line
+    assert ("no longer answers" if silent else "step 7, faulty_training.py") in line
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named(toy, weights, tmp_path):

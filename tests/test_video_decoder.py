@@ -1,6 +1,7 @@
 """video_decoder: the golden frames, the same pixels from both backends on every kind of file, and
 the arithmetic of timestamps that this rests on."""
 
+import gc
 import random
 import subprocess
 from fractions import Fraction
@@ -519,3 +520,16 @@ def test_the_program_in_path_comes_first(tmp_path, monkeypatch):
     assert video_decoder.ffmpeg_program() == str(program)
     program.unlink()
     assert video_decoder.ffmpeg_program() == imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def test_frames_are_freed_without_a_garbage_collection(video):
+    """Else a worker holds hundreds of pictures until the collector comes by."""
+    path = video(BASE)
+    gc.collect()
+    gc.disable()
+    try:
+        decode_clip(path, 1, fps=5, num_frames=4, size=32)
+        decode_frames(path, size=32)
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, av.VideoFrame)]
+    finally:
+        gc.enable()
