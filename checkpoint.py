@@ -7,6 +7,7 @@ expects them. Files are data: nothing pickled is run.
 import contextlib
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -136,9 +137,9 @@ def save_checkpoint(folder, content, step=None):
         reason = " ".join(str(error).split())
         log.error("could not write %s, going on with the older checkpoints: %s", path, reason)
         return None
+    # What is newer is damaged, or of smaller batches: the run went on from before it.
     found = numbered(folder)
-    # Later steps of this epoch are of smaller batches, or damaged: the run went on from before.
-    left = [old for (epoch, at), old in found if step and epoch == content["epoch"] and at > step]
+    left = [old for key, old in found if key > (content["epoch"], step or 0)]
     for kept, is_step in ((KEPT, False), (KEPT_STEPS, True)):
         same = [old for (_, at), old in found if bool(at) == is_step and old not in left]
         left += same[:-kept]
@@ -157,10 +158,22 @@ def sync_folder(folder):
         os.close(handle)
 
 
+def check_sums(path):
+    """Finds what torch.load does not: numbers that have changed on the disk."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        damaged = error
+    if damaged:
+        raise InputError(f"--resume: {path} is damaged ({damaged})")
+
+
 def newest_checkpoint(folder):
     """The content of the newest checkpoint that can be read, with its "path", or None."""
     for _, path in reversed(numbered(folder)):
         try:
+            check_sums(path)
             content = read_checkpoint(path, "resume")
         except InputError as error:
             log.warning("skipped a damaged checkpoint: %s", error)

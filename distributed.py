@@ -20,6 +20,7 @@ from utils import STOP_SIGNALS, InputError, die_with_parent, log, pick_device, r
 from watchdog import Watchdog
 
 DIST_FILE = "dist-file"  # the flag's default, the release's; here it means none
+PATIENCE = 10  # of collective operations, in dist_timeouts: the watchdog knows which rank hangs
 STOPPED = 75  # exit status after a signal and a checkpoint: start again to go on (EX_TEMPFAIL)
 
 
@@ -177,11 +178,12 @@ def plan_python(args, env, url, gpus):
 class Process:
     """One process of a run, as the training sees it."""
 
-    def __init__(self, rank, launch, device, watchdog, group):
+    def __init__(self, rank, launch, device, watchdog, group, launchers_store):
         self.rank, self.device, self.launch = rank, device, launch
         self.world_size, self.nproc_per_node = launch.world_size, launch.nproc_per_node
-        self.at = watchdog.at
+        self.at, self.on_sample = watchdog.at, watchdog.on_sample
         self.group = group  # of gloo, on the CPU: small talk does not wait for the GPUs
+        self.launchers_store = launchers_store  # torchrun's, which lives longer than its processes
         self.signal = None  # the name of the first one of STOP_SIGNALS that came
 
     def __str__(self):
@@ -199,6 +201,17 @@ class Process:
             signal.signal(number, note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    def is_restarted(self):
+        """Whether the launcher has started the run before, and past begin()."""
+        if self.launchers_store is None:
+            return self.launch.restarts > 0
+        return self.launchers_store.check(["begun"])
+
+    def begin(self):
+        """The input is all right: what the launcher starts after this is a restart."""
+        if self.launchers_store is not None:
+            self.launchers_store.set("begun", "")
+
     def sum(self, *values):
         """The sums of these whole numbers over all ranks."""
         if self.world_size == 1:
@@ -214,6 +227,14 @@ class Process:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def broadcast(self, value):
+        """Rank 0's value."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
     def refuse(self, message):
         """Ends the run for a reason that all ranks have found; it is said once."""
@@ -257,16 +278,17 @@ def start(work, args, launch):
             process.join()
             del running[sentinel]
             ended.append((process.exitcode, rank))
-        code, rank = min(ended)  # a signal's, if any: what it killed, others failed for
+        failed = [end for end in ended if end[0] not in (0, STOPPED)]
+        code, rank = min(failed or ended)  # a signal's, if any: what it killed, others failed for
         if code < 0:
             print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
-        if code not in (0, STOPPED):
+        if failed:
             for _, process in running.values():
                 process.kill()
             for _, process in running.values():
                 process.join()
             sys.exit(code if code > 0 else 1)
-        status = max(status, code)
+        status = max(status, *(code for code, _ in ended))
     if status:
         sys.exit(status)
 
@@ -278,17 +300,19 @@ def run_spawned(index, work, args, launch):
 
 def run_process(index, work, args, launch):
     """Joins the process group as the index-th process of this launch and does the work."""
+    if launch.launcher == "torchrun":
+        die_with_parent()
     rank, local_rank = launch.first_rank + index, launch.local_rank + index
     device = pick_device(args, local_rank if torch.cuda.device_count() > 1 else 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.nproc_per_node))
-    store, group = dist.HashStore(), None
+    store, group, launchers = dist.HashStore(), None, None
     if launch.world_size > 1:
-        store, group = join_group(args, launch, rank, device)
+        store, group, launchers = join_group(args, launch, rank, device)
     watchdog = Watchdog(store, rank, launch.world_size, args.dist_timeout)
-    process = Process(rank, launch, device, watchdog, group)
+    process = Process(rank, launch, device, watchdog, group, launchers)
     process.answer_signals()
     try:
         process.gather(None)  # every rank has a watchdog
@@ -311,30 +335,30 @@ def run_process(index, work, args, launch):
 
 
 def join_group(args, launch, rank, device):
-    """Meets the other ranks. Returns the store they share and a group of gloo."""
+    """Meets the other ranks: the store they share, a group of gloo, and torchrun's store if any."""
     timeout = datetime.timedelta(seconds=args.dist_timeout)
+    patience = timeout * PATIENCE
     try:
         rendezvous = dist.rendezvous(launch.init_method, rank, launch.world_size, timeout=timeout)
-        store = next(rendezvous)[0]
+        store, launchers_store = next(rendezvous)[0], None
         store.set_timeout(timeout)
         if launch.init_method == "env://":
-            store = fresh_store(store, launch, rank, timeout)
+            launchers_store, store = store, fresh_store(store, launch, rank, timeout)
         backend = args.dist_backend if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=launch.world_size,
-            # The watchdog comes first: it can say which rank it is.
-            timeout=timeout * 1.5,
+            timeout=patience,
         )
     except (RuntimeError, OSError) as error:
         raise InputError(
             f"rank {rank} of {launch.world_size} did not find the others at {launch.init_method} "
             f"within {args.dist_timeout:g} s (--dist_timeout): {' '.join(str(error).split())}"
         ) from None
-    group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout * 1.5)
-    return store.clone(), group
+    group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=patience)
+    return store.clone(), group, launchers_store
 
 
 def fresh_store(store, launch, rank, timeout):

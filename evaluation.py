@@ -4,7 +4,6 @@ import contextlib
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
@@ -57,12 +56,15 @@ def video_features(
     mixed5c=False,
     rank=0,
     world_size=1,
-    on_video=lambda: None,
+    gather=lambda share: [share],
+    on_video=lambda: False,
 ):
     """Features of each video's windows: a dict from index to float array [W, 512 or 1024].
 
     Videos that cannot be decoded are named in the log and have no entry. With several ranks each
-    takes every world_size-th video, and all of them get the whole. on_video is called after each.
+    takes every world_size-th video, and all of them get the whole, by gather, which lists what
+    the ranks give it. on_video is called after each video; where it says True on any rank, the
+    evaluation is broken off, and None returned.
     """
     share = range(rank, len(dataset), world_size)
     videos = sample_batches(
@@ -74,7 +76,9 @@ def video_features(
     )
 
     def decoded():
-        bar = tqdm(share, desc=type(dataset).__name__, unit="video", disable=rank > 0)
+        # No bar where there is no terminal: a log is not for it, and may be on a full disk.
+        hidden = True if rank > 0 else None
+        bar = tqdm(share, desc=type(dataset).__name__, unit="video", disable=hidden)
         for index, video in zip(bar, videos, strict=True):
             error = video["errors"][0]
             if isinstance(error, Crash):
@@ -83,11 +87,14 @@ def video_features(
                 log.warning("left out of the evaluation: %s", error)
             else:
                 yield index, video["video"][0].clone()  # its memory is used again
-            on_video()
+            nonlocal stopped
+            stopped = on_video()
+            if stopped:
+                return
 
     was_training = model.training
     model.eval()
-    features = {}
+    features, stopped = {}, False
     with contextlib.closing(videos):
         for owners, clips in clip_batches(decoded(), batch_size):
             output = model(to_device(clips, device), None, mode="video", mixed5c=mixed5c)
@@ -95,11 +102,10 @@ def video_features(
                 features.setdefault(owner, []).append(feature)
     model.train(was_training)
     features = {owner: np.stack(windows) for owner, windows in features.items()}
-    if world_size > 1:
-        shares = [None] * world_size
-        dist.all_gather_object(shares, features)
-        features = {index: value for share in shares for index, value in share.items()}
-    return dict(sorted(features.items()))
+    shares = gather(None if stopped else features)
+    if None in shares:
+        return None
+    return dict(sorted(item for share in shares for item in share.items()))
 
 
 @torch.inference_mode()
@@ -130,9 +136,11 @@ def evaluate_retrieval(model, dataset, device, **decoding):
     """Zero-shot text-to-video retrieval (paper, section 4): R1, R5, R10, MR and counts.
 
     A video is the mean of its windows' embeddings. Absent and undecodable ones leave both sides.
-    For the keyword arguments see video_features.
+    None where it was broken off. For the keyword arguments see video_features.
     """
     videos = video_features(model, dataset, device, **decoding)
+    if videos is None:
+        return None
     if not videos:
         raise InputError("--eval_video_root: none of the videos there can be decoded")
     texts = text_features(model, dataset, list(videos), device)

@@ -4,7 +4,6 @@ One process a GPU, or a few on the CPU; plain python, torchrun or SLURM: see REA
 """
 
 import contextlib
-import json
 import logging
 import sys
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from args import get_args
 from evaluation import evaluate_retrieval, retrieval_set
 from loss import MILNCELoss
 from s3dg import S3D, Tokenizer
-from training_log import BadSamples, Window, append_json, log_path, show
+from training_log import BadSamples, Window, append_json, log_path, read_json, show
 from utils import (
     InputError,
     check_clip_size,
@@ -43,8 +42,8 @@ from youcook_loader import YouCook2
 def main():
     args = get_args(__doc__)
     launch = distributed.plan_launch(args)
-    args.resume = args.resume or launch.restarts > 0
     if launch.spawn > 1:
+        args.resume = args.resume or launch.restarts > 0
         setup_logging(verbose=False)
         prepare(args, launch, torch.device("cpu"))  # what is wrong is said once, not by each
     distributed.start(train, args, launch)
@@ -89,7 +88,7 @@ def prepare(args, processes, device):
             f"--batch_size {args.batch_size} cannot be shared by {processes.nproc_per_node} "
             "processes: give a multiple"
         )
-    if processes.world_size > 1 and args.sample_timeout >= args.dist_timeout:
+    if args.sample_timeout >= args.dist_timeout:
         raise InputError(
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
             f"{args.dist_timeout:g}: a slow sample would end the run"
@@ -118,9 +117,16 @@ def prepare(args, processes, device):
     make_folder(folder, "checkpoint_root")
     progress = first_progress(args, resumed, dataset, batch_size)
     optimizer, scheduler = build_optimizer(args, model, progress.step, total_steps, resumed)
-    path = resumed and resumed["path"]
     return Job(
-        *(dataset, validation, model, optimizer, scheduler, progress, batch_size, total_steps, path)
+        dataset=dataset,
+        validation=validation,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        progress=progress,
+        batch_size=batch_size,
+        total_steps=total_steps,
+        resumed=resumed and resumed["path"],
     )
 
 
@@ -229,8 +235,9 @@ def train(args, process):
     level = logging.INFO if first_rank else logging.ERROR
     setup_logging(args.verbose, log_path(args, "txt"), level)
     torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
-    args.resume = any(process.gather(args.resume))  # torchrun tells some nodes only of a restart
+    args.resume = args.resume or process.is_restarted()
     job = prepare(args, process, process.device)
+    process.begin()
     log.setLevel(logging.INFO if first_rank else logging.WARNING)
     progress = job.progress
     log.info(
@@ -265,6 +272,7 @@ def train(args, process):
         timeout=args.sample_timeout,
         quarantined=bad.quarantined,
         pin_memory=args.pin_memory and process.device.type == "cuda",
+        on_sample=process.on_sample,
     )
     with contextlib.closing(batches):
         if job.validation and lacks_validation(args, process, job):
@@ -280,13 +288,21 @@ def train(args, process):
 
 def check_alike(process, job):
     """Every rank reads for itself what it starts from: they have to have read the same."""
-    progress = (job.progress.epoch, job.progress.step)
-    starts = process.gather((job.resumed and job.resumed.name, *progress, len(job.dataset)))
+    own = {
+        "checkpoint": job.resumed and job.resumed.name,
+        "epoch": job.progress.epoch,
+        "step": job.progress.step,
+        "videos": len(job.dataset),
+        "batch": job.batch_size,
+        "steps": job.total_steps,
+        "seed": job.dataset.seed,
+    }
+    starts = process.gather(own)
     for rank, start in enumerate(starts):
         if start != starts[0]:
             process.refuse(
-                f"--resume: rank {rank} starts from (checkpoint, epoch, step, videos) {start}, "
-                f"rank 0 from {starts[0]}: the nodes see different files"
+                f"--resume: rank {rank} starts from {start}, rank 0 from {starts[0]}: the nodes "
+                "have different flags, or see different files"
             )
 
 
@@ -334,7 +350,7 @@ def train_epoch(args, process, job, network, batches, bad):
         too_bad = progress.bad_in_epoch > args.max_bad_fraction * len(job.dataset)
         due = args.checkpoint_every and progress.step % args.checkpoint_every == 0
         shown = progress.step % args.n_display == 0 or progress.step == last_step
-        if unlisted and (too_bad or due or shown or signalled):
+        if unlisted and (too_bad or due or shown or signalled or not applied):
             bad.write()
             unlisted = False
         if too_bad:
@@ -388,11 +404,11 @@ def count_skipped(args, process, progress, applied, loss):
             "step %d skipped: its loss is %g, its loss or gradient not finite (%d in a row)",
             *(progress.step, loss, progress.skipped_in_row),
         )
-    if progress.skipped_in_row == args.max_bad_steps:
+    if progress.skipped_in_row >= args.max_bad_steps:
         process.refuse(
-            f"--max_bad_steps: {args.max_bad_steps} steps in a row, up to step {progress.step}, "
-            "had a loss or gradient that is not finite: lower --lr, or look at the data; "
-            f"the checkpoints in {checkpoint_folder(args)} are from before"
+            f"--max_bad_steps: {progress.skipped_in_row} steps in a row, up to step "
+            f"{progress.step}, had a loss or gradient that is not finite: lower --lr, or look at "
+            f"the data; the checkpoints in {checkpoint_folder(args)} have the weights from before"
         )
 
 
@@ -425,11 +441,11 @@ def stop(process):
 def validate(args, process, job):
     """Retrieval figures of the model as rank 0 has it; the ranks share the videos."""
 
+    process.at("validation")
+
     def on_video():
-        process.at("validation")
-        if process.signal:  # nothing is lost: the checkpoint is written, a restart validates
-            log.info("stopped by %s in validation", process.signal)
-            sys.exit(distributed.STOPPED)
+        process.on_sample()
+        return process.signal is not None
 
     if process.world_size > 1:
         for buffer in job.model.buffers():  # each rank has running statistics of its own
@@ -443,8 +459,11 @@ def validate(args, process, job):
         sample_timeout=args.sample_timeout,
         rank=process.rank,
         world_size=process.world_size,
+        gather=process.gather,
         on_video=on_video,
     )
+    if figures is None:  # nothing is lost: the checkpoint is written, and a restart validates
+        stop(process)
     log.info("epoch %d, YouCook2: %s", job.progress.epoch, figures)
     if process.rank == 0:
         append_json(log_path(args, "jsonl"), {"epoch": job.progress.epoch, **figures})
@@ -453,12 +472,11 @@ def validate(args, process, job):
 def lacks_validation(args, process, job):
     """Whether the run was ended between an epoch's checkpoint and its validation."""
     ended = job.resumed and job.progress.step == job.steps_before(job.progress.epoch)
-    done = True
-    path = log_path(args, "jsonl")
-    if ended and process.rank == 0 and path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        done = any("R1" in line and line["epoch"] == job.progress.epoch for line in lines)
-    return not process.gather(done)[0]
+    done = not ended or any(
+        "R1" in record and record["epoch"] == job.progress.epoch
+        for record in read_json(log_path(args, "jsonl"))
+    )
+    return not process.broadcast(done)
 
 
 def workers_of(args, process):

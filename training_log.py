@@ -3,15 +3,17 @@
 import contextlib
 import csv
 import datetime
+import io
 import json
 import math
+import os
 import time
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from utils import log, read_table
+from utils import log
 from video_loader import QUARANTINE
 
 
@@ -79,40 +81,58 @@ class BadSamples:
         self.found = []  # (video_path, reason) since the last call of write, by this rank
         listed = {}
         if process.rank == 0 and path.exists():
-            table = read_table(path, ["path", "reason"], flag="log_root")
-            listed = dict(zip(table["path"], table["reason"], strict=True))
-        listed = process.gather(listed)[0]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+            rows = [next(csv.reader([line]), []) for line in lines]
+            listed = {row[0]: row[1] for row in rows if len(row) == 2}  # not half a line
+        listed = process.broadcast(listed)
         self.listed = set(listed)
         # Passed over by training_batches, which adds to them.
-        self.quarantined = {v for v, why in listed.items() if str(why).startswith(QUARANTINE)}
+        self.quarantined = {v for v, why in listed.items() if why.startswith(QUARANTINE)}
 
     def write(self):
         """Adds what any rank has found since to the list. To be called by all ranks."""
-        rows = []
+        rows = {}
         for video, reason in chain.from_iterable(self.process.gather(self.found)):
             if reason.startswith(QUARANTINE):
                 self.quarantined.add(video)
             if video not in self.listed:
-                self.listed.add(video)
-                rows.append((video, reason))
+                rows.setdefault(video, " ".join(reason.split()))
         self.found = []
         if self.process.rank == 0 and rows:
+            text = io.StringIO(newline="")
             head = [] if self.path.exists() else [("path", "reason")]
-            with reported(self.path), open(self.path, "a", newline="") as file:
-                csv.writer(file).writerows(head + rows)
+            csv.writer(text, lineterminator="\n").writerows([*head, *rows.items()])
+            if append(self.path, text.getvalue()):
+                self.listed.update(rows)
 
 
 def append_json(path, record):
     """Adds one line; a number that JSON does not know, such as a diverged loss, becomes null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    with reported(path), open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(path, json.dumps(record) + "\n")
 
 
-@contextlib.contextmanager
-def reported(path):
-    """A log that cannot be written, on a full disk, is no reason to end a training."""
+def read_json(path):
+    """The records of append_json; a line that was not written to its end is passed over."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def append(path, text):
+    """Adds whole lines to a file. A log that cannot be written, on a full disk, is no reason to end
+    a training: False.
+    """
     try:
-        yield
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # half a line, of a run that was killed
+                    file.write(b"\n")
+            file.write(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         log.error("could not write %s: %s", path, error.strerror)
+        return False
+    return True

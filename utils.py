@@ -40,7 +40,8 @@ def die_with_parent():
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:
+    parent = multiprocessing.parent_process()
+    if parent and os.getppid() != parent.pid:
         os._exit(1)  # it went before
 
 

@@ -220,14 +220,15 @@ class StepSampler(Sampler):
             yield keys
 
 
-def training_batches(dataset, sampler, *, workers, timeout, quarantined, pin_memory=False):
+def training_batches(dataset, sampler, *, quarantined, **reading):
     """Yields a rank's share of every step's batch, with other samples in place of unreadable ones.
 
     A batch has "video" and "text" as the items, [b, ...], and "bad": for each sample that others
     had to replace, in turn, a list of (video_path, reason). A video whose decoding crashes its
-    worker, or takes it more than `timeout` seconds, joins `quarantined`, a set of video_paths that
-    are not tried; which samples take a place does not depend on that. Raises InputError where
-    MAX_REPLACEMENTS samples in a row cannot be read.
+    worker, or takes it too long, joins `quarantined`, a set of video_paths that are not tried; the
+    sample that takes a place is the same whether a video is in quarantine or found to crash. For
+    the other arguments see workers.sample_batches. Raises InputError where MAX_REPLACEMENTS
+    samples in a row cannot be read.
     """
     faults = {}  # (epoch, index) -> [(video_path, reason)] of its attempts
     sent = deque()  # the keys of the batches in work
@@ -259,13 +260,6 @@ def training_batches(dataset, sampler, *, workers, timeout, quarantined, pin_mem
             sent.append(keys)
             yield [usable(key) for key in keys]
 
-    for batch in sample_batches(
-        dataset,
-        key_batches(),
-        workers=workers,
-        timeout=timeout,
-        pin_memory=pin_memory,
-        retry=replace,
-    ):
+    for batch in sample_batches(dataset, key_batches(), retry=replace, **reading):
         del batch["errors"]
         yield {**batch, "bad": [faults.pop(key) for key in sent.popleft() if key in faults]}

@@ -18,6 +18,7 @@ class Report(NamedTuple):
     """What a rank tells the others every few seconds."""
 
     beats: int  # of its watchdog
+    signs: int  # of life: places passed and samples done
     passed: int  # places
     rank: str
     place: str
@@ -46,30 +47,41 @@ class Watchdog:
         self.store, self.rank, self.timeout = store, rank, timeout
         self.keys = [f"watchdog/{other}" for other in range(world_size)]
         self.interval = min(timeout / 10, max(5, world_size / 20))
-        self.passed, self.place, self.beats = 0, "the start", 0
+        self.passed, self.place, self.samples, self.beats = 0, "the start", 0, 0
         self.host = socket.gethostname()
-        self.seen = {}  # rank -> (its last report, when its beats rose, when its places rose)
+        self.seen = {}  # rank -> (its last report, when its beats rose, when its signs rose)
+        self.answered = time.monotonic()  # when the store last did
         self.ended = threading.Event()
+        self.threads = [
+            threading.Thread(target=work, daemon=True) for work in (self.watch, self.guard)
+        ]
         self.report()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def start(self):
         """To be called when every rank has made its own."""
-        self.thread.start()
+        for thread in self.threads:
+            thread.start()
 
     def at(self, place):
         """The main thread has come to this place, named for a message."""
         self.place = place
         self.passed += 1
 
+    def on_sample(self):
+        """A sample is done: a sign of life at a place that may take long."""
+        self.samples += 1
+
     def stop(self):
         self.ended.set()
-        self.thread.join()
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(self.interval)  # longer only in a call of a store that is gone
 
     def report(self):
         self.beats += 1
         name = f"rank {self.rank} ({self.host})"
-        report = (self.beats, self.passed, name, self.place, *line_of_main_thread())
+        signs = self.passed + self.samples
+        report = (self.beats, signs, self.passed, name, self.place, *line_of_main_thread())
         self.store.set(self.keys[self.rank], json.dumps(report))
 
     def look(self):
@@ -79,23 +91,26 @@ class Watchdog:
             report = Report(*json.loads(text))
             before, beat, rose = self.seen.get(rank, (report, now, now))
             beat = now if report.beats != before.beats else beat
-            rose = now if report.passed != before.passed else rose
+            rose = now if report.signs != before.signs else rose
             self.seen[rank] = (report, beat, rose)
 
     def watch(self):
-        answered = time.monotonic()
         while not self.ended.wait(self.interval):
             try:
                 self.report()
                 self.look()
-                answered = time.monotonic()
             except Exception:  # the store has as many ways to fail as it has backends
-                if time.monotonic() - answered > 3 * self.interval:
-                    self.end_process("rank 0 no longer answers")
-                continue
+                continue  # which guard() counts
+            self.answered = time.monotonic()
             quiet = time.monotonic() - max(rose for _, _, rose in self.seen.values())
             if quiet > self.timeout:
                 self.end_process(f"no rank got any further for {quiet:.0f} s: {self.culprit()}")
+
+    def guard(self):
+        """Watches watch(): rank 0, which holds the store, may be frozen, and a call of it too."""
+        while not self.ended.wait(self.interval):
+            if time.monotonic() - self.answered > self.timeout:
+                self.end_process(f"rank 0 has not answered for {self.timeout:g} s")
 
     def silent(self):
         """The ranks that report nothing any more, as a message, or ''."""
@@ -135,4 +150,6 @@ class Watchdog:
         faulthandler.dump_traceback()
         with contextlib.suppress(Exception):
             logging.shutdown()
+        if self.rank == 0:  # without the store the others would blame this rank
+            time.sleep(2 * self.interval)
         os._exit(1)  # the data workers go with it

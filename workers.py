@@ -37,14 +37,16 @@ def sample_batches(
     ahead=None,
     pin_memory=False,
     retry=lambda key, error: None,
+    on_sample=lambda: None,
 ):
     """Yields, for each list of keys, the items as one dict of tensors [len(keys), ...].
 
     It also has "errors", a list with None or the item's error: its own, or a Crash where it
     crashed its worker or took more than `timeout` seconds. That costs this item only. retry(key,
     error) gives another key to take its place, or None to leave it at that; its tensors are then
-    not filled. `ahead` batches are in work besides the one yielded, whose tensors are used
-    again after the next one is asked for. Without workers all is done here, crashes included.
+    not filled. on_sample is called for every item that is done. `ahead` batches are in work
+    besides the one yielded, whose tensors are used again after the next one is asked for. Without
+    workers all is done here, crashes included.
     """
     batches = iter(batches)
     first = next(batches, None)
@@ -76,6 +78,7 @@ def sample_batches(
                 return
             while waiting[0][2]:
                 for slot, key, error in pool.finished():
+                    on_sample()
                     other = retry(key, error) if error else None
                     if other is not None:
                         pool.submit(slot, other)
@@ -171,7 +174,6 @@ class Pool:
                 reason = f"crashed its data worker ({worker.end()})"
             else:
                 continue
-            worker.process.join()
             if worker.tasks and reason.endswith("(SIGKILL)") and worker.tasks[0] not in self.spared:
                 # From outside, for lack of memory as a rule: not its fault the first time.
                 self.spared.add(worker.tasks[0])
@@ -188,7 +190,6 @@ def end_workers(workers):
     for worker in workers:
         worker.process.kill()
     for worker in workers:
-        worker.process.join()
         worker.close()
 
 
@@ -246,7 +247,9 @@ class Worker:
     def close(self):
         self.outbox.close()
         self.results.close()
-        self.process.close()
+        self.process.join(5)  # longer where it hangs in the kernel, on a file system that is gone
+        if self.process.exitcode is not None:
+            self.process.close()
 
 
 def serve(dataset, memory, tasks, results):

@@ -214,6 +214,26 @@ def test_resuming_skips_a_damaged_newest_file(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_resuming_notices_numbers_that_have_changed_on_the_disk(tmp_path):
+    for epoch in (1, 2):
+        path = save_checkpoint(tmp_path, content(epoch, {"w": torch.rand(100_000)}))
+    damaged = bytearray(path.read_bytes())
+    damaged[200_000:200_100] = bytes(100)
+    path.write_bytes(damaged)
+    assert newest_checkpoint(tmp_path)["epoch"] == 1
+
+
+def test_what_is_written_is_kept_whatever_damaged_files_have_higher_numbers(tmp_path):
+    """The run has gone on from before them."""
+    save_checkpoint(tmp_path, content(6, {}))
+    for step in (100, 200):
+        (tmp_path / f"epoch0007_step{step:08d}.pth.tar").write_text("damaged")
+    for epoch in range(8, 8 + KEPT):
+        (tmp_path / f"epoch{epoch:04d}.pth.tar").write_text("damaged")
+    assert save_checkpoint(tmp_path, content(6, {}), step=90).is_file()
+    assert [key for key, _ in numbered(tmp_path)] == [(6, 0), (6, 90)]
+
+
 def test_a_checkpoint_reads_without_its_prefix(tmp_path):
     path = save_checkpoint(tmp_path, content(3, {"module.w": torch.ones(1)}))
     assert list(read_checkpoint(path)["state_dict"]) == ["w"]

@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 import subprocess
@@ -43,11 +44,12 @@ def test_the_releases_command_trains_on_a_tree_of_the_real_layout(toy, tmp_path)
     smaller = "--batch_size=4 --num_thread_reader=2 --num_frames=4 --video_size=32 --epochs=1"
     run_python("main_distributed.py", *(command + smaller).split(), cwd=tmp_path)
     saved = read_checkpoint(tmp_path / "checkpoint/milnce/epoch0001.pth.tar")
-    assert saved.keys() == {"epoch", "state_dict", "optimizer", "scheduler"} and saved["epoch"] == 1
+    assert {"epoch", "state_dict", "optimizer", "scheduler"} < saved.keys() and saved["epoch"] == 1
     assert "step 2" in (tmp_path / "log/milnce.txt").read_text()
     assert [r["step"] for r in records(tmp_path, "milnce")] == [1, 2]
     assert records(tmp_path, "milnce")[0].keys() == {
-        "epoch", "step", "loss", "lr", "clips_per_second", "data_wait",
+        "epoch", "step", "loss", "lr", "clips_per_second", "data_wait", "seconds_left",
+        "bad_samples", "skipped_steps",
     }  # fmt: skip
 
 
@@ -210,6 +212,20 @@ def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
     assert culprit in error
 
 
+def test_a_checkpoint_of_other_batches_is_gone_on_from_at_the_same_video():
+    videos = range(100)
+    progress = {"epoch": 2, "step": 60, "bad_samples": 3, "bad_in_epoch": 1, "skipped_steps": 2}
+    progress |= {"skipped_in_row": 1, "clips": 240, "videos": 100}
+    resumed = {"epoch": 2, "progress": progress}
+    same = main_distributed.first_progress(None, resumed, videos, 4)
+    assert same == main_distributed.Progress(2, 60, 3, 1, 2, 1)
+    assert main_distributed.first_progress(None, resumed, videos, 8).step == 30
+    # Of another list, the place in the epoch means nothing: from the epoch's start.
+    assert main_distributed.first_progress(None, resumed, range(50), 4).step == 25
+    released = {"epoch": 2}  # the release's checkpoints do not say
+    assert main_distributed.first_progress(None, released, videos, 4).step == 50
+
+
 def without(flags, *names):
     return [flag for flag in flags if not flag.startswith(names)]
 
@@ -252,7 +268,7 @@ def test_old_checkpoints_are_not_overwritten_or_misused(
     assert len(list((folder / "checkpoint/run").iterdir())) == 2
 
 
-def test_what_any_process_cannot_read_is_named_in_the_log_once(toy, tmp_path):
+def test_what_any_process_cannot_read_is_named_once(toy, tmp_path):
     """Two of the eight videos are absent, a text file stands in for a validation video."""
     videos = shutil.copytree(toy / "videos", tmp_path / "videos")
     names = sorted(path.name for path in videos.iterdir())
@@ -265,10 +281,17 @@ def test_what_any_process_cannot_read_is_named_in_the_log_once(toy, tmp_path):
     next((validation / "validation" / task).glob(f"{video}.*")).write_text("no video")
     flags = [f"--video_path={videos}", f"--eval_video_root={validation}", "--evaluate"]
     flags += [f"--eval_csv={tmp_path}/table.csv", "--nproc_per_node=2", "--epochs=3"]
+    flags += ["--max_bad_fraction=0.3"]
     run_python("main_distributed.py", *toy_flags(toy), *run_flags(tmp_path), *flags)
     text = (tmp_path / "log/run.txt").read_text()
-    for name in names[:2]:
-        assert 1 <= text.count(f"sample: {videos / name}") <= 2  # each process may come upon it
+    with open(tmp_path / "log/run.bad.csv", newline="") as file:
+        bad = [tuple(row.values()) for row in csv.DictReader(file)]
+    reason = f"{videos}/{{}}: No such file or directory"
+    assert sorted(bad) == [(name, reason.format(name)) for name in names[:2]]
+    assert (
+        "6 bad samples" in text
+        and [r for r in records(tmp_path) if "loss" in r][-1]["bad_samples"] == 6
+    )
     assert f"{video}." in text
     assert records(tmp_path)[-1]["num_missing"] >= 1
 

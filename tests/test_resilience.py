@@ -20,6 +20,7 @@ import torch
 from conftest import toy_flags
 
 from checkpoint import numbered, read_checkpoint
+from training_log import read_json
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -57,6 +58,10 @@ class Run:
     def ranks(self):
         return [p for p in self.process.children() if "spawn_main" in " ".join(p.cmdline())]
 
+    def rank(self, number):
+        """Rank `number`: they are started in their order."""
+        return sorted(self.ranks(), key=psutil.Process.create_time)[number]
+
     def wait(self, timeout=240):
         return self.process.wait(timeout)
 
@@ -75,8 +80,7 @@ class Run:
 
 
 def records(folder):
-    path = folder / "log/run.jsonl"
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+    return read_json(folder / "log/run.jsonl")
 
 
 def text(folder):
@@ -153,6 +157,24 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(uninterrupted, toy, 
     assert_same_end(uninterrupted, tmp_path)
 
 
+def test_a_signal_in_validation_ends_it_and_a_resumed_run_validates_again(toy, weights, tmp_path):
+    """The run's logs end in half a line, as those of a machine that lost its power may."""
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/run.jsonl").write_text('{"epoch": 1, "R1": 0')
+    (tmp_path / "log/run.bad.csv").write_text('path,reason\n"a, b.mp4","no su')
+    flags = [f"--eval_video_root={toy}/youcook", f"--eval_csv={toy}/validation_youcook.csv"]
+    flags += ["--evaluate", "--epochs=2", "--num_windows_test=8", "--batch_size_val=8"]
+    run = Run(toy, weights, tmp_path, *flags)
+    run.wait_for(lambda: "epoch0001.pth.tar" in text(tmp_path))
+    for rank in run.ranks():
+        rank.terminate()
+    assert run.wait() == 75, text(tmp_path)
+    assert not any("R1" in record for record in records(tmp_path))
+    assert Run(toy, weights, tmp_path, *flags, "--resume").wait() == 0, text(tmp_path)
+    validated = [record["epoch"] for record in records(tmp_path) if "R1" in record]
+    assert validated == [1, 2]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
     number, uninterrupted, toy, weights, tmp_path
@@ -184,6 +206,27 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(uninterrupted, toy,
     assert_same_end(uninterrupted, tmp_path)
 
 
+def test_a_restart_by_torchrun_does_not_go_on_with_another_runs_checkpoints(
+    uninterrupted, toy, weights, tmp_path
+):
+    shutil.copytree(uninterrupted / "checkpoint", tmp_path / "checkpoint")
+    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = Run(toy, weights, tmp_path, *LONG, before=[*before, "--max-restarts=1"])
+    assert run.wait() == 1
+    assert text(tmp_path).count("holds the checkpoints of another run") >= 2
+    assert "resumed from" not in text(tmp_path)
+
+
+def test_nothing_outlives_a_killed_torchrun(toy, weights, tmp_path):
+    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = Run(toy, weights, tmp_path, *LONG, before=before)
+    run.wait_for_step(3)
+    family = run.family()
+    run.process.kill()
+    run.wait()
+    assert_all_gone(family)
+
+
 def test_torchrun_on_two_nodes_restarts_both(uninterrupted, toy, weights, tmp_path):
     """Only the node whose rank failed is told by torchrun that this is a restart."""
     with socket.socket() as probe:
@@ -202,30 +245,34 @@ def test_torchrun_on_two_nodes_restarts_both(uninterrupted, toy, weights, tmp_pa
     assert_same_end(uninterrupted, tmp_path)
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, toy, weights, tmp_path):
-    faults = {} if silent else {"stuck": [1, 7]}
+@pytest.mark.parametrize(("silent", "rank"), [(False, 1), (True, 1), (True, 0)])
+def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, rank, toy, weights, tmp_path):
+    """Rank 0 holds what the ranks report to."""
+    faults = {} if silent else {"stuck": [rank, 7]}
     flags = [*LONG, "--dist_timeout=10", "--sample_timeout=5"]
     run = Run(toy, weights, tmp_path, *flags, faults=faults)
     run.wait_for_step(6)
     family = run.family()
     if silent:
-        run.ranks()[1].suspend()
+        run.rank(rank).suspend()
     began = time.monotonic()
     assert run.wait() == 1
     assert time.monotonic() - began < 60  # of 10 s, on a busy machine
     assert_all_gone(family)
     (line,) = {line for line in text(tmp_path).splitlines() if "stopping: " in line}
-    assert "no rank got any further for 1" in line
-    assert "rank 1 (" in line and "rank 0 (" not in line
-    assert ("no longer answers" if silent else "step 7, faulty_training.py") in line
+    assert f"rank {rank} " in line and f"rank {1 - rank}" not in line
+    if rank == 1:
+        assert "no rank got any further for 1" in line
+        assert ("no longer answers" if silent else "step 7, faulty_training.py") in line
+    else:
+        assert "has not answered for 10 s" in line
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named(toy, weights, tmp_path):
     run = Run(toy, weights, tmp_path, *LONG)
     run.wait_for_step(3)
     family = run.family()
-    run.ranks()[1].kill()
+    run.rank(1).kill()
     assert run.wait() == 1
     assert_all_gone(family)
     assert "rank 1 was killed by SIGKILL" in text(tmp_path)
@@ -325,11 +372,12 @@ def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights,
     for step in range(200, 2001, 200):
         run.wait_for_step(step)
         family = run.family()
+        assert all(p.status() != psutil.STATUS_ZOMBIE for p in family)
         memory = sum(p.memory_full_info().uss for p in family)
         samples.append((step, memory / 2**20, sum(p.num_fds() for p in family), len(family)))
         print("step {}: {:.0f} MiB, {} open files, {} processes".format(*samples[-1]))
     run.process.terminate()
     run.wait()
     _, memory, files, processes = zip(*samples, strict=True)
-    assert max(memory[-3:]) < memory[0] + 50, samples
+    assert max(memory[-3:]) < memory[1] + 25, samples
     assert len(set(files)) == len(set(processes)) == 1, samples
