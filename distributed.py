@@ -2,12 +2,14 @@
 
 import contextlib
 import datetime
+import logging
 import os
 import re
 import signal
 import socket
 import sys
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -247,9 +249,11 @@ class Process:
 
 def start(work, args, launch):
     """Runs work(args, process) in every process of this node and waits for them."""
-    if launch.spawn == 1:
+    if launch.world_size == 1:
         run_process(0, work, args, launch)
         return
+    if launch.spawn == 1:
+        end_with(lambda: run_process(0, work, args, launch))
     context = mp.get_context("spawn")
     # What is started here inherits the blocked signals: a rank until it can answer them, Python's
     # resource tracker for good.
@@ -295,7 +299,26 @@ def start(work, args, launch):
 
 def run_spawned(index, work, args, launch):
     die_with_parent()
-    run_script(lambda: run_process(index, work, args, launch))
+    end_with(lambda: run_process(index, work, args, launch))
+
+
+def end_with(main):
+    """Runs main() as run_script does and ends the process, without Python's own way of ending: a
+    thread of a process group that then asks for the interpreter aborts all, with the work done.
+    """
+    status = 1
+    try:
+        run_script(main)
+        status = 0
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):  # a full disk
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def run_process(index, work, args, launch):

@@ -237,7 +237,6 @@ def train(args, process):
     torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
     args.resume = args.resume or process.is_restarted()
     job = prepare(args, process, process.device)
-    process.begin()
     log.setLevel(logging.INFO if first_rank else logging.WARNING)
     progress = job.progress
     log.info(
@@ -250,6 +249,7 @@ def train(args, process):
             *(job.resumed, progress.epoch, progress.step),
         )
     check_alike(process, job)
+    process.begin()
     network = job.model
     if process.world_size > 1:
         ids = [process.device] if process.device.type == "cuda" else None

@@ -51,6 +51,7 @@ class Watchdog:
         self.host = socket.gethostname()
         self.seen = {}  # rank -> (its last report, when its beats rose, when its signs rose)
         self.answered = time.monotonic()  # when the store last did
+        self.awake = self.answered  # since when this process was not suspended
         self.ended = threading.Event()
         self.threads = [
             threading.Thread(target=work, daemon=True) for work in (self.watch, self.guard)
@@ -102,14 +103,19 @@ class Watchdog:
             except Exception:  # the store has as many ways to fail as it has backends
                 continue  # which guard() counts
             self.answered = time.monotonic()
-            quiet = time.monotonic() - max(rose for _, _, rose in self.seen.values())
+            quiet = time.monotonic() - max(self.awake, *(rose for *_, rose in self.seen.values()))
             if quiet > self.timeout:
                 self.end_process(f"no rank got any further for {quiet:.0f} s: {self.culprit()}")
 
     def guard(self):
         """Watches watch(): rank 0, which holds the store, may be frozen, and a call of it too."""
+        last = time.monotonic()
         while not self.ended.wait(self.interval):
-            if time.monotonic() - self.answered > self.timeout:
+            now = time.monotonic()
+            if now - last > 3 * self.interval:  # the whole job was, as SLURM can do
+                self.awake = now
+            last = now
+            if now - max(self.answered, self.awake) > self.timeout:
                 self.end_process(f"rank 0 has not answered for {self.timeout:g} s")
 
     def silent(self):

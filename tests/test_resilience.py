@@ -134,7 +134,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(uninterrupted, toy, 
     while True:
         run = Run(toy, weights, tmp_path, *LONG, "--resume")
         done = max(run.steps(), default=0)
-        if kills == 12:
+        if kills == 10:
             break
         run.wait_for(lambda run=run, done=done: max(run.steps(), default=0) > done)
         if kills % 3 == 0:
@@ -268,6 +268,19 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, rank, toy, weights,
         else:
             assert "no rank got any further for 1" in line
             assert ("no longer answers" if silent else "step 7, faulty_training.py") in line
+
+
+def test_a_job_that_is_suspended_for_long_goes_on(toy, weights, tmp_path):
+    run = Run(toy, weights, tmp_path, "--epochs=15", "--dist_timeout=10", "--sample_timeout=5")
+    run.wait_for_step(5)
+    family = run.family()
+    for process in family:
+        process.suspend()
+    time.sleep(15)
+    for process in family:
+        process.resume()
+    assert run.wait() == 0, text(tmp_path)
+    assert not (tmp_path / "log/run.bad.csv").exists()
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named(toy, weights, tmp_path):
