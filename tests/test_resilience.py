@@ -132,6 +132,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(uninterrupted, toy, 
     kills = while_writing = 0
     checkpoints = tmp_path / "checkpoint/run"
     while True:
+        began = time.time()
         run = Run(toy, weights, tmp_path, *LONG, "--resume")
         done = max(run.steps(), default=0)
         if kills == 10:
@@ -149,7 +150,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(uninterrupted, toy, 
         assert run.wait() in (1, -signal.SIGKILL)
         assert_all_gone(family)
         kills += 1
-        while_writing += bool(list(checkpoints.glob("*.tmp")))
+        while_writing += any(p.stat().st_mtime > began for p in checkpoints.glob("*.tmp"))
     assert run.wait() == 0, text(tmp_path)
     print(f"{kills} kills, {while_writing} of them while a checkpoint was written")
     assert while_writing > 0
