@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from s3dg import S3D, WORD_DIM
-from utils import InputError, check_file, log
+from utils import InputError, check_file, log, one_line
 
 KEPT = 10  # newest checkpoints of a run, one an epoch
 KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
@@ -134,7 +134,7 @@ def save_checkpoint(folder, content, step=None):
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when a write fails
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         log.error("could not write %s, going on with the older checkpoints: %s", path, reason)
         return None
     # What is newer is damaged, or of smaller batches: the run went on from before it.

@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils import STOP_SIGNALS, InputError, die_with_parent, log, pick_device, run_script
+from utils import (
+    STOP_SIGNALS,
+    InputError,
+    die_with_parent,
+    log,
+    one_line,
+    pick_device,
+    run_script,
+)
 from watchdog import Watchdog
 
 DIST_FILE = "dist-file"  # the flag's default, the release's; here it means none
@@ -129,11 +137,8 @@ def plan_torchrun(env, url):
         raise InputError("RANK and WORLD_SIZE are set, but no MASTER_ADDR and MASTER_PORT")
     local_world = whole_number(env, "LOCAL_WORLD_SIZE", default=world_size)
     restarts = whole_number(env, "TORCHELASTIC_RESTART_COUNT")
-    return Launch(
-        "torchrun",
-        *(world_size, rank, whole_number(env, "LOCAL_RANK"), local_world),
-        *(1, url or "env://", restarts),
-    )
+    local = whole_number(env, "LOCAL_RANK")
+    return Launch("torchrun", world_size, rank, local, local_world, 1, url or "env://", restarts)
 
 
 def slurm_tasks(env):
@@ -345,7 +350,7 @@ def run_process(index, work, args, launch):
         process.gather(None)  # rank 0 keeps the store until all are done
     except RuntimeError as error:
         # Most likely a collective operation that lacks a rank.
-        print(f"rank {rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"rank {rank}: {one_line(error)}", file=sys.stderr, flush=True)
         if launch.world_size > 1 and (gone := watchdog.blame()):
             log.error("stopping: %s", gone)
             print(f"error: rank {rank}: {gone}", file=sys.stderr)
@@ -378,7 +383,7 @@ def join_group(args, launch, rank, device):
     except (RuntimeError, OSError) as error:
         raise InputError(
             f"rank {rank} of {launch.world_size} did not find the others at {launch.init_method} "
-            f"within {args.dist_timeout:g} s (--dist_timeout): {' '.join(str(error).split())}"
+            f"within {args.dist_timeout:g} s (--dist_timeout): {one_line(error)}"
         ) from None
     group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=patience)
     return store.clone(), group, launchers_store

@@ -313,11 +313,21 @@ def settle(args, process, network):
     side = args.video_size
     video = torch.zeros(2, 3, args.num_frames, side, side, device=process.device)
     text = torch.zeros(2, TEXT_WORDS, dtype=torch.int64, device=process.device)
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    restore_buffers = keep_buffers(network)
     sum(embedding.sum() for embedding in network(video, text)).backward()
     network.zero_grad()
-    for buffer, before in buffers:
-        buffer.copy_(before)
+    restore_buffers()
+
+
+def keep_buffers(network):
+    """A function that gives the buffers, BatchNorm's averages, the values that they have now."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+
+    def restore():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+    return restore
 
 
 def train_epoch(args, process, job, network, batches, bad):
@@ -375,7 +385,7 @@ def train_step(at, network, criterion, optimizer, video, text):
     where the loss or the gradient is not finite, and then the model is as it was. These are the
     same on all ranks.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    restore_buffers = keep_buffers(network)
     embeddings = network(video, text)
     at("the loss")
     loss = criterion(*embeddings)
@@ -387,8 +397,7 @@ def train_step(at, network, criterion, optimizer, video, text):
     if finite:
         optimizer.step()
     else:
-        for buffer, before in buffers:  # BatchNorm has averaged it in
-            buffer.copy_(before)
+        restore_buffers()
     return loss.detach(), finite
 
 
@@ -440,7 +449,6 @@ def stop(process):
 
 def validate(args, process, job):
     """Retrieval figures of the model as rank 0 has it; the ranks share the videos."""
-
     process.at("validation")
 
     def on_video():

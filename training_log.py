@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import log
+from utils import log, one_line
 from video_loader import QUARANTINE
 
 
@@ -96,7 +96,7 @@ class BadSamples:
             if reason.startswith(QUARANTINE):
                 self.quarantined.add(video)
             if video not in self.listed:
-                rows.setdefault(video, " ".join(reason.split()))
+                rows.setdefault(video, one_line(reason))
         self.found = []
         if self.process.rank == 0 and rows:
             text = io.StringIO(newline="")

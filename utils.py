@@ -26,6 +26,11 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what, and what to do."""
 
 
+def one_line(text):
+    """An error, or another text, as a message can have it: without line ends."""
+    return " ".join(str(text).split())
+
+
 def run_script(main):
     """Runs an entry script's main(). An InputError becomes one line and exit status 2."""
     try:
@@ -73,7 +78,7 @@ def read_table(path, columns, numbers=(), flag="eval_csv"):
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
     except ValueError as error:  # pandas' parser errors and undecodable bytes are ValueErrors
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"--{flag}: {path} is not a CSV table ({reason}): give one with {', '.join(columns)}"
         ) from None

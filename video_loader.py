@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils import InputError, check_folder, log, read_table
+from utils import InputError, check_folder, log, one_line, read_table
 from video_decoder import DecodeError, decode_clip
 from workers import Crash, sample_batches
 
@@ -36,7 +36,7 @@ def read_captions(path):
         starts, ends, texts = starts[usable], ends[usable], table["text"][usable].tolist()
     except (OSError, ValueError, KeyError) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
-        raise CaptionError(f"{path}: {' '.join(reason.split())}") from None
+        raise CaptionError(f"{path}: {one_line(reason)}") from None
     if not texts:
         raise CaptionError(f"{path}: no caption with usable times in it")
     return starts, ends, texts
@@ -159,7 +159,7 @@ class HowTo100M(Dataset):
         except (CaptionError, DecodeError) as error:
             return {"error": str(error)}
         except Exception as error:  # a run of weeks does not end for one strange file
-            return {"error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+            return {"error": f"unexpected {type(error).__name__}: {one_line(error)}"}
 
     def sample(self, name, rng):
         """One sample of this video. Raises CaptionError or DecodeError."""
