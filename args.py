@@ -5,6 +5,7 @@ import math
 import re
 import sys
 
+from utils import PRECISIONS
 from video_decoder import BACKENDS
 
 
@@ -81,7 +82,30 @@ def get_args(description="MIL-NCE", argv=None):
     add("--epochs", type=positive(int), default=150, help="passes over the video list")
     add("--start_epoch", type=not_negative(int), default=0, help="first epoch, without --resume")
     add("--batch_size", type=positive(int), default=256, help="of a node, shared by its processes")
+    add(
+        "--accum_steps",
+        type=positive(int),
+        default=1,
+        help="batches of batch_size that make one step, each clip with the negatives of all",
+    )
     add("--seed", type=not_negative(int), default=1, help="of weights, data order and samples")
+
+    # Speed and memory
+    add(
+        "--amp",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="type of convolutions and matrix products; auto: training in bf16 where the processor "
+        "computes in it, evaluation in float32",
+    )
+    add("--channels_last", type=int, choices=(0, 1), default=1, help="keep channels innermost")
+    add("--fused_optimizer", type=int, choices=(0, 1), default=1, help="one kernel for all weights")
+    add("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
+    add(
+        "--grad_checkpoint",
+        action="store_true",
+        help="compute activations again for the backward pass: less memory, more time",
+    )
 
     # What a run puts up with
     add(
@@ -132,7 +156,7 @@ def get_args(description="MIL-NCE", argv=None):
     add("--gpu", type=int, default=None, help="use this GPU only")
     add("--nproc_per_node", type=positive(int), default=None, help="processes (default: GPUs or 1)")
     add("--num_thread_reader", type=not_negative(int), default=20, help="data workers of a node")
-    add("--pin_memory", action="store_true", help="page-locked batches, for GPUs")
+    add("--pin_memory", action="store_true", help="page-locked batches; on a GPU they always are")
     add("--cudnn_benchmark", type=int, choices=(0, 1), default=0, help="let cuDNN try algorithms")
     add("--world_size", type=int, default=-1, help="nodes, where no launcher says so")
     add("--rank", type=int, default=-1, help="this node's number, where no launcher says so")

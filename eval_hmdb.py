@@ -1,10 +1,9 @@
 """Linear action recognition on HMDB-51: python eval_hmdb.py --pretrain_cnn_path FILE"""
 
 from args import get_args
-from checkpoint import load_model
-from evaluation import evaluate_hmdb
+from evaluation import evaluate_hmdb, inference_model
 from hmdb_loader import HMDB51
-from utils import check_clip_size, check_output, pick_device, report, run_script, setup_logging
+from utils import check_output, pick_device, report, run_script, setup_logging
 
 
 def main():
@@ -20,10 +19,8 @@ def main():
         num_windows=args.num_windows_test,
         decoder=args.decoder,
     )
-    model = load_model(args.pretrain_cnn_path)
-    check_clip_size(args, model)
     figures = evaluate_hmdb(
-        model.to(device),
+        inference_model(args, device),
         dataset,
         device,
         batch_size=args.batch_size_val,

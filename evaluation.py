@@ -10,8 +10,9 @@ from tqdm import tqdm
 from checkpoint import load_model
 from hmdb_loader import SPLITS, TEST, TRAIN
 from retrieval_loader import TEXT_WORDS
-from s3dg import Tokenizer
+from s3dg import Tokenizer, inference_copy
 from utils import (
+    PRECISIONS,
     InputError,
     check_clip_size,
     check_output,
@@ -21,7 +22,7 @@ from utils import (
     read_words,
     report,
     setup_logging,
-    to_device,
+    to_unit_range,
 )
 from workers import Crash, sample_batches
 
@@ -72,7 +73,6 @@ def video_features(
         ([index] for index in share),
         workers=workers,
         timeout=sample_timeout,
-        pin_memory=device.type == "cuda",
     )
 
     def decoded():
@@ -97,7 +97,7 @@ def video_features(
     features, stopped = {}, False
     with contextlib.closing(videos):
         for owners, clips in clip_batches(decoded(), batch_size):
-            output = model(to_device(clips, device), None, mode="video", mixed5c=mixed5c)
+            output = model(to_unit_range(clips.to(device)), None, mode="video", mixed5c=mixed5c)
             for owner, feature in zip(owners, output.float().cpu().numpy(), strict=True):
                 features.setdefault(owner, []).append(feature)
     model.train(was_training)
@@ -150,6 +150,23 @@ def evaluate_retrieval(model, dataset, device, **decoding):
     return {**figures, "num_videos": len(videos), "num_missing": missing}
 
 
+def inference_dtype(args):
+    """Float32 unless --amp says otherwise: figures are not to depend on the machine."""
+    return PRECISIONS.get(args.amp, torch.float32)
+
+
+def inference_model(args, device):
+    """The model of --pretrain_cnn_path as the evaluations use it."""
+    model = load_model(args.pretrain_cnn_path)
+    check_clip_size(args, model)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last_3d)
+    model = inference_copy(model.to(device), inference_dtype(args))
+    if args.compile:
+        model.compile()
+    return model
+
+
 def retrieval_set(args, dataset_class, default_csv, words):
     """YouCook2 or MSRVTT as the flags describe it."""
     return dataset_class(
@@ -171,11 +188,10 @@ def retrieval_script(args, dataset_class, default_csv):
     check_output(args.output)
     words = read_words(args)
     dataset = retrieval_set(args, dataset_class, default_csv, words)
-    model = load_model(args.pretrain_cnn_path)
-    check_clip_size(args, model)
+    model = inference_model(args, device)
     check_words_fit(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
     figures = evaluate_retrieval(
-        model.to(device),
+        model,
         dataset,
         device,
         batch_size=args.batch_size_val,

@@ -76,6 +76,12 @@ class MILNCELoss(nn.Module):
 
     def forward(self, video_embd, text_embd):
         """video_embd: [b, D]. text_embd: [b*K, D]; row i*K + k is candidate k of video i."""
+        # Scores of a shorter type would round away what tells a positive from a negative.
+        dtype = torch.promote_types(video_embd.dtype, torch.float32)
+        with torch.autocast(video_embd.device.type, enabled=False):
+            return self.loss(video_embd.to(dtype), text_embd.to(dtype))
+
+    def loss(self, video_embd, text_embd):
         own_texts = text_embd.view(video_embd.shape[0], -1, text_embd.shape[1])  # [b, K, D]
         positives = torch.einsum("bd,bkd->bk", video_embd, own_texts).logsumexp(dim=1)
         loss = (Denominators.apply(video_embd, text_embd) - positives).mean()

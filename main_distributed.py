@@ -13,27 +13,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 import checkpoint
 import distributed
 from args import get_args
-from evaluation import evaluate_retrieval, retrieval_set
-from loss import MILNCELoss
-from s3dg import S3D, Tokenizer
+from evaluation import evaluate_retrieval, inference_dtype, retrieval_set
+from s3dg import S3D, Tokenizer, inference_copy
 from training_log import BadSamples, Window, append_json, log_path, read_json, show
+from training_step import Averages, TrainingStep, autocast_dtype, build_optimizer
 from utils import (
     InputError,
     check_clip_size,
     check_file,
     check_words_fit,
     log,
-    lr_multiplier,
     make_folder,
     read_words,
     run_script,
     setup_logging,
-    to_device,
 )
 from video_loader import TEXT_WORDS, HowTo100M, StepSampler, training_batches
 from youcook_loader import YouCook2
@@ -71,9 +68,10 @@ class Job:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     progress: Progress
-    batch_size: int  # clips of a step over all nodes
+    batch_size: int  # clips of a step over all nodes and micro-batches
     total_steps: int
     resumed: Path | None  # the checkpoint, if any
+    resumed_scaler: dict | None  # its float16 scaling, if it had one
 
     def steps_before(self, epoch):
         return steps_before(epoch, self.dataset, self.batch_size)
@@ -88,12 +86,15 @@ def prepare(args, processes, device):
             f"--batch_size {args.batch_size} cannot be shared by {processes.nproc_per_node} "
             "processes: give a multiple"
         )
+    if args.compile and args.grad_checkpoint:
+        raise InputError("--compile and --grad_checkpoint exclude each other: drop one")
     if args.sample_timeout >= args.dist_timeout:
         raise InputError(
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
             f"{args.dist_timeout:g}: a slow sample would end the run"
         )
-    batch_size = args.batch_size // processes.nproc_per_node * processes.world_size
+    micro_batch = args.batch_size // processes.nproc_per_node
+    batch_size = micro_batch * processes.world_size * args.accum_steps
     words = read_words(args)
     dataset = training_set(args, words)
     total_steps = steps_before(args.epochs, dataset, batch_size)
@@ -105,6 +106,9 @@ def prepare(args, processes, device):
     validation = validation_set(args, words) if args.evaluate else None
     model, resumed = starting_point(args, words)
     model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last_3d)
+    model.grad_checkpoint = args.grad_checkpoint
     if not resumed and args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}")
     folder = checkpoint_folder(args)
@@ -127,6 +131,7 @@ def prepare(args, processes, device):
         batch_size=batch_size,
         total_steps=total_steps,
         resumed=resumed and resumed["path"],
+        resumed_scaler=resumed and resumed.get("scaler"),
     )
 
 
@@ -200,34 +205,6 @@ def starting_point(args, words):
     return model, resumed
 
 
-def build_optimizer(args, model, first_step, total_steps, resumed=None):
-    """The optimizer over what is trained, and the schedule, which moves at every step.
-
-    The schedule follows from the flags and the step alone; the optimizer goes on from `resumed`.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(trained, args.lr)
-    else:
-        optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum)
-    if resumed:
-        try:
-            was_adam = "betas" in resumed["optimizer"]["param_groups"][0]
-            if was_adam != (args.optimizer == "adam"):
-                raise ValueError("it is of another --optimizer")
-            optimizer.load_state_dict(resumed["optimizer"])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise InputError(f"--resume: {resumed['path']}: its optimizer: {error}") from None
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = args.lr
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: lr_multiplier(step, args.warmup_steps, total_steps),
-        last_epoch=first_step - 1,
-    )
-    return optimizer, scheduler
-
-
 def train(args, process):
     """The whole training, as one process of it sees it."""
     first_rank = process.rank == 0
@@ -250,17 +227,13 @@ def train(args, process):
         )
     check_alike(process, job)
     process.begin()
-    network = job.model
-    if process.world_size > 1:
-        ids = [process.device] if process.device.type == "cuda" else None
-        network = DistributedDataParallel(job.model, device_ids=ids)
-        settle(args, process, network)
+    step = training_step(args, process, job)
     bad = BadSamples(log_path(args, "bad.csv"), process)
-    sampler = StepSampler(
+    sampler = StepSampler(  # of micro-batches: accum_steps of them in a row are a step's
         len(job.dataset),
-        job.batch_size,
-        job.total_steps,
-        first_step=progress.step,
+        job.batch_size // args.accum_steps,
+        job.total_steps * args.accum_steps,
+        first_step=progress.step * args.accum_steps,
         seed=args.seed,
         rank=process.rank,
         world_size=process.world_size,
@@ -271,17 +244,17 @@ def train(args, process):
         workers=workers_of(args, process),
         timeout=args.sample_timeout,
         quarantined=bad.quarantined,
-        pin_memory=args.pin_memory and process.device.type == "cuda",
+        pin_memory=process.device.type == "cuda",
         on_sample=process.on_sample,
     )
     with contextlib.closing(batches):
         if job.validation and lacks_validation(args, process, job):
             validate(args, process, job)
         for _ in range(progress.epoch, args.epochs):
-            train_epoch(args, process, job, network, batches, bad)
+            train_epoch(args, process, job, step, batches, bad)
             progress.epoch += 1
             progress.bad_in_epoch = 0
-            save(args, process, job)
+            save(args, process, job, step)
             if job.validation:
                 validate(args, process, job)
 
@@ -306,122 +279,127 @@ def check_alike(process, job):
             )
 
 
-def settle(args, process, network):
+def training_step(args, process, job):
+    """The TrainingStep of this process, joined with the other ranks'."""
+    if args.compile:
+        job.model.compile()
+    network = job.model
+    if process.world_size > 1:
+        # Frozen, and the same on all ranks: it need not travel.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            network, ["text_module.word_embd.weight"]
+        )
+        ids = [process.device] if process.device.type == "cuda" else None
+        # Running averages take no part in training: validation and checkpoints have rank 0's.
+        network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+    dtype = autocast_dtype(args, process.device)
+    log.info("convolutions and matrix products in %s", str(dtype).removeprefix("torch."))
+    skipped = job.progress.skipped_steps, job.progress.skipped_in_row
+    step = TrainingStep(network, job.optimizer, dtype, process.at, skipped)
+    if job.resumed_scaler:
+        step.scaler.load_state_dict(job.resumed_scaler)
+    if process.world_size > 1:
+        settle(args, process, step)
+    return step
+
+
+def settle(args, process, step):
     """Takes DistributedDataParallel past its first backward pass, after which it lays gradients out
     anew and adds up the ranks in another order: so a resumed run has an uninterrupted one's bits.
     """
-    side = args.video_size
-    video = torch.zeros(2, 3, args.num_frames, side, side, device=process.device)
-    text = torch.zeros(2, TEXT_WORDS, dtype=torch.int64, device=process.device)
-    restore_buffers = keep_buffers(network)
-    sum(embedding.sum() for embedding in network(video, text)).backward()
-    network.zero_grad()
-    restore_buffers()
+    clips, side = args.batch_size // process.nproc_per_node, args.video_size
+    captions = clips * args.num_candidates
+    batch = {
+        "video": torch.zeros(clips, 3, args.num_frames, side, side, dtype=torch.uint8),
+        "text": torch.zeros(captions, TEXT_WORDS, dtype=torch.int64),
+    }
+    averages = Averages(step.network)
+    before = averages.read()
+    sum(embedding.sum() for embedding in step.embed(batch)).backward()
+    step.network.zero_grad()
+    averages.write(before)
 
 
-def keep_buffers(network):
-    """A function that gives the buffers, BatchNorm's averages, the values that they have now."""
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-
-    def restore():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-
-    return restore
-
-
-def train_epoch(args, process, job, network, batches, bad):
+def train_epoch(args, process, job, step, batches, bad):
     """Runs the steps that are left of an epoch. A signal ends the process, after a checkpoint."""
     progress, last_step = job.progress, job.steps_before(job.progress.epoch + 1)
-    criterion = MILNCELoss()
-    network.train()
+    step.network.train()
     window = Window()
     unlisted = False  # whether any rank has found bad samples that the list does not have yet
     while progress.step < last_step:
         process.at(f"waiting for the data of step {progress.step + 1}")
         with window.waiting():
-            batch = next(batches)
-            process.at(f"the forward pass of step {progress.step + 1}")
-            bad.found.extend(chain.from_iterable(batch["bad"]))
+            micro_batches = [own_memory(args, next(batches)) for _ in range(args.accum_steps)]
+            process.at(f"the start of step {progress.step + 1}")
+            found = [
+                fault for batch in micro_batches for fault in chain.from_iterable(batch["bad"])
+            ]
+            bad.found.extend(found)
+            replaced = sum(len(batch["bad"]) for batch in micro_batches)
             # Waits for the slowest rank's data.
-            signalled, replaced = process.sum(process.signal is not None, len(batch["bad"]))
+            signalled, replaced = process.sum(process.signal is not None, replaced)
         unlisted |= replaced > 0
         progress.bad_samples += replaced
         progress.bad_in_epoch += replaced
 
-        video = to_device(batch["video"], process.device)
-        text = batch["text"].to(process.device, non_blocking=True).view(-1, TEXT_WORDS)
-        loss, applied = train_step(process.at, network, criterion, job.optimizer, video, text)
+        loss = step(micro_batches)
         lr = job.scheduler.get_last_lr()[0]
         job.scheduler.step()
         progress.step += 1
-        window.count(len(video) * process.world_size)
+        window.count(job.batch_size)
 
         too_bad = progress.bad_in_epoch > args.max_bad_fraction * len(job.dataset)
         due = args.checkpoint_every and progress.step % args.checkpoint_every == 0
         shown = progress.step % args.n_display == 0 or progress.step == last_step
-        if unlisted and (too_bad or due or shown or signalled or not applied):
+        if not (too_bad or due or shown or signalled):
+            continue  # without a look at the device, which may be some way behind
+        process.at(f"the device to finish step {progress.step}")
+        count_skipped(args, process, progress, step)
+        if unlisted:
             bad.write()
             unlisted = False
         if too_bad:
-            save(args, process, job, within_epoch=True)
+            save(args, process, job, step, within_epoch=True)
             process.refuse(
                 f"--max_bad_fraction: {progress.bad_in_epoch} samples of epoch "
                 f"{progress.epoch + 1}, which has {len(job.dataset)}, could not be read, more than "
                 f"{args.max_bad_fraction:g} of them: see {bad.path}"
             )
-        count_skipped(args, process, progress, applied, loss)
         if shown:
             show(args, process, job, window, loss.item(), lr)
             window = window.next()
         if signalled or (due and progress.step < last_step):
-            save(args, process, job, within_epoch=True)
+            save(args, process, job, step, within_epoch=True)
         if signalled:
             stop(process)
 
 
-def train_step(at, network, criterion, optimizer, video, text):
-    """One step; `at` is told how far it is. Returns the loss and whether the step was applied: not
-    where the loss or the gradient is not finite, and then the model is as it was. These are the
-    same on all ranks.
-    """
-    restore_buffers = keep_buffers(network)
-    embeddings = network(video, text)
-    at("the loss")
-    loss = criterion(*embeddings)
-    at("the backward pass")
-    optimizer.zero_grad()
-    loss.backward()
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    finite = torch.isfinite(loss.detach() + get_total_norm(gradients)).item()
-    if finite:
-        optimizer.step()
-    else:
-        restore_buffers()
-    return loss.detach(), finite
+def own_memory(args, batch):
+    """A batch that stays as it is when the next one is asked for (see sample_batches)."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if args.accum_steps == 1 or all(tensor.is_pinned() for tensor in tensors.values()):
+        return batch
+    return {**batch, **{name: tensor.clone() for name, tensor in tensors.items()}}
 
 
-def count_skipped(args, process, progress, applied, loss):
-    """Ends the run after max_bad_steps in a row."""
-    if applied:
-        progress.skipped_in_row = 0
-        return
-    progress.skipped_steps += 1
-    progress.skipped_in_row += 1
-    if process.rank == 0:
+def count_skipped(args, process, progress, step):
+    """Takes over the step's counts; ends the run after max_bad_steps in a row."""
+    known = progress.skipped_steps
+    progress.skipped_steps, progress.skipped_in_row, most_in_row = step.skipped()
+    if progress.skipped_steps > known and process.rank == 0:
         log.warning(
-            "step %d skipped: its loss is %g, its loss or gradient not finite (%d in a row)",
-            *(progress.step, loss, progress.skipped_in_row),
+            "%d of the steps up to %d skipped: loss or gradient not finite (%d in a row now)",
+            *(progress.skipped_steps - known, progress.step, progress.skipped_in_row),
         )
-    if progress.skipped_in_row >= args.max_bad_steps:
+    if most_in_row >= args.max_bad_steps:
         process.refuse(
-            f"--max_bad_steps: {progress.skipped_in_row} steps in a row, up to step "
-            f"{progress.step}, had a loss or gradient that is not finite: lower --lr, or look at "
-            f"the data; the checkpoints in {checkpoint_folder(args)} have the weights from before"
+            f"--max_bad_steps: {most_in_row} steps in a row, up to step {progress.step} or shortly "
+            "before, had a loss or gradient that is not finite: lower --lr, or look at the data; "
+            f"the checkpoints in {checkpoint_folder(args)} have the weights from before"
         )
 
 
-def save(args, process, job, within_epoch=False):
+def save(args, process, job, step, within_epoch=False):
     """Rank 0 writes a checkpoint."""
     process.at("writing a checkpoint")
     if process.rank > 0:
@@ -434,8 +412,10 @@ def save(args, process, job, within_epoch=False):
         "scheduler": job.scheduler.state_dict(),
         "progress": {**asdict(job.progress), "clips": clips, "videos": len(job.dataset)},
     }
-    step = job.progress.step if within_epoch else None
-    if path := checkpoint.save_checkpoint(checkpoint_folder(args), content, step):
+    if step.scaler.is_enabled():
+        content["scaler"] = step.scaler.state_dict()
+    number = job.progress.step if within_epoch else None
+    if path := checkpoint.save_checkpoint(checkpoint_folder(args), content, number):
         log.info("wrote %s", path)
 
 
@@ -459,7 +439,7 @@ def validate(args, process, job):
         for buffer in job.model.buffers():  # each rank has running statistics of its own
             dist.broadcast(buffer, src=0)
     figures = evaluate_retrieval(
-        job.model,
+        inference_copy(job.model, inference_dtype(args)),
         job.validation,
         process.device,
         batch_size=args.batch_size_val,

@@ -6,6 +6,8 @@ features. Both end in the same 512-d space, where a dot product scores a video a
 Attribute names give the keys of the public checkpoints, so weights interchange both ways.
 """
 
+import contextlib
+import copy
 import re
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 VOCABULARY_ROWS = 66250  # the released word list, plus row 0 for padding
 WORD_DIM = 300
@@ -71,6 +75,20 @@ def triple(value):
     return (value,) * 3 if isinstance(value, int) else tuple(value)
 
 
+class TemporalConv3d(nn.Conv3d):
+    """kx1x1, as a convolution of two dimensions, T and H*W: the same sums.
+
+    oneDNN's of three dimensions (torch 2.13) gives bfloat16 weights a gradient of whatever is in
+    memory where T is 2, which it is in the last blocks for a clip of 16 frames.
+    """
+
+    def forward(self, x):
+        size, (stride, _, _), (padding, _, _) = x.shape[3:], self.stride, self.padding
+        kernel = self.weight.flatten(3)
+        net = F.conv2d(x.flatten(3), kernel, self.bias, (stride, 1), (padding, 0))
+        return net.unflatten(3, size)
+
+
 class STConv3D(nn.Module):
     """Convolution, BatchNorm, ReLU; `separable` splits it into 1xkxk and then kx1x1."""
 
@@ -83,7 +101,7 @@ class STConv3D(nn.Module):
             time = {"kernel_size": (kt, 1, 1), "stride": (st, 1, 1), "padding": (pt, 0, 0)}
             self.conv1 = nn.Conv3d(in_channels, out_channels, bias=False, **space)
             self.bn1 = nn.BatchNorm3d(out_channels)
-            self.conv2 = nn.Conv3d(out_channels, out_channels, bias=False, **time)
+            self.conv2 = TemporalConv3d(out_channels, out_channels, bias=False, **time)
             self.bn2 = nn.BatchNorm3d(out_channels)
         else:
             self.conv1 = nn.Conv3d(
@@ -111,7 +129,9 @@ class SelfGating(nn.Module):
 
 
 class MaxPool3dTFPadding(nn.Module):
-    """Max-pool with TensorFlow's 'SAME' zeros for (kernel - stride), the smaller half first."""
+    """Max-pool of values from 0 on, with TensorFlow's 'SAME' zeros for (kernel - stride), the
+    smaller half first.
+    """
 
     def __init__(self, kernel, stride):
         super().__init__()
@@ -120,10 +140,17 @@ class MaxPool3dTFPadding(nn.Module):
             for total in (max(k - s, 0) for k, s in zip(kernel, stride, strict=True))
         ]
         self.padding = [side for pair in reversed(sides) for side in pair]  # F.pad: last axis first
+        self.stride = stride
         self.pool = nn.MaxPool3d(kernel, stride, ceil_mode=True)
 
     def forward(self, x):
-        return self.pool(F.pad(x, self.padding))
+        in_front = any(self.padding[::2])
+        if in_front or any(
+            size % step for size, step in zip(x.shape[2:], self.stride, strict=True)
+        ):
+            return self.pool(F.pad(x, self.padding))
+        # The last window hangs over by the padding, and a zero more is never the maximum alone.
+        return self.pool(x)
 
 
 class InceptionBlock(nn.Module):
@@ -191,8 +218,15 @@ class SentenceEmbedding(nn.Module):
             sentences = [x] if isinstance(x, str) else x
             x = torch.stack([self.tokenizer(sentence) for sentence in sentences])
             x = x.to(self.word_embd.weight.device)
-        words = F.relu(self.fc1(self.word_embd(x)))
-        return self.fc2(words.amax(dim=1))  # padding positions take part, as in the release
+        words = F.relu(self.fc1(self.word_embd(x)), inplace=True)
+        words = words.amax(dim=1)  # padding positions take part, as in the release
+        return in_full_precision(self.fc2, words)
+
+
+def in_full_precision(layer, x):
+    """Applies the layer in its weights' type, also where autocast would take a shorter one."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer.weight.dtype))
 
 
 def space_to_depth(video):
@@ -214,6 +248,10 @@ class S3D(nn.Module):
     word2vec_path: word vectors [words + 1, 300]; without them the table is random, 66250 rows.
     init: 'uniform' (PyTorch's defaults) or 'kaiming_normal' for the convolutions.
     token_to_word_path: the word list, read only when raw text is given.
+
+    The attribute grad_checkpoint, False at first, trades time for memory: the backward pass then
+    computes the insides of each stage again. Embeddings have the type of the weights, under
+    autocast too.
     """
 
     def __init__(
@@ -229,6 +267,7 @@ class S3D(nn.Module):
         if init not in ("uniform", "kaiming_normal"):
             raise ValueError(f"init is 'uniform' or 'kaiming_normal', not {init!r}")
         self.num_classes = num_classes
+        self.grad_checkpoint = False
         self.space_to_depth = space_to_depth
         if space_to_depth:
             self.conv1 = STConv3D(24, 64, (2, 4, 4), 1, (1, 2, 2))
@@ -278,19 +317,79 @@ class S3D(nn.Module):
 
     def forward_video(self, video, mixed5c=False):
         """video: float [B, 3, T, H, W] in [0, 1] -> [B, num_classes], or [B, 1024] with mixed5c."""
+        net = video.to(self.conv1.conv1.weight.dtype) if video.is_floating_point() else video
+        for stage in (
+            self.stem,
+            self.conv_2b,
+            self.conv_2c,
+            self.gating,
+            self.maxpool_3a,
+            self.mixed_3b,
+            self.mixed_3c,
+            self.maxpool_4a,
+            self.mixed_4b,
+            self.mixed_4c,
+            self.mixed_4d,
+            self.mixed_4e,
+            self.mixed_4f,
+            self.maxpool_5a,
+            self.mixed_5b,
+            self.mixed_5c,
+        ):
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                net = self.checkpointed(stage, net)
+            else:
+                net = stage(net)
+        net = net.mean(dim=(2, 3, 4), dtype=self.fc.weight.dtype)
+        return net if mixed5c else in_full_precision(self.fc, net)
+
+    def stem(self, video):
         if self.space_to_depth:
             net = self.conv1(space_to_depth(video))
             net = net[:, :, 1:, 1:, 1:]  # the even kernel pads one too many at the front
         else:
             net = self.conv1(video)
-        net = self.maxpool_2a(net)
-        net = self.conv_2c(self.conv_2b(net))
-        net = self.maxpool_3a(self.gating(net))
-        net = self.mixed_3c(self.mixed_3b(net))
-        net = self.maxpool_4a(net)
-        net = self.mixed_4c(self.mixed_4b(net))
-        net = self.mixed_4f(self.mixed_4e(self.mixed_4d(net)))
-        net = self.maxpool_5a(net)
-        net = self.mixed_5c(self.mixed_5b(net))
-        net = net.mean(dim=(2, 3, 4))
-        return net if mixed5c else self.fc(net)
+        return self.maxpool_2a(net)
+
+    def checkpointed(self, stage, net):
+        def contexts():
+            return contextlib.nullcontext(), still_averages(self)
+
+        return checkpoint(
+            stage, net, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+
+
+@contextlib.contextmanager
+def still_averages(model):
+    """BatchNorm in training mode leaves its running averages alone: it has seen this batch."""
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
+    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for layer, momentum, count in kept:
+            layer.momentum, layer.num_batches_tracked = momentum, count
+
+
+def inference_copy(model, dtype=torch.float32):
+    """An S3D for inference alone, in evaluation mode: the same embeddings, sooner.
+
+    In float32 BatchNorm is folded into the convolutions: within 1e-5 of the model's values. In
+    bfloat16 or float16 the convolutions and gates have weights of that type, and give to the bit
+    what they give under autocast, which converts the weights at every call. BatchNorm then stays
+    as it is: a fold would round the weights anew. The table of word vectors is the model's own.
+    """
+    table = model.text_module.word_embd.weight
+    fast = copy.deepcopy(model, {id(table): table}).eval()
+    for module in list(fast.modules()):
+        if dtype == torch.float32 and isinstance(module, STConv3D):
+            for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"))[: 1 + module.separable]:
+                folded = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
+                setattr(module, conv, folded)
+                setattr(module, bn, nn.Identity())
+        elif isinstance(module, nn.Conv3d | SelfGating):
+            module.to(dtype)
+    return fast

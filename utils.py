@@ -17,6 +17,8 @@ import s3dg
 
 LARGEST_NUMBER = 1e7  # of a table: seconds, in practice; the decoder takes no time far beyond
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}  # of --amp
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a training answers them with a checkpoint
 
 log = logging.getLogger("milnce")
@@ -149,9 +151,9 @@ def pick_device(args, local_rank=0):
     return torch.device("cuda", index)
 
 
-def to_device(video, device):
-    """uint8 clips [.., 3, T, H, W] -> float32 in [0, 1] there; bytes travel, not floats."""
-    return video.to(device, non_blocking=True).float() / 255
+def to_unit_range(video):
+    """uint8 clips [.., 3, T, H, W] -> float32 in [0, 1], on the device: bytes travel there."""
+    return video.float().div_(255)
 
 
 def setup_logging(verbose, path=None, level=logging.INFO):

@@ -18,6 +18,7 @@ FAULTS = json.loads(os.environ["FAULTS"])
 import torch.distributed as dist  # noqa: E402
 
 import main_distributed  # noqa: E402
+import training_step  # noqa: E402
 import video_loader  # noqa: E402
 
 
@@ -29,21 +30,21 @@ def decode_clip(path, *args, **settings):
     return real_decode_clip(path, *args, **settings)
 
 
-def train_step(at, network, criterion, optimizer, video, text):
+def do_step(step, batches):
     global steps
     steps += 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     nan_rank, first, last = FAULTS.get("nan", (None, 0, 0))
     if rank == nan_rank and first <= steps <= last:
-        video = video * float("nan")
+        batches = [{**batch, "video": batch["video"] * float("nan")} for batch in batches]
     if FAULTS.get("stuck") == [rank, steps]:
         time.sleep(1000)
-    return real_train_step(at, network, criterion, optimizer, video, text)
+    return real_do_step(step, batches)
 
 
 steps = 0
 real_decode_clip, video_loader.decode_clip = video_loader.decode_clip, decode_clip
-real_train_step, main_distributed.train_step = main_distributed.train_step, train_step
+real_do_step, training_step.TrainingStep.__call__ = training_step.TrainingStep.__call__, do_step
 
 if __name__ == "__main__":
     main_distributed.run_script(main_distributed.main)

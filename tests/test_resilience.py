@@ -354,7 +354,8 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(toy, weights, tmp_pa
     assert [r["loss"] is None for r in shown] == [s in (3, 4) for s in range(1, 9)]
     assert shown[-1]["skipped_steps"] == 2
     assert all(torch.isfinite(v).all() for v in final(tmp_path)["state_dict"].values())
-    assert "step 4 skipped" in text(tmp_path) and "(2 in a row)" in text(tmp_path)
+    assert "1 of the steps up to 4 skipped" in text(tmp_path)
+    assert "(2 in a row now)" in text(tmp_path)
 
 
 def test_many_in_a_row_end_the_run_with_its_checkpoints_untouched(toy, weights, tmp_path):

@@ -15,7 +15,7 @@ from utils import (
     read_words,
     report,
     run_script,
-    to_device,
+    to_unit_range,
 )
 
 
@@ -84,7 +84,7 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 def test_clips_travel_as_bytes_and_become_unit_floats():
-    clips = to_device(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.device("cpu"))
+    clips = to_unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
     torch.testing.assert_close(clips, torch.tensor([0, 0.2, 1.0]))
 
 
