@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,113 @@ def test_the_file_works_alone_in_an_empty_folder(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "(2, 512)"
+
+
+# --- the same maths, sooner or in less memory -----------------------------------------------------
+
+
+@functools.cache
+def float32_state(stem):
+    """Of a network whose BatchNorms know its activations, as a trained one's do. The golden weights
+    make values of several hundred, saturate the gates and so enlarge every rounding.
+    """
+    torch.manual_seed(0)
+    model = S3D(space_to_depth=STEMS[stem], init="kaiming_normal")
+    with torch.no_grad():
+        for _ in range(5):
+            model.forward_video(torch.rand(4, 3, 16, 64, 64))
+    return model.state_dict()
+
+
+def float32_model(stem):
+    model = S3D(space_to_depth=STEMS[stem])
+    model.load_state_dict(float32_state(stem))
+    return model.eval()
+
+
+def relative_difference(value, expected):
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("mixed5c", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("stem", STEMS)
+def test_an_inference_copy_gives_the_models_embeddings(stem, layout, mixed5c):
+    model, video = float32_model(stem).to(memory_format=layout), torch.rand(2, 3, 16, 64, 64)
+    with torch.inference_mode():
+        expected = model.forward_video(video, mixed5c)
+        folded = s3dg.inference_copy(model).forward_video(video, mixed5c)
+        short = s3dg.inference_copy(model, torch.bfloat16).forward_video(video, mixed5c)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = model.forward_video(video, mixed5c)
+    assert relative_difference(folded, expected) < 1e-5
+    assert torch.equal(short, autocast) and short.dtype == torch.float32
+    assert 0 < relative_difference(short, expected) < 0.02  # of bfloat16: 8 bits
+
+
+def test_an_inference_copy_leaves_the_model_as_it_is_and_shares_its_word_vectors():
+    model = float32_model("std").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = s3dg.inference_copy(model, dtype)
+        assert not fast.training and model.training
+        own, shared = model.text_module.word_embd.weight, fast.text_module.word_embd.weight
+        assert shared.data_ptr() == own.data_ptr()
+        assert torch.equal(fast.text_module(golden_tokens()), model.text_module(golden_tokens()))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("size", [(4, 8, 8), (5, 9, 7), (2, 25, 50)])
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (2, 2, 2)])
+def test_pooling_pads_with_zeros_as_tensorflow_does(kernel, size):
+    stride = tuple(min(k, 2) for k in kernel)
+    x = torch.rand(1, 2, *size).sub(0.7).relu_()
+    total = [k - s for k, s in zip(kernel, stride, strict=True)]
+    padding = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+    expected = torch.nn.functional.pad(x, padding)
+    expected = torch.nn.functional.max_pool3d(expected, kernel, stride, ceil_mode=True)
+    assert torch.equal(s3dg.MaxPool3dTFPadding(kernel, stride)(x), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_temporal_convolution_is_a_three_dimensional_one(frames, dtype):
+    """And so are its gradients: see TemporalConv3d for what they were at two frames."""
+    torch.manual_seed(0)
+    conv = s3dg.TemporalConv3d(32, 32, (3, 1, 1), padding=(1, 0, 0), bias=False)
+    x = torch.randn(2, 32, frames, 4, 4).to(dtype).double().requires_grad_()
+    weight = conv.weight.detach().to(dtype).double().requires_grad_()
+    expected = torch.nn.functional.conv3d(x, weight, padding=(1, 0, 0))
+    wanted = torch.autograd.grad(expected.sum(), (x, weight))
+    conv, own = conv.to(dtype), x.detach().to(dtype).requires_grad_()
+    value = conv(own)
+    found = torch.autograd.grad(value.sum(), (own, conv.weight))
+    tolerance = 1e-12 if dtype == torch.float64 else 0.02
+    for one, other in zip((value, *found), (expected, *wanted), strict=True):
+        assert one.shape == other.shape and relative_difference(one, other) < tolerance
+
+
+def test_grad_checkpoint_changes_neither_gradients_nor_running_averages():
+    video, models = torch.rand(2, 3, 4, 32, 32), []
+    for checkpointed in (False, True):
+        model = float32_model("std").train()
+        model.grad_checkpoint = checkpointed
+        model.forward_video(video).square().sum().backward()
+        models.append(model)
+    plain, checkpointed = models
+    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert one.grad is other.grad is None or torch.equal(one.grad, other.grad), name
+    for (name, one), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(one, other), name
+    assert checkpointed.conv1.bn1.momentum == 0.1
+
+
+def test_the_model_compiles_as_one_graph():
+    """With the compiler's front alone: --compile needs a C++ compiler, and minutes."""
+    model = float32_model("std").train()
+    video, tokens = torch.rand(2, 3, 4, 32, 32), golden_tokens()
+    expected = model(video, tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for value, other in zip(compiled(video, tokens), expected, strict=True):
+        torch.testing.assert_close(value, other)
