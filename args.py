@@ -136,6 +136,7 @@ def get_args(description="MIL-NCE", argv=None):
         "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"
     )
     add("--output", default="", help="write the evaluation's figures to this JSON file")
+    add("--features", default="", help="keep HMDB-51's features in this .npz, or read them there")
 
     # Checkpoints and logs
     add("--checkpoint_root", default="checkpoint", help="folder of all runs' checkpoints")

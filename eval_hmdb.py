@@ -1,25 +1,33 @@
-"""Linear action recognition on HMDB-51: python eval_hmdb.py --pretrain_cnn_path FILE"""
+"""Linear action recognition on HMDB-51: python eval_hmdb.py --pretrain_cnn_path FILE
+
+--features FILE keeps the features. Where FILE exists they are read from it: then neither videos nor
+weights are needed, while labels and splits are those of --eval_csv in every run.
+"""
+
+import os
 
 from args import get_args
-from evaluation import evaluate_hmdb, inference_model
+from evaluation import evaluate_hmdb, hmdb_features, inference_model
+from feature_file import feature_settings, read_features, write_features
 from hmdb_loader import HMDB51
 from utils import check_output, pick_device, report, run_script, setup_logging
 
 
-def main():
-    args = get_args(__doc__)
-    setup_logging(args.verbose)
+def make_features(args, csv):
+    """Decodes the videos and runs the model: the data set, the features, what has none and why."""
     device = pick_device(args)
-    check_output(args.output)
+    check_output(args.features, "features")
     dataset = HMDB51(
-        args.eval_csv or "data/hmdb51.csv",
+        csv,
         args.eval_video_root,
         num_frames=args.num_frames,
         size=args.video_size,
         num_windows=args.num_windows_test,
         decoder=args.decoder,
     )
-    figures = evaluate_hmdb(
+    # The weights' sum is taken now: a training may remove its old checkpoints in the meantime.
+    settings = feature_settings(args) if args.features else None
+    features, left_out = hmdb_features(
         inference_model(args, device),
         dataset,
         device,
@@ -27,7 +35,22 @@ def main():
         workers=args.num_thread_reader,
         sample_timeout=args.sample_timeout,
     )
-    report("HMDB-51", figures, args.output)
+    if args.features:
+        write_features(args.features, settings, features, left_out)
+    return dataset, features, left_out
+
+
+def main():
+    args = get_args(__doc__)
+    setup_logging(args.verbose)
+    check_output(args.output)
+    csv = args.eval_csv or "data/hmdb51.csv"
+    if os.path.isfile(args.features):
+        dataset = HMDB51(csv, video_root=None)
+        features, left_out = read_features(args.features, feature_settings(args), dataset.names)
+    else:
+        dataset, features, left_out = make_features(args, csv)
+    report("HMDB-51", evaluate_hmdb(dataset, features, left_out), args.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import joblib
 import numpy as np
 import torch
 from sklearn.svm import LinearSVC
@@ -17,6 +18,7 @@ from utils import (
     check_clip_size,
     check_output,
     check_words_fit,
+    die_with_parent,
     log,
     pick_device,
     read_words,
@@ -218,33 +220,48 @@ def linear_svm_accuracy(features, labels, parts):
     return float(np.mean(svm.classes_[scores.argmax(axis=1)] == labels[test]))
 
 
-def check_splits(labels, parts):
+def check_splits(labels, splits):
     """Each split needs two classes to train on and a video to test."""
-    for name, part in zip(SPLITS, parts.T, strict=True):
+    for name, part in zip(SPLITS, splits.T, strict=True):
         if len(set(labels[part == TRAIN])) < 2 or not (part == TEST).any():
             raise InputError(
-                f"--eval_video_root: of {name}, the videos that can be read have "
+                f"--eval_csv, --eval_video_root: of {name}, the videos that can be read have "
                 f"{len(set(labels[part == TRAIN]))} classes to train on (two are needed) and "
                 f"{(part == TEST).sum()} videos to test (one is)"
             )
 
 
-def evaluate_hmdb(model, dataset, device, **decoding):
-    """Linear classification of HMDB-51 on pooled mixed_5c features: top-1 of each split, mean.
+def hmdb_features(model, dataset, device, **decoding):
+    """Pooled mixed_5c features of HMDB-51: a dict from name to float32 [W, 1024], and another from
+    the name of a video that has none to "absent" or "undecodable".
 
     For the keyword arguments see video_features.
     """
     check_splits(dataset.labels, dataset.splits)  # before the hours of decoding
     videos = video_features(model, dataset, device, mixed5c=True, **decoding)
     kept = list(videos)
+    check_splits(dataset.labels[kept], dataset.splits[kept])
+    features = {dataset.names[index]: windows for index, windows in videos.items()}
+    left_out = dict.fromkeys(dataset.absent, "absent")
+    undecodable = (name for name in dataset.names if name not in features)
+    return features, {**left_out, **dict.fromkeys(undecodable, "undecodable")}
+
+
+def evaluate_hmdb(dataset, features, left_out):
+    """Linear classification of HMDB-51 (paper, section 4): top-1 of each split, mean.
+
+    The dataset's labels and splits are scored on what hmdb_features gave.
+    """
+    kept = [index for index, name in enumerate(dataset.names) if name in features]
     labels, splits = dataset.labels[kept], dataset.splits[kept]
     check_splits(labels, splits)
-    features = np.stack(list(videos.values()))
-    undecodable = len(dataset) - len(kept)
-    if dataset.num_missing or undecodable:
-        log.info("left out: %d absent videos, %d undecodable", dataset.num_missing, undecodable)
-    figures = {
-        name: linear_svm_accuracy(features, labels, part)
-        for name, part in zip(SPLITS, splits.T, strict=True)
-    }
-    return {**figures, "mean": float(np.mean(list(figures.values())))}
+    if left_out:
+        reasons = list(left_out.values())
+        absent, undecodable = reasons.count("absent"), reasons.count("undecodable")
+        log.info("left out: %d absent videos, %d undecodable", absent, undecodable)
+    windows = np.stack([features[dataset.names[index]] for index in kept])
+    # Processes: threads would share liblinear's random numbers, and no two runs would agree.
+    accuracies = joblib.Parallel(n_jobs=len(SPLITS), initializer=die_with_parent)(
+        joblib.delayed(linear_svm_accuracy)(windows, labels, part) for part in splits.T
+    )
+    return {**dict(zip(SPLITS, accuracies, strict=True)), "mean": float(np.mean(accuracies))}

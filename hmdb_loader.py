@@ -17,26 +17,30 @@ UNUSED, TRAIN, TEST = 0, 1, 2
 class HMDB51(Dataset):
     """The clips of a table with columns video_id, label (`<class>_test`), split1..3.
 
-    Files: <video_root>/<class>/<video_id>; absent ones are left out and counted. `labels` [N] has
-    each clip's class as a string, `splits` [N, 3] its part: 1 train, 2 test, 0 unused.
+    Files: <video_root>/<class>/<video_id>; those of them that are `absent` are left out. Without a
+    video_root (None) it is the table alone: every clip, whether or not there is a file.
+    `names` has each clip's <class>/<video_id>, `labels` [N] its class as a string, `splits` [N, 3]
+    its part: 1 train, 2 test, 0 unused.
     An item: "video" uint8 [num_windows, 3, num_frames, size, size], every window at the clip's own
     frame rate, or "error" with one line.
     """
 
     def __init__(self, csv, video_root, *, num_frames=16, size=224, num_windows=4, decoder="pyav"):
         table = read_table(csv, ["video_id", "label", *SPLITS], numbers=SPLITS)
-        check_folder(video_root, "eval_video_root")
+        if video_root is not None:
+            check_folder(video_root, "eval_video_root")
         if not table[list(SPLITS)].isin((UNUSED, TRAIN, TEST)).all(axis=None):
             raise InputError(f"--eval_csv: {csv}: splits are 0 (unused), 1 (train) or 2 (test)")
         table["label"] = table["label"].astype(str).str.removesuffix("_test")
-        table["path"] = [
-            Path(video_root, row.label, str(row.video_id)) for row in table.itertuples()
-        ]
-        present = table[[path.is_file() for path in table["path"]]]
-        if present.empty:
-            raise InputError(f"--eval_video_root: no video of {csv} is in {video_root}")
-        self.num_missing = len(table) - len(present)
-        self.paths = present["path"].tolist()
+        table["name"] = table["label"] + "/" + table["video_id"].astype(str)
+        present = table
+        if video_root is not None:
+            present = table[[Path(video_root, name).is_file() for name in table["name"]]]
+            if present.empty:
+                raise InputError(f"--eval_video_root: no video of {csv} is in {video_root}")
+        self.absent = table["name"].drop(present.index).tolist()
+        self.names = present["name"].tolist()
+        self.video_root = video_root
         self.labels = present["label"].to_numpy(dtype=np.str_)
         self.splits = present[list(SPLITS)].to_numpy(dtype=np.int64)
         self.num_frames, self.size = num_frames, size
@@ -44,14 +48,14 @@ class HMDB51(Dataset):
         self.fields = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def path(self, index):
-        return self.paths[index]
+        return Path(self.video_root, self.names[index])
 
     def __getitem__(self, index):
         try:
-            video = decode_frames(self.paths[index], size=self.size, backend=self.decoder)
+            video = decode_frames(self.path(index), size=self.size, backend=self.decoder)
         except DecodeError as error:
             return {"error": str(error)}
         if video.shape[1] < self.num_frames:  # black frames at the end

@@ -1,5 +1,6 @@
 """Small things the scripts share: user errors, tables, the schedule, logging, the device."""
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -168,12 +169,12 @@ def setup_logging(verbose, path=None, level=logging.INFO):
     log.handlers = handlers or [logging.NullHandler()]
 
 
-def check_output(path):
+def check_output(path, flag="output"):
     """Refuses, before the work, a file that could not be written after it."""
     folder = Path(path).resolve().parent
     writable = folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir()
     if path and not writable:
-        raise InputError(f"--output: {path} cannot be written: give a file in an existing folder")
+        raise InputError(f"--{flag}: {path} cannot be written: give a file in an existing folder")
 
 
 def make_folder(path, flag):
@@ -184,6 +185,28 @@ def make_folder(path, flag):
         raise InputError(f"--{flag}: cannot make the folder {path}: {error.strerror}") from None
     if not os.access(path, os.W_OK):
         raise InputError(f"--{flag}: the folder {path} cannot be written to")
+
+
+@contextlib.contextmanager
+def write_whole(path):
+    """Opens a file for bytes. It has its name only once it is whole and on the disk."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # has the disk know of the new name, too
+    finally:
+        os.close(folder)
 
 
 def report(title, figures, output=""):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +105,88 @@ def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
     assert figures == {"split1": 1, "split2": 1, "split3": 1, "mean": 1}  # trained on the same clip
 
 
+@pytest.fixture(scope="module")
+def kept(toy, weights, tmp_path_factory):
+    """A run of eval_hmdb.py with --features over a table of which one clip is broken and one is
+    absent: its folder, flags, figures and what it said was left out. The videos are gone."""
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.copytree(toy / "hmdb", folder / "hmdb")
+    shutil.copy(toy / "hmdb51.csv", folder / "hmdb51.csv")
+    rows = (folder / "hmdb51.csv").read_text().splitlines()[1:]
+    broken, absent = (video_path(folder, row) for row in rows[:2])
+    broken.write_bytes(b"not a video")
+    absent.unlink()
+    flags = [*small(weights, toy), *toy_set("eval_hmdb.py", folder)]
+    flags.append(f"--features={folder}/features.npz")
+    run = run_python("eval_hmdb.py", *flags, f"--output={folder}/out.json")
+    shutil.rmtree(folder / "hmdb")
+    return folder, flags, json.loads((folder / "out.json").read_text()), left_out(run.stdout)
+
+
+def video_path(folder, row):
+    name, label = row.split(",")[:2]
+    return folder / "hmdb" / label.removesuffix("_test") / name
+
+
+def left_out(output):
+    [line] = [line for line in output.splitlines() if "left out: " in line]
+    return line.partition("left out: ")[2]
+
+
+def run_main(script, flags, monkeypatch):
+    """The script's main(), in this process."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    run_script(importlib.import_module(script.removesuffix(".py")).main)
+
+
+def test_a_second_run_needs_neither_videos_nor_weights(kept, tmp_path, monkeypatch, capsys):
+    folder, flags, figures, told = kept
+    assert told == "1 absent videos, 1 undecodable"
+    for argv in (flags, [*flags, "--eval_video_root=", "--pretrain_cnn_path="]):
+        run_main("eval_hmdb.py", [*argv, f"--output={tmp_path}/out.json"], monkeypatch)
+        assert json.loads((tmp_path / "out.json").read_text()) == figures
+        assert left_out(capsys.readouterr().out) == told
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["features.npz", "hmdb51.csv", "out.json"]  # and no half of a file
+
+
+def test_a_second_run_scores_the_tables_splits(kept, tmp_path, monkeypatch):
+    folder, flags, _, _ = kept
+    header, *rows = (folder / "hmdb51.csv").read_text().splitlines()
+    cells = [row.split(",") for row in rows]
+    at = header.split(",").index("split1")
+    for row in cells:  # tested on what it was trained on
+        row[at : at + 3] = ["1"] * 3
+    for row in cells[2:3]:
+        row[at : at + 3] = ["2"] * 3
+    write_csv(tmp_path / "table.csv", header.split(","), *cells)
+    output = f"--output={tmp_path}/out.json"
+    run_main("eval_hmdb.py", [*flags, f"--eval_csv={tmp_path}/table.csv", output], monkeypatch)
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert set(figures.values()) <= {0, 1}  # one video is tested
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--num_frames=8"], "--num_frames 4, not 8"),
+        (["--video_size=64"], "--video_size 32, not 64"),
+        (["--num_windows_test=3"], "--num_windows_test 2, not 3"),
+        (["--pretrain_cnn_path={toy}/word2vec.pth"], "--pretrain_cnn_path sha256:"),
+        (["--pretrain_cnn_path=absent.pth"], "absent.pth"),
+        (["--features={toy}/dict.npy"], "dict.npy is damaged"),
+        (["--features=absent/features.npz"], "absent/features.npz cannot be written"),
+        (["--features={toy}"], "--features"),
+    ],
+)
+def test_features_that_do_not_fit_are_one_line(kept, toy, flags, named, monkeypatch, capsys):
+    flags = [*kept[1], *(flag.format(toy=toy) for flag in flags)]
+    with pytest.raises(SystemExit) as stopped:
+        run_main("eval_hmdb.py", flags, monkeypatch)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and named in error
+
+
 BAD_INPUTS = {
     "missing weights": (["--pretrain_cnn_path=absent.pth"], "absent.pth"),
     "weights not given": (["--pretrain_cnn_path="], "--pretrain_cnn_path"),
@@ -125,14 +208,11 @@ BAD_TEXT_INPUTS = {
 @pytest.mark.parametrize("script", TABLES)
 def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "short.npy", np.array(["cut"]))
-    main = importlib.import_module(script.removesuffix(".py")).main
     faults = BAD_INPUTS if script == "eval_hmdb.py" else {**BAD_INPUTS, **BAD_TEXT_INPUTS}
     for fault, (flags, named) in faults.items():
         flags = [flag.format(toy=toy, short=tmp_path / "short.npy") for flag in flags]
-        argv = [script, *small(weights, toy), *toy_set(script, toy), *flags]
-        monkeypatch.setattr("sys.argv", argv)
         with pytest.raises(SystemExit) as stopped:
-            run_script(main)
+            run_main(script, [*small(weights, toy), *toy_set(script, toy), *flags], monkeypatch)
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1, (fault, error)
         assert named in error, fault

@@ -27,9 +27,19 @@ def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):
     rows = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 2)]
     write_csv(tmp_path / "t.csv", COLUMNS, *rows)
     dataset = HMDB51(tmp_path / "t.csv", tmp_path)
-    assert (len(dataset), dataset.num_missing) == (1, 1)
+    assert (dataset.names, dataset.absent) == (["wave/a.avi"], ["wave/b.avi"])
+    assert len(dataset) == 1
     assert "a.avi" in dataset[0]["error"]
     assert dataset.path(0) == tmp_path / "wave" / "a.avi"
+
+
+def test_without_a_folder_it_is_the_table_alone(tmp_path):
+    rows = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 0)]
+    write_csv(tmp_path / "t.csv", COLUMNS, *rows)
+    dataset = HMDB51(tmp_path / "t.csv", video_root=None)
+    assert (dataset.names, dataset.absent) == (["wave/a.avi", "wave/b.avi"], [])
+    assert dataset.labels.tolist() == ["wave", "wave"]
+    assert dataset.splits.tolist() == [[1, 1, 1], [2, 2, 0]]
 
 
 def test_a_split_that_is_no_split_is_refused(tmp_path):
