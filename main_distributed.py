@@ -24,6 +24,7 @@ from training_step import Averages, TrainingStep, autocast_dtype, build_optimize
 from utils import (
     InputError,
     check_clip_size,
+    check_compiler,
     check_file,
     check_words_fit,
     log,
@@ -86,8 +87,10 @@ def prepare(args, processes, device):
             f"--batch_size {args.batch_size} cannot be shared by {processes.nproc_per_node} "
             "processes: give a multiple"
         )
-    if args.compile and args.grad_checkpoint:
-        raise InputError("--compile and --grad_checkpoint exclude each other: drop one")
+    if args.compile:
+        check_compiler()
+        if args.grad_checkpoint:
+            raise InputError("--compile and --grad_checkpoint exclude each other: drop one")
     if args.sample_timeout >= args.dist_timeout:
         raise InputError(
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "

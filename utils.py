@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -126,6 +127,12 @@ def check_clip_size(args, model):
     for flag, value in (("num_frames", args.num_frames), ("video_size", args.video_size)):
         if model.space_to_depth and value % 2:
             raise InputError(f"--{flag} {value}: this model's stem needs an even number")
+
+
+def check_compiler():
+    """torch.compile writes C++, on a GPU as well."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise InputError("--compile needs a C++ compiler, g++ or $CXX: install one or drop it")
 
 
 def lr_multiplier(step, warmup_steps, total_steps):
