@@ -34,6 +34,7 @@ from utils import (
     setup_logging,
 )
 from video_loader import TEXT_WORDS, HowTo100M, StepSampler, training_batches
+from workers import batches_ahead
 from youcook_loader import YouCook2
 
 
@@ -241,10 +242,13 @@ def train(args, process):
         rank=process.rank,
         world_size=process.world_size,
     )
+    workers = workers_of(args, process)
     batches = training_batches(
         job.dataset,
         sampler,
-        workers=workers_of(args, process),
+        workers=workers,
+        # The next step's micro-batches are read while this one's are computed.
+        ahead=max(args.accum_steps, batches_ahead(sampler.share, workers)),
         timeout=args.sample_timeout,
         quarantined=bad.quarantined,
         pin_memory=process.device.type == "cuda",
