@@ -20,6 +20,7 @@ from utils import (
     check_output,
     check_words_fit,
     die_with_parent,
+    inference_amp,
     log,
     pick_device,
     read_words,
@@ -153,11 +154,6 @@ def evaluate_retrieval(model, dataset, device, **decoding):
     return {**figures, "num_videos": len(videos), "num_missing": missing}
 
 
-def inference_dtype(args):
-    """Float32 unless --amp says otherwise: figures are not to depend on the machine."""
-    return PRECISIONS.get(args.amp, torch.float32)
-
-
 def inference_model(args, device):
     """The model of --pretrain_cnn_path as the evaluations use it."""
     if args.compile:
@@ -166,7 +162,7 @@ def inference_model(args, device):
     check_clip_size(args, model)
     if args.channels_last:
         model.to(memory_format=torch.channels_last_3d)
-    model = inference_copy(model.to(device), inference_dtype(args))
+    model = inference_copy(model.to(device), PRECISIONS[inference_amp(args)])
     if args.compile:
         model.compile()
     return model

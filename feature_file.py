@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import InputError, check_file, log, one_line, write_whole
+from utils import InputError, check_file, inference_amp, log, one_line, write_whole
 
 
 def feature_settings(args):
@@ -29,7 +29,7 @@ def feature_settings(args):
         "num_frames": args.num_frames,
         "video_size": args.video_size,
         "num_windows_test": args.num_windows_test,
-        "amp": "none" if args.amp == "auto" else args.amp,  # as evaluation.inference_dtype
+        "amp": inference_amp(args),
     }
 
 

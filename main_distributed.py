@@ -17,16 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import distributed
 from args import get_args
-from evaluation import evaluate_retrieval, inference_dtype, retrieval_set
+from evaluation import evaluate_retrieval, retrieval_set
 from s3dg import S3D, Tokenizer, inference_copy
 from training_log import BadSamples, Window, append_json, log_path, read_json, show
 from training_step import Averages, TrainingStep, autocast_dtype, build_optimizer
 from utils import (
+    PRECISIONS,
     InputError,
     check_clip_size,
     check_compiler,
     check_file,
     check_words_fit,
+    inference_amp,
     log,
     make_folder,
     read_words,
@@ -229,7 +231,7 @@ def train(args, process):
             "resumed from %s, after epoch %d, step %d",
             *(job.resumed, progress.epoch, progress.step),
         )
-    check_alike(process, job)
+    check_alike(args, process, job)
     process.begin()
     step = training_step(args, process, job)
     bad = BadSamples(log_path(args, "bad.csv"), process)
@@ -266,14 +268,16 @@ def train(args, process):
                 validate(args, process, job)
 
 
-def check_alike(process, job):
-    """Every rank reads for itself what it starts from: they have to have read the same."""
+def check_alike(args, process, job):
+    """Every rank finds for itself what it starts from: they have to have found the same."""
     own = {
         "checkpoint": job.resumed and job.resumed.name,
         "epoch": job.progress.epoch,
         "step": job.progress.step,
         "videos": len(job.dataset),
         "batch": job.batch_size,
+        "accum_steps": args.accum_steps,
+        "amp": str(autocast_dtype(args, process.device)),
         "steps": job.total_steps,
         "seed": job.dataset.seed,
     }
@@ -282,7 +286,7 @@ def check_alike(process, job):
         if start != starts[0]:
             process.refuse(
                 f"--resume: rank {rank} starts from {start}, rank 0 from {starts[0]}: the nodes "
-                "have different flags, or see different files"
+                "have different flags, processors (--amp) or files"
             )
 
 
@@ -292,13 +296,14 @@ def training_step(args, process, job):
         job.model.compile()
     network = job.model
     if process.world_size > 1:
-        # Frozen, and the same on all ranks: it need not travel.
+        # Frozen: it travels once, and DistributedDataParallel is to leave it alone.
+        dist.broadcast(network.text_module.word_embd.weight.data, src=0)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             network, ["text_module.word_embd.weight"]
         )
         ids = [process.device] if process.device.type == "cuda" else None
         # Running averages take no part in training: validation and checkpoints have rank 0's.
-        network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
     dtype = autocast_dtype(args, process.device)
     log.info("convolutions and matrix products in %s", str(dtype).removeprefix("torch."))
     skipped = job.progress.skipped_steps, job.progress.skipped_in_row
@@ -320,6 +325,7 @@ def settle(args, process, step):
         "video": torch.zeros(clips, 3, args.num_frames, side, side, dtype=torch.uint8),
         "text": torch.zeros(captions, TEXT_WORDS, dtype=torch.int64),
     }
+    step.network.train()
     averages = Averages(step.network)
     before = averages.read()
     sum(embedding.sum() for embedding in step.embed(batch)).backward()
@@ -446,7 +452,7 @@ def validate(args, process, job):
         for buffer in job.model.buffers():  # each rank has running statistics of its own
             dist.broadcast(buffer, src=0)
     figures = evaluate_retrieval(
-        inference_copy(job.model, inference_dtype(args)),
+        inference_copy(job.model, PRECISIONS[inference_amp(args)]),
         job.validation,
         process.device,
         batch_size=args.batch_size_val,

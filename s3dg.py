@@ -78,8 +78,8 @@ def triple(value):
 class TemporalConv3d(nn.Conv3d):
     """kx1x1, as a convolution of two dimensions, T and H*W: the same sums.
 
-    oneDNN's of three dimensions (torch 2.13) gives bfloat16 weights a gradient of whatever is in
-    memory where T is 2, which it is in the last blocks for a clip of 16 frames.
+    oneDNN's convolution of three dimensions (torch 2.13, CPU) fills the gradient of bfloat16
+    weights with unrelated memory where T is 2, as it is in the last blocks of a 16-frame clip.
     """
 
     def forward(self, x):
@@ -374,22 +374,25 @@ def still_averages(model):
             layer.momentum, layer.num_batches_tracked = momentum, count
 
 
-def inference_copy(model, dtype=torch.float32):
+def inference_copy(model, dtype=None):
     """An S3D for inference alone, in evaluation mode: the same embeddings, sooner.
 
-    In float32 BatchNorm is folded into the convolutions: within 1e-5 of the model's values. In
-    bfloat16 or float16 the convolutions and gates have weights of that type, and give to the bit
-    what they give under autocast, which converts the weights at every call. BatchNorm then stays
-    as it is: a fold would round the weights anew. The table of word vectors is the model's own.
+    In the model's own type BatchNorm is folded into the convolutions: for float32 within 1e-5 of
+    the model's values. With bfloat16 or float16 for a float32 model, convolutions and gates have
+    weights of that type, and videos get to the bit what autocast gives them, which converts the
+    weights at every call. BatchNorm then stays as it is: a fold would round the weights anew. The
+    text network keeps its type, and the table of word vectors is the model's own.
     """
+    own = model.fc.weight.dtype
+    dtype = own if dtype is None else dtype
     table = model.text_module.word_embd.weight
     fast = copy.deepcopy(model, {id(table): table}).eval()
     for module in list(fast.modules()):
-        if dtype == torch.float32 and isinstance(module, STConv3D):
+        if dtype == own and isinstance(module, STConv3D):
             for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"))[: 1 + module.separable]:
                 folded = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
                 setattr(module, conv, folded)
                 setattr(module, bn, nn.Identity())
-        elif isinstance(module, nn.Conv3d | SelfGating):
+        elif dtype != own and isinstance(module, nn.Conv3d | SelfGating):
             module.to(dtype)
     return fast

@@ -42,7 +42,7 @@ def build_optimizer(args, model, first_step, total_steps, resumed=None):
     The schedule follows from the flags and the step alone; the optimizer goes on from `resumed`.
     """
     trained = [p for p in model.parameters() if p.requires_grad]  # not the word embedding
-    fused = bool(args.fused_optimizer)
+    fused = True if args.fused_optimizer else None  # None: whatever else torch thinks best
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(trained, args.lr, fused=fused)
     else:
@@ -103,8 +103,9 @@ class Averages:
     def write(self, values):
         for dtype, group in self.groups.items():
             parts = values[dtype].split([buffer.numel() for buffer in group])
-            for buffer, part in zip(group, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+            torch._foreach_copy_(
+                group, [part.view_as(buffer) for buffer, part in zip(group, parts, strict=True)]
+            )
 
 
 def mean_averages(readings):
@@ -128,8 +129,8 @@ class Mover:
             return tensors
         computing = torch.cuda.current_stream(self.device)
         if self.launched:
-            # Not a wait in practice for what was just launched: the GPU still has the last batch to
-            # do. Without it, the host would run ahead and fill the memory with batches.
+            # The GPU has the last batch to do meanwhile. A host that never waited would run ahead
+            # and fill the memory with batches.
             self.launched.synchronize()
         self.launched = computing.record_event()
         with torch.cuda.stream(self.stream):
@@ -144,10 +145,9 @@ class TrainingStep:
     """Calling it with a step's micro-batches does the step and returns its loss, on the device.
 
     A step whose loss or gradient is not finite is left out, and model, optimizer and averages stay
-    as they were. That is decided on the device, which the host need not wait for; all ranks decide
-    alike. With float16 a gradient that overflows only lowers the loss' scale, and such a step
-    counts as not finite once the scale is below 1. (Without a fused optimizer the host reads the
-    verdict at every step.)
+    as they were. That is decided on the device, which the host need not wait for (it does without a
+    fused optimizer); all ranks decide alike. With float16 a gradient that overflows lowers the
+    loss' scale; that step is left out, too, but is no bad one unless the scale is below 1.
 
     network: the model or its DistributedDataParallel. at: is told how far the step is.
     """
@@ -160,10 +160,10 @@ class TrainingStep:
         self.move = Mover(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         total, in_row = skipped
-        self.counts = torch.tensor([total, in_row, in_row], device=self.device)
+        self.counts = torch.tensor([total, in_row, 0], device=self.device)
 
     def skipped(self):
-        """Waits for the device: the skipped steps, those in a row now, and most ever in a row."""
+        """Waits for the device: all skipped steps, the bad ones in a row now, the most in a row."""
         return self.counts.tolist()
 
     def embed(self, batch):
@@ -211,18 +211,18 @@ class TrainingStep:
     def update(self, loss, before, after):
         """The optimizer's step and the averages', where loss and gradient are finite."""
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        finite = torch.isfinite(loss + get_total_norm(gradients))
-        bad = ~finite
+        finite = torch.isfinite(loss + get_total_norm(gradients, norm_type=torch.inf))
+        skipped = bad = ~finite
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            bad = ~torch.isfinite(loss) | (bad & (self.scaler.scale(torch.ones_like(loss)) < 1))
+            bad = ~torch.isfinite(loss) | (skipped & (self.scaler.scale(torch.ones_like(loss)) < 1))
         elif self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = bad.float()
+            self.optimizer.found_inf = skipped.float()
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
         self.averages.write({d: torch.where(finite, after[d], before[d]) for d in before})
         total, in_row, most = self.counts
         in_row = (in_row + 1) * bad
-        self.counts = torch.stack((total + bad, in_row, torch.maximum(most, in_row)))
+        self.counts = torch.stack((total + skipped, in_row, torch.maximum(most, in_row)))

@@ -129,6 +129,11 @@ def check_clip_size(args, model):
             raise InputError(f"--{flag} {value}: this model's stem needs an even number")
 
 
+def inference_amp(args):
+    """The --amp of evaluations: none by default, as figures are not to depend on the machine."""
+    return "none" if args.amp == "auto" else args.amp
+
+
 def check_compiler():
     """torch.compile writes C++, on a GPU as well."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
@@ -153,6 +158,7 @@ def pick_device(args, local_rank=0):
         if args.device == "cuda" or args.gpu is not None:
             raise InputError("--device: no CUDA GPU is available here: use --device cpu")
         return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is meant where it is asked for
     index = local_rank if args.gpu is None else args.gpu
     if not 0 <= index < torch.cuda.device_count():
         raise InputError(f"--gpu: there is no GPU {index}, only {torch.cuda.device_count()} here")
@@ -161,7 +167,7 @@ def pick_device(args, local_rank=0):
 
 def to_unit_range(video):
     """uint8 clips [.., 3, T, H, W] -> float32 in [0, 1], on the device: bytes travel there."""
-    return video.float().div_(255)
+    return video.to(torch.float32, copy=True).div_(255)
 
 
 def setup_logging(verbose, path=None, level=logging.INFO):

@@ -246,6 +246,16 @@ def test_an_inference_copy_gives_the_models_embeddings(stem, layout, mixed5c):
     assert 0 < relative_difference(short, expected) < 0.02  # of bfloat16: 8 bits
 
 
+def test_an_inference_copy_has_the_models_own_type_by_default():
+    model, video = float32_model("std").double(), torch.rand(1, 3, 4, 32, 32).double()
+    with torch.inference_mode():
+        value, expected = (
+            s3dg.inference_copy(model)(video, mode="video"),
+            model(video, mode="video"),
+        )
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_an_inference_copy_leaves_the_model_as_it_is_and_shares_its_word_vectors():
     model = float32_model("std").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -294,7 +304,10 @@ def test_grad_checkpoint_changes_neither_gradients_nor_running_averages():
     for checkpointed in (False, True):
         model = float32_model("std").train()
         model.grad_checkpoint = checkpointed
+        calls = []
+        model.mixed_4d.conv_b0.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model.forward_video(video).square().sum().backward()
+        assert len(calls) == 1 + checkpointed
         models.append(model)
     plain, checkpointed = models
     for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
