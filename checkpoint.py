@@ -5,7 +5,6 @@ expects them. Files are data: nothing pickled is run.
 """
 
 import contextlib
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from s3dg import S3D, WORD_DIM
-from utils import InputError, check_file, log, one_line
+from utils import InputError, check_file, log, one_line, write_whole
 
 KEPT = 10  # newest checkpoints of a run, one an epoch
 KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
@@ -120,20 +119,13 @@ def save_checkpoint(folder, content, step=None):
     folder = Path(folder)
     within = "" if step is None else f"_step{step:08d}"
     path = folder / f"epoch{content['epoch']:04d}{within}.pth.tar"
-    partial = path.with_suffix(".tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("epoch*.tmp"):  # by a run that was killed
             left.unlink(missing_ok=True)
-        with open(partial, "wb") as file:
+        with write_whole(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when a write fails
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         reason = one_line(error)
         log.error("could not write %s, going on with the older checkpoints: %s", path, reason)
         return None
@@ -147,15 +139,6 @@ def save_checkpoint(folder, content, step=None):
         with contextlib.suppress(OSError):
             old.unlink()
     return path
-
-
-def sync_folder(folder):
-    """Has the disk know of a renamed file, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_sums(path):
