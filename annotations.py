@@ -65,7 +65,7 @@ def youcook_table(path, flag="eval_csv"):
         raise InputError(
             f"{where} has no annotation of a validation video: give the file with them"
         )
-    notes = [f"left out: {n} videos of the subset {one_line(name)}" for name, n in others.items()]
+    notes = [f"left out: {n} videos of the subset {shorten(name)}" for name, n in others.items()]
     table = as_table(rows, YOUCOOK)
     return table, notes + empty_notes(table["text"])
 
@@ -107,7 +107,7 @@ def msrvtt_table(path, ids=None, flag="eval_csv"):
         if unknown:
             raise InputError(
                 f"--ids: {path} does not have {len(unknown)} of the {len(listed)} videos of {ids} "
-                f"(the first is {unknown[0]}): give the JSON that does"
+                f"(the first is {shorten(unknown[0])}): give the JSON that does"
             )
         notes = [f"left out: {len(splits) - len(listed)} videos that are not in {ids}"]
     else:
@@ -124,8 +124,8 @@ def msrvtt_table(path, ids=None, flag="eval_csv"):
     silent = [name for name, text in chosen.items() if text is None]
     if silent:
         raise InputError(
-            f"{where} has no sentence for {len(silent)} of its videos (the first is {silent[0]}): "
-            "give the file with them"
+            f"{where} has no sentence for {len(silent)} of its videos (the first is "
+            f"{shorten(silent[0])}): give the file with them"
         )
     from_list = sum(bool(text) for text in listed.values())
     if from_list:

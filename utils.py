@@ -90,9 +90,9 @@ def read_table(path, columns, numbers=(), names=(), flag="eval_csv"):
         raise InputError(f"--{flag}: {path} is not a CSV table ({reason}): {needed}")
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        have = ", ".join(map(str, table.columns[:8]))
+        have = shorten(", ".join(map(str, table.columns)))
         raise InputError(
-            f"--{flag}: {path} has no column {', '.join(missing)} (it has {one_line(have)}): add it"
+            f"--{flag}: {path} has no column {', '.join(missing)} (it has {have}): add it"
         )
     for column in numbers:
         values = pd.to_numeric(table[column], errors="coerce")

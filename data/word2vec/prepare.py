@@ -180,7 +180,7 @@ def read_header(file, path):
     if not header:
         raise InputError(
             f"--vectors: {path} does not start with a line `words numbers` but with "
-            f"{shorten(line.decode('utf-8', 'replace'))}: give a file in word2vec's format"
+            f"{line[:40]!r}: give a file in word2vec's format"
         )
     count, width = map(int, header.groups())
     if width != WORD_DIM:
