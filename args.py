@@ -130,7 +130,7 @@ def get_args(description="MIL-NCE", argv=None):
     # Evaluation
     add("-e", "--evaluate", action="store_true", help="score YouCook2 retrieval each epoch")
     add("--eval_video_root", default="", help="folder of the evaluation videos")
-    add("--eval_csv", default="", help="annotation table (default: the data set's, in data/)")
+    add("--eval_csv", default="", help="annotation table or official file (default: in data/)")
     add("--num_windows_test", type=positive(int), default=4, help="windows an evaluation video")
     add(
         "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"

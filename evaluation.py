@@ -8,8 +8,8 @@ import torch
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
+from annotations import SPLITS, TEST, TRAIN
 from checkpoint import load_model
-from hmdb_loader import SPLITS, TEST, TRAIN
 from retrieval_loader import TEXT_WORDS
 from s3dg import Tokenizer, inference_copy
 from utils import (

@@ -24,13 +24,18 @@ HIDDEN_DIM = 2048
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
 
 
+def tokenize(sentence):
+    r"""The words of a sentence: the matches of [\w']+ in it, lower-cased."""
+    return re.findall(r"[\w']+", sentence.lower())
+
+
 class Tokenizer:
-    r"""Turns a sentence into word indices: a LongTensor [max_words], zero-padded.
+    """Turns a sentence into word indices: a LongTensor [max_words], zero-padded.
 
     words: the word list, in the order of the embedding's rows; word i has index i + 1, 0 pads.
-    Tokens are the matches of [\w']+ in the lower-cased sentence. Words outside the list are
-    dropped, then the sentence is cut to max_words. Anything but a string (None, NaN) is a missing
-    caption and counts as an empty sentence.
+    Tokens are those of tokenize. Words outside the list are dropped, then the sentence is cut to
+    max_words. Anything but a string (None, NaN) is a missing caption and counts as an empty
+    sentence.
     """
 
     def __init__(self, words, max_words):
@@ -38,7 +43,7 @@ class Tokenizer:
         self.max_words = max_words
 
     def __call__(self, sentence):
-        found = re.findall(r"[\w']+", sentence.lower()) if isinstance(sentence, str) else []
+        found = tokenize(sentence) if isinstance(sentence, str) else []
         ids = [self.index[word] for word in found if word in self.index][: self.max_words]
         return torch.tensor(ids + [0] * (self.max_words - len(ids)), dtype=torch.long)
 
