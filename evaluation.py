@@ -16,6 +16,7 @@ from utils import (
     PRECISIONS,
     InputError,
     check_clip_size,
+    check_compiler,
     check_output,
     check_words_fit,
     die_with_parent,
@@ -159,6 +160,8 @@ def inference_dtype(args):
 
 def inference_model(args, device):
     """The model of --pretrain_cnn_path as the evaluations use it."""
+    if args.compile:
+        check_compiler()
     model = load_model(args.pretrain_cnn_path)
     check_clip_size(args, model)
     if args.channels_last:

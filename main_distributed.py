@@ -24,6 +24,7 @@ from training_step import Averages, TrainingStep, autocast_dtype, build_optimize
 from utils import (
     InputError,
     check_clip_size,
+    check_compiler,
     check_file,
     check_words_fit,
     log,
@@ -33,6 +34,7 @@ from utils import (
     setup_logging,
 )
 from video_loader import TEXT_WORDS, HowTo100M, StepSampler, training_batches
+from workers import batches_ahead
 from youcook_loader import YouCook2
 
 
@@ -86,8 +88,10 @@ def prepare(args, processes, device):
             f"--batch_size {args.batch_size} cannot be shared by {processes.nproc_per_node} "
             "processes: give a multiple"
         )
-    if args.compile and args.grad_checkpoint:
-        raise InputError("--compile and --grad_checkpoint exclude each other: drop one")
+    if args.compile:
+        check_compiler()
+        if args.grad_checkpoint:
+            raise InputError("--compile and --grad_checkpoint exclude each other: drop one")
     if args.sample_timeout >= args.dist_timeout:
         raise InputError(
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
@@ -238,10 +242,13 @@ def train(args, process):
         rank=process.rank,
         world_size=process.world_size,
     )
+    workers = workers_of(args, process)
     batches = training_batches(
         job.dataset,
         sampler,
-        workers=workers_of(args, process),
+        workers=workers,
+        # The next step's micro-batches are read while this one's are computed.
+        ahead=max(args.accum_steps, batches_ahead(sampler.share, workers)),
         timeout=args.sample_timeout,
         quarantined=bad.quarantined,
         pin_memory=process.device.type == "cuda",

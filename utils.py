@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -176,6 +177,12 @@ def check_clip_size(args, model):
     for flag, value in (("num_frames", args.num_frames), ("video_size", args.video_size)):
         if model.space_to_depth and value % 2:
             raise InputError(f"--{flag} {value}: this model's stem needs an even number")
+
+
+def check_compiler():
+    """torch.compile writes C++, on a GPU as well."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise InputError("--compile needs a C++ compiler, g++ or $CXX: install one or drop it")
 
 
 def lr_multiplier(step, warmup_steps, total_steps):

@@ -54,8 +54,8 @@ def sample_batches(
         return
     batches = chain([first], batches)
     size = len(first)  # of the largest batch: none that follows is larger
-    if ahead is None:  # two items a worker, three batches where they are small
-        ahead = max(3, math.ceil(2 * workers / size)) if size > 1 else 2 * workers
+    if ahead is None:
+        ahead = batches_ahead(size, workers)
     ring = (ahead + 1) * size if workers else size
     memory = {name: shared_tensor((ring, *s), t) for name, (s, t) in dataset.fields.items()}
     pool = Pool(dataset, memory, workers, timeout) if workers else InProcess(dataset, memory)
@@ -93,6 +93,11 @@ def sample_batches(
             yield {**tensors, "errors": errors}
     finally:
         pool.close()
+
+
+def batches_ahead(size, workers):
+    """How many batches to have in work: two items a worker, three batches where they are small."""
+    return max(3, math.ceil(2 * workers / size)) if size > 1 else 2 * workers
 
 
 def shared_tensor(shape, dtype):

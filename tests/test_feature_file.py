@@ -135,6 +135,7 @@ def test_the_settings_are_those_of_the_flags_and_the_weights_content(tmp_path):
         "num_frames": 16,
         "video_size": 224,
         "num_windows_test": 4,
+        "amp": "none",
     }
     assert settings(b"abc", "--decoder=ffmpeg", "--batch_size_val=1") == one
     assert settings(b"abd")["pretrain_cnn_path"] != one["pretrain_cnn_path"]

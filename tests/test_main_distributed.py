@@ -111,6 +111,25 @@ def test_resuming_ends_with_the_weights_of_the_uninterrupted_run(two_epochs, toy
         assert torch.equal(resumed["state_dict"][name], value), name
 
 
+@pytest.mark.slow
+def test_micro_batches_in_float16_resume_to_the_bit(toy, weights, tmp_path):
+    """Two processes, two micro-batches each, activations computed again, and the loss' scale."""
+    flags = [*toy_flags(toy), f"--pretrain_cnn_path={weights}", "--nproc_per_node=2"]
+    flags += ["--accum_steps=2", "--amp=fp16", "--grad_checkpoint", "--epochs=3"]
+    run_python("main_distributed.py", *flags, *run_flags(tmp_path, "whole"))
+    assert [r["step"] for r in records(tmp_path, "whole")] == [1, 2, 3]  # of 8 videos each
+    whole = tmp_path / "checkpoint/whole"
+    (tmp_path / "checkpoint/broken").mkdir()
+    shutil.copy(whole / "epoch0001.pth.tar", tmp_path / "checkpoint/broken")
+    run_python("main_distributed.py", *flags, *run_flags(tmp_path, "broken"), "--resume")
+    assert [r["step"] for r in records(tmp_path, "broken")] == [2, 3]
+    expected = read_checkpoint(whole / "epoch0003.pth.tar")
+    resumed = read_checkpoint(tmp_path / "checkpoint/broken/epoch0003.pth.tar")
+    assert resumed["scaler"] == expected["scaler"] and expected["progress"]["clips"] == 24
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+
+
 def test_torchrun_starts_the_same_training(two_epochs, toy, weights, tmp_path):
     folder, _ = two_epochs
     subprocess.run(
@@ -186,6 +205,7 @@ BAD_INPUTS = {
     "a file where the log folder goes": ["--log_root={toy}/dict.npy"],
     "a file where the checkpoint folder goes": ["--checkpoint_root={toy}/dict.npy"],
     "validation without videos": ["--evaluate", "--eval_video_root=absent"],
+    "a compiler and recomputed activations": ["--grad_checkpoint", "--compile"],
     "validation without a table": ["--evaluate", "--eval_csv=absent.csv"],
 }
 

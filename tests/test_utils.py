@@ -8,6 +8,7 @@ from conftest import golden_json
 from args import get_args
 from utils import (
     InputError,
+    check_compiler,
     check_output,
     leads_outside,
     lr_multiplier,
@@ -143,6 +144,12 @@ def test_a_gpu_that_is_not_there_is_refused():
 def test_clips_travel_as_bytes_and_become_unit_floats():
     clips = to_unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
     torch.testing.assert_close(clips, torch.tensor([0, 0.2, 1.0]))
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="--compile"):
+        check_compiler()
 
 
 def test_figures_are_printed_and_written(tmp_path, capsys):
