@@ -35,6 +35,14 @@ def not_negative(kind):
     return parse
 
 
+def shard(text):
+    """An argparse type: I/N, the part I, from 0, of N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N-1")
+    return int(match[1]), int(match[2])
+
+
 class Parser(argparse.ArgumentParser):
     """An error is one line: which flag, and what is wrong with it."""
 
@@ -137,6 +145,20 @@ def get_args(description="MIL-NCE", argv=None):
     )
     add("--output", default="", help="write the evaluation's figures to this JSON file")
     add("--features", default="", help="keep HMDB-51's features in this .npz, or read them there")
+
+    # Feature extraction; its videos are in --video_path
+    add("--feature_csv", default="", help="videos and their features' files (default: all videos)")
+    add("--feature_root", default="", help="folder that the features are written to")
+    add(
+        "--layer", choices=("mixed_5c", "embedding"), default="mixed_5c", help="1024 numbers or 512"
+    )
+    add(
+        "--stride",
+        type=positive(float),
+        default=None,
+        help="seconds from a window's start to the next one's (default: a window's length)",
+    )
+    add("--shard", type=shard, default=None, help="take part I/N of the videos, 0/N to N-1/N")
 
     # Checkpoints and logs
     add("--checkpoint_root", default="checkpoint", help="folder of all runs' checkpoints")
