@@ -1,4 +1,4 @@
-"""What features all along videos cost: videos per minute, ours against an ffmpeg process a window.
+"""Features all along videos: videos per minute of a core, ours against an ffmpeg process a window.
 
     python benchmarks/bench_extract.py            # about ten minutes on two cores
     python benchmarks/bench_extract.py --quick    # a minute or two: that it runs, rough figures
@@ -6,16 +6,16 @@
 Makes its own files (see bench_decode.py): videos of 40 s, 340x256, 30 frames a second, x264 medium,
 GOP 250. Both ways decode the same windows, 16 frames of 224x224 at 5 a second, and give the same
 model the same batches, with one decoding process: `ours` is strided_features, as
-extract_features.py calls it; `ffmpeg` starts the program once for each window. The column
-"decoding" leaves the model out, as a GPU that is quick enough does. Each figure is of wall-clock
-time; the ways take turns, twice, and the better one counts.
+extract_features.py calls it; `ffmpeg` starts the program once for each window. The row
+"decoding" leaves the model out, as a GPU that is quick enough does. Time is CPU time, of this
+process and of its children, user and system: it depends less on what else the machine does. The
+ways take turns, twice, and the better one counts.
 """
 
 import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -46,10 +46,10 @@ def a_process_each(path, starts, **settings):
 
 
 def videos_per_minute(paths, model, decode, stride):
-    """Of one run over the videos, with one worker process that decodes by `decode`."""
+    """Of CPU time, in one run over the videos, with one worker process that decodes by `decode`."""
     ours = video_windows.decode_clips
     video_windows.decode_clips = decode or ours
-    began = time.perf_counter()
+    began = bench_decode.cpu_seconds()
     try:
         found = video_windows.strided_features(
             model,
@@ -66,7 +66,7 @@ def videos_per_minute(paths, model, decode, stride):
             assert not isinstance(video, str), video
     finally:
         video_windows.decode_clips = ours
-    return len(paths) / (time.perf_counter() - began) * 60
+    return len(paths) / (bench_decode.cpu_seconds() - began) * 60
 
 
 def main():
