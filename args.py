@@ -35,6 +35,14 @@ def not_negative(kind):
     return parse
 
 
+def shard(text):
+    """An argparse type: I/N, the part I, from 0, of N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N-1")
+    return int(match[1]), int(match[2])
+
+
 class Parser(argparse.ArgumentParser):
     """An error is one line: which flag, and what is wrong with it."""
 
@@ -130,13 +138,27 @@ def get_args(description="MIL-NCE", argv=None):
     # Evaluation
     add("-e", "--evaluate", action="store_true", help="score YouCook2 retrieval each epoch")
     add("--eval_video_root", default="", help="folder of the evaluation videos")
-    add("--eval_csv", default="", help="annotation table (default: the data set's, in data/)")
+    add("--eval_csv", default="", help="annotation table or official file (default: in data/)")
     add("--num_windows_test", type=positive(int), default=4, help="windows an evaluation video")
     add(
         "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"
     )
     add("--output", default="", help="write the evaluation's figures to this JSON file")
     add("--features", default="", help="keep HMDB-51's features in this .npz, or read them there")
+
+    # Feature extraction; its videos are in --video_path
+    add("--feature_csv", default="", help="videos and their features' files (default: all videos)")
+    add("--feature_root", default="", help="folder that the features are written to")
+    add(
+        "--layer", choices=("mixed_5c", "embedding"), default="mixed_5c", help="1024 numbers or 512"
+    )
+    add(
+        "--stride",
+        type=positive(float),
+        default=None,
+        help="seconds from a window's start to the next one's (default: a window's length)",
+    )
+    add("--shard", type=shard, default=None, help="take part I/N of the videos, 0/N to N-1/N")
 
     # Checkpoints and logs
     add("--checkpoint_root", default="checkpoint", help="folder of all runs' checkpoints")

@@ -10,14 +10,22 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from s3dg import S3D, WORD_DIM
+import s3dg
 from utils import InputError, check_file, log, one_line, write_whole
 
 KEPT = 10  # newest checkpoints of a run, one an epoch
 KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
 NAME = re.compile(r"epoch(\d{4,})(?:_step(\d{8,}))?\.pth\.tar")
+
+
+@contextlib.contextmanager
+def as_input_error(flag):
+    """What s3dg says of a file becomes an InputError that names the flag it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"--{flag}: {error}") from None
 
 
 def read_checkpoint(path, flag="pretrain_cnn_path"):
@@ -26,76 +34,17 @@ def read_checkpoint(path, flag="pretrain_cnn_path"):
     Raises InputError where the file is not one.
     """
     check_file(path, flag)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has many ways to say that a file is not one of its own
-        raise InputError(
-            f"--{flag}: {path} is damaged, not a checkpoint or holds more than data "
-            f"({type(error).__name__}): give a checkpoint or weights"
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"--{flag}: {path} holds a {type(content).__name__}: give a checkpoint or weights"
-        )
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(
-            f"--{flag}: {path} holds no state dict (its keys are {first(content)}): give a "
-            "checkpoint or weights"
-        )
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    return {**(content if "state_dict" in content else {}), "state_dict": state}
-
-
-def first(names, most=3):
-    """The first few of some names, for a message."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
-
-
-def load_weights(model, state, path, flag="pretrain_cnn_path"):
-    """Fills the model; an InputError names the first keys and shapes that differ."""
-    own = model.state_dict()
-    faults = []
-    if lacking := [name for name in own if name not in state]:
-        faults.append(f"it lacks {first(lacking)}")
-    if unknown := [name for name in state if name not in own]:
-        faults.append(f"it has unknown {first(unknown)}")
-    shapes = [
-        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if shapes:
-        faults.append(first(shapes))
-    if faults:
-        raise InputError(f"--{flag}: {path} does not fit the S3D model: {'; '.join(faults)}")
-    model.load_state_dict(state)
+    with as_input_error(flag):
+        return s3dg.read_weights(path)
 
 
 def model_of(state, path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path"):
     """Builds the S3D that a state dict was made from, on the CPU, in training mode.
 
-    Stem, gating, embedding size and vocabulary are read off the weights' shapes; `path` and `flag`
-    name the file in messages.
+    `path` and `flag` name the file in messages. See s3dg.model_of.
     """
-
-    def shape(name, dims):
-        if name not in state or state[name].ndim != dims:
-            raise InputError(f"--{flag}: {path} is not of an S3D model: it lacks a proper {name}")
-        return state[name].shape
-
-    model = S3D(
-        num_classes=shape("fc.weight", 2)[0],
-        gating="gating.fc.weight" in state,
-        space_to_depth=shape("conv1.conv1.weight", 5)[1] == 24,
-        token_to_word_path=token_to_word_path,
-    )
-    rows = shape("text_module.word_embd.weight", 2)[0]
-    if rows != model.text_module.word_embd.num_embeddings:
-        model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, WORD_DIM))
-    load_weights(model, state, path, flag)
-    return model
+    with as_input_error(flag):
+        return s3dg.model_of(state, path, token_to_word_path)
 
 
 def load_model(path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path"):

@@ -129,6 +129,66 @@ def plan_launch(args, env=os.environ):
     return launch
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of a list this process takes: every count-th item, from the index-th on.
+
+    local_rank is its number on this node, of nproc_per_node.
+    """
+
+    index: int = 0
+    count: int = 1
+    local_rank: int = 0
+    nproc_per_node: int = 1
+
+
+def plan_share(args, env=os.environ):
+    """The share of a process that works by itself, with no process group: --shard, or else what
+    torchrun or srun, and a SLURM job array, say.
+
+    An array of N tasks of M processes each has N x M shares. Raises InputError where the
+    variables do not say which.
+    """
+    index, count, local, on_node = 0, 1, 0, 1
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        raise InputError(
+            "of RANK and WORLD_SIZE one is set, one is not: set both (torchrun) or none"
+        )
+    if "RANK" in env:
+        index, count = whole_number(env, "RANK"), whole_number(env, "WORLD_SIZE")
+        local = whole_number(env, "LOCAL_RANK")
+        on_node = whole_number(env, "LOCAL_WORLD_SIZE", default=1)
+        names = f"RANK={index}, WORLD_SIZE={count}"
+    elif "SLURM_STEP_ID" in env:
+        index, count = whole_number(env, "SLURM_PROCID"), slurm_tasks(env)
+        local = whole_number(env, "SLURM_LOCALID")
+        nodes = whole_number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
+        on_node = -(-count // max(1, nodes))
+        names = f"SLURM_PROCID={index} of {count} tasks"
+    if not 0 <= index < count:
+        raise InputError(f"{names} in the environment: not a process of these: give --shard")
+    if args.shard is not None:
+        return Share(*args.shard, local, on_node)
+    if "SLURM_ARRAY_TASK_ID" in env:
+        task, first, last, step, tasks = (
+            whole_number(env, f"SLURM_ARRAY_TASK_{name}", default=default)
+            for name, default in (("ID", 0), ("MIN", 0), ("MAX", 0), ("STEP", 1), ("COUNT", 1))
+        )
+        number, rest = divmod(task - first, max(1, step))
+        if rest or not 0 <= number < tasks or (last - first) // max(1, step) + 1 != tasks:
+            raise InputError(
+                f"the SLURM array's task {task} of {tasks}, from {first} to {last}, is not one of "
+                "an even row, so which share it takes is not known: give --shard"
+            )
+        index, count = number * count + index, tasks * count
+    return Share(index, count, local, on_node)
+
+
+def workers_of(args, process):
+    """This process's share of the node's data workers, one at least unless none are wanted."""
+    return min(args.num_thread_reader, max(1, args.num_thread_reader // process.nproc_per_node))
+
+
 def plan_torchrun(env, url):
     world_size, rank = whole_number(env, "WORLD_SIZE"), whole_number(env, "RANK")
     if not 0 <= rank < world_size:

@@ -8,8 +8,8 @@ import torch
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
+from annotations import SPLITS, TEST, TRAIN
 from checkpoint import load_model
-from hmdb_loader import SPLITS, TEST, TRAIN
 from retrieval_loader import TEXT_WORDS
 from s3dg import Tokenizer, inference_copy
 from utils import (
@@ -28,7 +28,7 @@ from utils import (
     setup_logging,
     to_unit_range,
 )
-from workers import Crash, sample_batches
+from workers import described, sample_batches
 
 
 def clip_batches(items, batch_size):
@@ -50,6 +50,16 @@ def clip_batches(items, batch_size):
 
 
 @torch.inference_mode()
+def window_features(model, items, device, *, batch_size, mixed5c=False):
+    """Features of windows, as they are ready: yields (owner, float array [512 or 1024]).
+
+    items: see clip_batches. The model is to be in evaluation mode.
+    """
+    for owners, clips in clip_batches(items, batch_size):
+        output = model(to_unit_range(clips.to(device)), None, mode="video", mixed5c=mixed5c)
+        yield from zip(owners, output.float().cpu().numpy(), strict=True)
+
+
 def video_features(
     model,
     dataset,
@@ -85,10 +95,8 @@ def video_features(
         bar = tqdm(share, desc=type(dataset).__name__, unit="video", disable=hidden)
         for index, video in zip(bar, videos, strict=True):
             error = video["errors"][0]
-            if isinstance(error, Crash):
-                error = f"{dataset.path(index)}: it {error}"
             if error:
-                log.warning("left out of the evaluation: %s", error)
+                log.warning("left out of the evaluation: %s", described(error, dataset.path(index)))
             else:
                 yield index, video["video"][0].clone()  # its memory is used again
             nonlocal stopped
@@ -100,10 +108,9 @@ def video_features(
     model.eval()
     features, stopped = {}, False
     with contextlib.closing(videos):
-        for owners, clips in clip_batches(decoded(), batch_size):
-            output = model(to_unit_range(clips.to(device)), None, mode="video", mixed5c=mixed5c)
-            for owner, feature in zip(owners, output.float().cpu().numpy(), strict=True):
-                features.setdefault(owner, []).append(feature)
+        windows = window_features(model, decoded(), device, batch_size=batch_size, mixed5c=mixed5c)
+        for owner, feature in windows:
+            features.setdefault(owner, []).append(feature)
     model.train(was_training)
     features = {owner: np.stack(windows) for owner, windows in features.items()}
     shares = gather(None if stopped else features)

@@ -18,8 +18,11 @@ import numpy as np
 from utils import InputError, check_file, inference_amp, log, one_line, write_whole
 
 
-def feature_settings(args):
-    """All that changes the features, by flag; the weights as their file's SHA-256, or None."""
+def feature_settings(args, flags=("num_windows_test",)):
+    """All that changes the features, by flag; the weights as their file's SHA-256, or None.
+
+    flags: those that say which windows and which features, besides what all features depend on.
+    """
     weights = None
     if args.pretrain_cnn_path:
         check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
@@ -28,9 +31,21 @@ def feature_settings(args):
         "pretrain_cnn_path": weights,
         "num_frames": args.num_frames,
         "video_size": args.video_size,
-        "num_windows_test": args.num_windows_test,
+        **{flag: getattr(args, flag) for flag in flags},
         "amp": inference_amp(args),
     }
+
+
+def difference(made, settings):
+    """What settings differ in from those that features were made with, for a message, or ''.
+
+    One that is None may be any.
+    """
+    return "; ".join(
+        f"--{flag} {made.get(flag)}, not {value}"
+        for flag, value in settings.items()
+        if value is not None and made.get(flag) != value
+    )
 
 
 def write_features(path, settings, features, left_out):
@@ -72,14 +87,9 @@ def read_features(path, settings, names):
             f"--features: {path} is damaged or not a file of features ({type(error).__name__}): "
             "delete it or name another file"
         ) from None
-    differ = [
-        f"--{flag} {made.get(flag)}, not {value}"
-        for flag, value in settings.items()
-        if value is not None and made.get(flag) != value
-    ]
-    if differ:
+    if differ := difference(made, settings):
         raise InputError(
-            f"--features: {path} was made with {'; '.join(differ)}: delete it or name another file"
+            f"--features: {path} was made with {differ}: delete it or name another file"
         )
     unknown = [name for name in names if name not in features and name not in left_out]
     if unknown:

@@ -1,5 +1,6 @@
 """HMDB-51 for action recognition: short clips, 51 classes, three splits."""
 
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from utils import InputError, check_folder, read_table
+from annotations import SPLITS, hmdb_table, log_notes
+from utils import InputError, check_folder
 from video_decoder import DecodeError, decode_frames
-
-SPLITS = ("split1", "split2", "split3")
-UNUSED, TRAIN, TEST = 0, 1, 2
 
 
 class HMDB51(Dataset):
-    """The clips of a table with columns video_id, label (`<class>_test`), split1..3.
+    """The clips of a table with columns video_id, label (`<class>_test`), split1..3, or of the
+    official folder of split files.
 
     Files: <video_root>/<class>/<video_id>; those of them that are `absent` are left out. Without a
     video_root (None) it is the table alone: every clip, whether or not there is a file.
@@ -26,23 +26,22 @@ class HMDB51(Dataset):
     """
 
     def __init__(self, csv, video_root, *, num_frames=16, size=224, num_windows=4, decoder="pyav"):
-        table = read_table(csv, ["video_id", "label", *SPLITS], numbers=SPLITS)
+        table, notes = hmdb_table(csv)
+        log_notes(csv, notes)
         if video_root is not None:
             check_folder(video_root, "eval_video_root")
-        if not table[list(SPLITS)].isin((UNUSED, TRAIN, TEST)).all(axis=None):
-            raise InputError(f"--eval_csv: {csv}: splits are 0 (unused), 1 (train) or 2 (test)")
-        table["label"] = table["label"].astype(str).str.removesuffix("_test")
-        table["name"] = table["label"] + "/" + table["video_id"].astype(str)
+        table["label"] = table["label"].str.removesuffix("_test")
+        table["name"] = table["label"] + "/" + table["video_id"]
         present = table
         if video_root is not None:
-            present = table[[Path(video_root, name).is_file() for name in table["name"]]]
+            present = table[[isfile(Path(video_root, name)) for name in table["name"]]]
             if present.empty:
                 raise InputError(f"--eval_video_root: no video of {csv} is in {video_root}")
         self.absent = table["name"].drop(present.index).tolist()
         self.names = present["name"].tolist()
         self.video_root = video_root
         self.labels = present["label"].to_numpy(dtype=np.str_)
-        self.splits = present[list(SPLITS)].to_numpy(dtype=np.int64)
+        self.splits = present[SPLITS].to_numpy(dtype=np.int64)
         self.num_frames, self.size = num_frames, size
         self.num_windows, self.decoder = num_windows, decoder
         self.fields = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}

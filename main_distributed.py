@@ -244,7 +244,7 @@ def train(args, process):
         rank=process.rank,
         world_size=process.world_size,
     )
-    workers = workers_of(args, process)
+    workers = distributed.workers_of(args, process)
     batches = training_batches(
         job.dataset,
         sampler,
@@ -456,7 +456,7 @@ def validate(args, process, job):
         job.validation,
         process.device,
         batch_size=args.batch_size_val,
-        workers=workers_of(args, process),
+        workers=distributed.workers_of(args, process),
         sample_timeout=args.sample_timeout,
         rank=process.rank,
         world_size=process.world_size,
@@ -478,11 +478,6 @@ def lacks_validation(args, process, job):
         for record in read_json(log_path(args, "jsonl"))
     )
     return not process.broadcast(done)
-
-
-def workers_of(args, process):
-    """This process's share of the node's data workers, one at least unless none are wanted."""
-    return min(args.num_thread_reader, max(1, args.num_thread_reader // process.nproc_per_node))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,18 @@ HIDDEN_DIM = 2048
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
 
 
+def tokenize(sentence):
+    r"""The words of a sentence: the matches of [\w']+ in it, lower-cased."""
+    return re.findall(r"[\w']+", sentence.lower())
+
+
 class Tokenizer:
-    r"""Turns a sentence into word indices: a LongTensor [max_words], zero-padded.
+    """Turns a sentence into word indices: a LongTensor [max_words], zero-padded.
 
     words: the word list, in the order of the embedding's rows; word i has index i + 1, 0 pads.
-    Tokens are the matches of [\w']+ in the lower-cased sentence. Words outside the list are
-    dropped, then the sentence is cut to max_words. Anything but a string (None, NaN) is a missing
-    caption and counts as an empty sentence.
+    Tokens are those of tokenize. Words outside the list are dropped, then the sentence is cut to
+    max_words. Anything but a string (None, NaN) is a missing caption and counts as an empty
+    sentence.
     """
 
     def __init__(self, words, max_words):
@@ -38,7 +43,7 @@ class Tokenizer:
         self.max_words = max_words
 
     def __call__(self, sentence):
-        found = re.findall(r"[\w']+", sentence.lower()) if isinstance(sentence, str) else []
+        found = tokenize(sentence) if isinstance(sentence, str) else []
         ids = [self.index[word] for word in found if word in self.index][: self.max_words]
         return torch.tensor(ids + [0] * (self.max_words - len(ids)), dtype=torch.long)
 
@@ -396,3 +401,84 @@ def inference_copy(model, dtype=None):
         elif dtype != own and isinstance(module, nn.Conv3d | SelfGating):
             module.to(dtype)
     return fast
+
+
+# --- files of weights ---------------------------------------------------------------------------
+
+
+def read_weights(path):
+    """Reads the released weights or a checkpoint: a dict whose "state_dict" has no `module.`.
+
+    The file is data only: nothing pickled is run. Raises ValueError, one line, where it is
+    damaged or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load has many ways to say that a file is not one of its own
+        raise ValueError(
+            f"{path} is damaged, not a checkpoint or holds more than data "
+            f"({type(error).__name__}): give a checkpoint or weights"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: give a checkpoint or weights")
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(
+            f"{path} holds no state dict (its keys are {first(content)}): give a checkpoint or "
+            "weights"
+        )
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    return {**(content if "state_dict" in content else {}), "state_dict": state}
+
+
+def first(names, most=3):
+    """The first few of some names, for a message."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def fill(model, state, path):
+    """Fills the model; a ValueError names the first keys and shapes that differ."""
+    own = model.state_dict()
+    faults = []
+    if lacking := [name for name in own if name not in state]:
+        faults.append(f"it lacks {first(lacking)}")
+    if unknown := [name for name in state if name not in own]:
+        faults.append(f"it has unknown {first(unknown)}")
+    shapes = [
+        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if shapes:
+        faults.append(first(shapes))
+    if faults:
+        raise ValueError(f"{path} does not fit the S3D model: {'; '.join(faults)}")
+    model.load_state_dict(state)
+
+
+def model_of(state, path, token_to_word_path="data/dict.npy"):
+    """Builds the S3D that a state dict was made from, on the CPU, in training mode.
+
+    Stem, gating, embedding size and vocabulary are read off the weights' shapes; `path` names the
+    file in messages. Raises ValueError where the weights are not an S3D's.
+    """
+
+    def shape(name, dims):
+        if name not in state or state[name].ndim != dims:
+            raise ValueError(f"{path} is not of an S3D model: it lacks a proper {name}")
+        return state[name].shape
+
+    model = S3D(
+        num_classes=shape("fc.weight", 2)[0],
+        gating="gating.fc.weight" in state,
+        space_to_depth=shape("conv1.conv1.weight", 5)[1] == 24,
+        token_to_word_path=token_to_word_path,
+    )
+    rows = shape("text_module.word_embd.weight", 2)[0]
+    if rows != model.text_module.word_embd.num_embeddings:
+        model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, WORD_DIM))
+    fill(model, state, path)
+    return model

@@ -24,6 +24,7 @@ import threading
 import time
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -34,6 +35,10 @@ BACKENDS = ("pyav", "ffmpeg")
 
 # Demuxers of files that hold their own frames: no playlists, no image sequences, no devices.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
+EXTENSIONS = {
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
+}
 # What a hostile header may make us allocate or wait for.
 MAX_PIXELS = 8192 * 4608
 MAX_BYTES = 1 << 30
@@ -148,6 +153,12 @@ def decode_frames(path, *, size, crop_only=False, crop=(0.5, 0.5), backend="pyav
     for number, picture in enumerate(pictures):
         _put(picture, out[:, number : number + 1])
     return torch.from_numpy(out)
+
+
+def find_videos(root):
+    """The videos under a folder, by their names' extensions: paths relative to it, in order."""
+    paths = (path for path in Path(root).rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return sorted(path.relative_to(root) for path in paths if path.is_file())
 
 
 def probe_duration(path):

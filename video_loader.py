@@ -113,7 +113,8 @@ class HowTo100M(Dataset):
         seed=1,
         decoder="pyav",
     ):
-        names = read_table(csv, ["video_path"], flag="train_csv")["video_path"].dropna()
+        columns = ["video_path"]
+        names = read_table(csv, columns, names=columns, flag="train_csv")["video_path"].dropna()
         check_folder(video_path, "video_path")
         check_folder(caption_root, "caption_root")
         self.names = PackedStrings(names)

@@ -28,6 +28,11 @@ class Crash(str):
     """An error that cost the worker: what the item did to it."""
 
 
+def described(error, path):
+    """An item's error as one line that names its file, as those of the decoder do."""
+    return f"{path}: it {error}" if isinstance(error, Crash) else error
+
+
 def sample_batches(
     dataset,
     batches,

@@ -14,6 +14,7 @@ import torch
 
 from s3dg import S3D
 from utils import log
+from video_decoder import ffmpeg_program
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"  # real clips and annotation tables; absent in most clones
@@ -139,6 +140,14 @@ def frames_digest(video):
 def write_csv(path, *rows):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
+
+
+def make_video(path, seconds, *options):
+    """A small moving picture, 96x64 at 10 frames a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = ["-f", "lavfi", "-i", f"testsrc2=size=96x64:rate=10:duration={seconds}"]
+    command = [ffmpeg_program(), "-v", "error", "-nostdin", "-y", *source]
+    subprocess.run([*command, "-pix_fmt", "yuv420p", *options, str(path)], check=True)
 
 
 @pytest.fixture

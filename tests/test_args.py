@@ -104,6 +104,10 @@ def test_old_spellings_work_and_stay_out_of_the_help(capsys):
         "--no_such_flag",
         "--seed -1",
         "--crop_only 2",
+        "--shard 4/4",
+        "--shard 1",
+        "--stride 0",
+        "--layer fc",
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):

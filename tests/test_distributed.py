@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from args import get_args
-from distributed import first_host, plan_launch
+from distributed import Share, first_host, plan_launch, plan_share
 from utils import InputError
 
 
@@ -224,3 +224,71 @@ def test_under_slurm_every_start_has_a_dist_file_of_its_own():
 )
 def test_first_host_of_a_slurm_node_list(nodes, host):
     assert first_host(nodes) == host
+
+
+# ---- shares of processes that work by themselves -------------------------------------------------
+
+
+def share(line="", **env):
+    return plan_share(get_args(argv=line.split()), env)
+
+
+def array(task, first, last, step, count):
+    values = {"ID": task, "MIN": first, "MAX": last, "STEP": step, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
+def step(task, tasks, nodes=1):
+    return {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(task),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_NUM_NODES": str(nodes),
+        "SLURM_LOCALID": str(task % (tasks // nodes)),
+    }
+
+
+def test_a_process_by_itself_takes_all():
+    assert share() == share(SLURM_PROCID="0", SLURM_NTASKS="4") == Share(0, 1, 0, 1)
+
+
+def test_torchrun_srun_and_the_flag_say_which_share():
+    assert share(**TORCHRUN) == Share(3, 4, 1, 2)
+    assert share(**step(5, 8, nodes=2)) == Share(5, 8, 1, 4)
+    assert share("--shard 2/5") == Share(2, 5, 0, 1)
+    assert share("--shard 2/5", **step(1, 2), **array(3, 0, 9, 1, 10)) == Share(2, 5, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "by"), [(0, 3, 1), (1, 4, 1), (1, 7, 2), (10, 40, 10), (5, 5, 1)]
+)
+def test_the_tasks_of_an_array_share_without_overlap(first, last, by):
+    tasks = range(first, last + 1, by)
+    found = [share(**array(task, first, last, by, len(tasks))) for task in tasks]
+    assert [(s.index, s.count) for s in found] == [(i, len(tasks)) for i in range(len(tasks))]
+
+
+def test_the_processes_of_an_arrays_tasks_share_too():
+    found = {
+        share(**array(task, 1, 3, 1, 3), **step(rank, 2)).index
+        for task in (1, 2, 3)
+        for rank in (0, 1)
+    }
+    assert found == set(range(6))
+    assert share(**array(3, 1, 3, 1, 3), **step(1, 2)) == Share(5, 6, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        array(5, 1, 7, 1, 3),  # --array=1,5,7
+        array(3, 1, 9, 1, 2),
+        array(9, 1, 3, 1, 3),
+        step(2, 2),
+        {"RANK": "0"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+    ],
+)
+def test_variables_that_do_not_say_which_share_are_refused(env):
+    with pytest.raises(InputError):
+        share(**env)

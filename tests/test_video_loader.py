@@ -100,6 +100,13 @@ def dataset(tree, shared_videos, **settings):
     return HowTo100M(tree / "list.csv", shared_videos, tree, tokenizer, **settings)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.mp4", "a/../../b.mp4"])
+def test_a_list_cannot_name_videos_outside_the_folder(tmp_path, name):
+    write_list(tmp_path / "list.csv", ["a.mp4", name])
+    with pytest.raises(InputError, match=r"--train_csv: .*list\.csv, line 3, .* leads out of"):
+        dataset(tmp_path, tmp_path)
+
+
 def test_an_item_has_the_documented_shapes_and_types(tree, shared_videos):
     item = dataset(tree, shared_videos)[0, 1]
     assert item["video"].shape == (3, 4, 32, 32) and item["video"].dtype == torch.uint8

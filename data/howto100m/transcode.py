@@ -25,18 +25,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import video_decoder
 
-EXTENSIONS = {
-    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
-    *(".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
-}
 PARTIAL = ".part"
 SETTINGS = "transcode.json"
-
-
-def find_videos(root):
-    """The videos under a folder, relative to it, in order."""
-    paths = (path for path in Path(root).rglob("*") if path.suffix.lower() in EXTENSIONS)
-    return sorted(path.relative_to(root) for path in paths if path.is_file())
 
 
 def store_filters(fps, multiple, short_side):
@@ -157,7 +147,7 @@ def check_settings(parser, out, settings):
 def main(arguments=None):
     """Exit status 0: all is there; 1: some videos failed; 2: the call was wrong."""
     parser, options = parse_arguments(arguments)
-    videos = find_videos(options.video_path)
+    videos = video_decoder.find_videos(options.video_path)
     if not videos:
         parser.error(f"--video_path {options.video_path}: no video found in it")
     settings = {

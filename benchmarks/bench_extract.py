@@ -1,0 +1,107 @@
+"""Features all along videos: videos per minute of a core, ours against an ffmpeg process a window.
+
+    python benchmarks/bench_extract.py            # about ten minutes on two cores
+    python benchmarks/bench_extract.py --quick    # a minute or two: that it runs, rough figures
+
+Makes its own files (see bench_decode.py): videos of 40 s, 340x256, 30 frames a second, x264 medium,
+GOP 250. Both ways decode the same windows, 16 frames of 224x224 at 5 a second, and give the same
+model the same batches, with one decoding process: `ours` is strided_features, as
+extract_features.py calls it; `ffmpeg` starts the program once for each window. The row
+"decoding" leaves the model out, as a GPU that is quick enough does. Time is CPU time, of this
+process and of its children, user and system: it depends less on what else the machine does. The
+ways take turns, twice, and the better one counts.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import bench_decode  # noqa: E402
+
+import video_decoder  # noqa: E402
+import video_windows  # noqa: E402
+from s3dg import S3D, inference_copy  # noqa: E402
+
+WINDOW = {"num_frames": 16, "size": 224, "fps": 5}
+SECONDS = 40
+CPU = torch.device("cpu")
+
+
+class NoModel(torch.nn.Module):
+    """Takes no time: what is left is decoding and handing over."""
+
+    def forward(self, video, text, mode, mixed5c):
+        return video.new_zeros(len(video), 1024)
+
+
+def a_process_each(path, starts, **settings):
+    """decode_clips by the release's way: an ffmpeg process for each window."""
+    return bench_decode.release(path, starts, settings)
+
+
+def videos_per_minute(paths, model, decode, stride):
+    """Of CPU time, in one run over the videos, with one worker process that decodes by `decode`."""
+    ours = video_windows.decode_clips
+    video_windows.decode_clips = decode or ours
+    began = bench_decode.cpu_seconds()
+    try:
+        found = video_windows.strided_features(
+            model,
+            paths,
+            CPU,
+            **WINDOW,
+            stride=stride,
+            batch_size=32,
+            workers=1,
+            sample_timeout=600,
+            mixed5c=True,
+        )
+        for _, video in found:
+            assert not isinstance(video, str), video
+    finally:
+        video_windows.decode_clips = ours
+    return len(paths) / (bench_decode.cpu_seconds() - began) * 60
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer videos")
+    count = 2 if parser.parse_args().quick else 6
+    model = inference_copy(S3D(space_to_depth=True).to(memory_format=torch.channels_last_3d))
+    version = subprocess.run(
+        [video_decoder.ffmpeg_program(), "-version"], capture_output=True, text=True
+    ).stdout.split()[2]
+    print(f"{bench_decode.processor()}; torch {torch.__version__}; ffmpeg {version}")
+    with tempfile.TemporaryDirectory() as folder:
+        long, *_ = bench_decode.make_files(Path(folder), 4 if count == 6 else 2)
+        paths = [Path(folder, f"{number}.mp4") for number in range(count)]
+        for number, path in enumerate(paths):
+            cut = ["-ss", str(number * SECONDS), "-t", str(SECONDS), "-i", str(long)]
+            bench_decode.encode(path, *cut, *bench_decode.X264)
+        print(f"{count} videos of {SECONDS} s\n")
+        print("| stride | what | ffmpeg | ours | faster by |\n| --- | --- | --- | --- | --- |")
+        for stride in (3.2, 1.0):
+            for name, network in (("decoding", NoModel()), ("all", model)):
+                if network is model and stride == 1.0:
+                    continue  # three times the windows: the CPU's model hides the decoding
+                rates = [
+                    [
+                        videos_per_minute(paths, network, way, stride)
+                        for way in (a_process_each, None)
+                    ]
+                    for _ in range(2)
+                ]
+                old, new = map(max, zip(*rates, strict=True))
+                print(f"| {stride} s | {name} | {old:.1f} | {new:.1f} | {new / old:.1f}x |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""HMDB-51's official split files (<class>_test_split<k>.txt) to the evaluation's table.
+
+python data/hmdb/prepare.py --annotations testTrainMulti_7030_splits
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from annotations import SPLITS, TEST, TRAIN, hmdb_table, write_table
+from args import Parser
+from utils import check_output, run_script
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--annotations", required=True, help="the folder of the split files")
+    parser.add_argument("--out", default="data/hmdb51.csv", help="(default %(default)s)")
+    args = parser.parse_args(argv)
+    check_output(args.out, "out")
+    table, notes = hmdb_table(args.annotations, "annotations")
+    for split in SPLITS:
+        train, test = ((table[split] == part).sum() for part in (TRAIN, TEST))
+        notes.append(
+            f"{split}: {train} to train on, {test} to test, {len(table) - train - test} in neither"
+        )
+    write_table(args.out, table, f"{len(table)} clips of {table['label'].nunique()} classes", notes)
+
+
+if __name__ == "__main__":
+    run_script(main)

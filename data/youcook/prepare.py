@@ -1,0 +1,31 @@
+"""YouCook2's official annotations (youcookii_annotations_trainval.json) to the evaluation's table.
+
+    python data/youcook/prepare.py --annotations youcookii_annotations_trainval.json
+
+The table has the segments of the validation videos, in the file's order; `task` is the recipe type.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from annotations import write_table, youcook_table
+from args import Parser
+from utils import check_output, run_script
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--annotations", required=True, help="the official JSON file")
+    parser.add_argument(
+        "--out", default="data/validation_youcook.csv", help="(default %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    check_output(args.out, "out")
+    table, notes = youcook_table(args.annotations, "annotations")
+    summary = f"{len(table)} segments of {table['video_id'].nunique()} validation videos"
+    write_table(args.out, table, summary, notes)
+
+
+if __name__ == "__main__":
+    run_script(main)

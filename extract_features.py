@@ -1,0 +1,206 @@
+"""Features all along videos.
+
+    python extract_features.py --pretrain_cnn_path FILE --video_path DIR --feature_root OUT
+
+For each video OUT gets a .npy, float32 [W, 1024] or [W, 512], a row a window, and beside it a .json
+that says what the rows are. Videos that have both are passed over, so the same command goes on
+where it was stopped. Started several times, by torchrun, srun, as a SLURM job array or with
+--shard, the processes share the videos. Which windows a video has is said in video_windows.py.
+"""
+
+import contextlib
+import csv
+import datetime
+import io
+import json
+import posixpath
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from annotations import filled, unique
+from args import get_args
+from distributed import plan_share, workers_of
+from evaluation import inference_model
+from feature_file import difference, feature_settings
+from training_log import append
+from utils import (
+    InputError,
+    cell_error,
+    check_folder,
+    log,
+    make_folder,
+    one_line,
+    pick_device,
+    read_table,
+    run_script,
+    setup_logging,
+    write_whole,
+)
+from video_decoder import find_videos
+from video_windows import strided_features
+
+COLUMNS = ["video_path", "feature_path"]
+LOG_EVERY = 60  # seconds, where there is no terminal for a progress bar
+
+
+def video_list(args):
+    """(video, file of its features) pairs, of --feature_csv or of all videos in --video_path.
+
+    Paths are relative to --video_path and to --feature_root. No two videos share a file.
+    """
+    check_folder(args.video_path, "video_path")
+    if args.feature_csv:
+        table = read_table(args.feature_csv, COLUMNS, names=COLUMNS, flag="feature_csv")
+        filled(table, COLUMNS, args.feature_csv, "feature_csv")
+        for row, name in enumerate(table["feature_path"]):
+            if not name.endswith(".npy"):
+                fault = "is not the name of a .npy file: end it with .npy"
+                raise cell_error(args.feature_csv, "feature_csv", row, "feature_path", name, fault)
+        table["feature_path"] = table["feature_path"].map(posixpath.normpath)
+        unique(table, ["feature_path"], args.feature_csv, "feature_csv")
+        videos = list(zip(table["video_path"], table["feature_path"], strict=True))
+    else:
+        found = {}
+        for path in find_videos(args.video_path):
+            other = found.setdefault(path.with_suffix(".npy"), path)
+            if other != path:
+                raise InputError(
+                    f"--video_path: {other} and {path} would have one file of features: rename one "
+                    "of them, or name the files in a --feature_csv"
+                )
+        videos = [(str(path), str(feature)) for feature, path in found.items()]
+    if not videos:
+        raise InputError(f"no videos in {args.feature_csv or args.video_path}: name others")
+    return videos
+
+
+def is_done(path, video, settings):
+    """Whether there are features of this video at `path`, and their side file.
+
+    Raises InputError where they are of something else: nobody's work is written over.
+    """
+    if not path.exists():
+        return False
+    side = path.with_suffix(".json")
+    mend = "name another folder, or delete them"
+    try:
+        made = json.loads(side.read_bytes())
+        of, differ = made["video"], difference(made["settings"], settings)
+    except FileNotFoundError:
+        raise InputError(
+            f"--feature_root: the features {path} have no {side.name} that says what they are: "
+            f"{mend}"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"--feature_root: {side} is damaged: {mend}") from None
+    if differ:
+        raise InputError(f"--feature_root: the features {path} were made with {differ}: {mend}")
+    if of != video:
+        raise InputError(f"--feature_root: the features {path} are of {of}, not {video}: {mend}")
+    return True
+
+
+def write_features(path, video, settings, found):
+    """Writes the side file and then the features, each whole or not at all.
+
+    In this order, whoever finds features finds what they are beside them.
+    """
+    length = settings["num_frames"] / settings["fps"]
+    side = {
+        "video": video,
+        "times": [[start, round(start + length, 6)] for start in found.starts],
+        "black": found.black,
+        "settings": settings,
+    }
+    make_folder(path.parent, "feature_root")
+    try:
+        with write_whole(path.with_suffix(".json")) as file:
+            file.write(json.dumps(side).encode())
+        with write_whole(path) as file:
+            np.save(file, found.features, allow_pickle=False)
+    except OSError as error:
+        raise InputError(
+            f"--feature_root: could not write {path} ({one_line(error)}): make room, and start "
+            "again to go on from here"
+        ) from None
+
+
+def with_progress(outcomes, total):
+    """Passes on the outcomes, a video each, and shows how many are done and the time left."""
+    bar = tqdm(total=total, desc="features", unit="video", disable=None)
+    began = shown = time.monotonic()
+    for done, outcome in enumerate(outcomes, 1):
+        yield outcome
+        bar.update()
+        now = time.monotonic()
+        if bar.disable and now > shown + LOG_EVERY:
+            shown = now
+            left = datetime.timedelta(seconds=round((now - began) / done * (total - done)))
+            log.info("%d of %d videos, %s left", done, total, left)
+    bar.close()
+
+
+def main():
+    args = get_args(__doc__)
+    setup_logging(args.verbose)
+    share = plan_share(args)
+    device = pick_device(args, share.local_rank % max(1, torch.cuda.device_count()))
+    videos = video_list(args)[share.index :: share.count]
+    if not args.feature_root:
+        raise InputError("--feature_root is needed: give the folder that features are written to")
+    make_folder(args.feature_root, "feature_root")
+    args.stride = args.stride or args.num_frames / args.fps
+    settings = feature_settings(args, ("layer", "fps", "stride"))
+    model = inference_model(args, device)
+    root = Path(args.feature_root)
+    to_do = [(v, root / f) for v, f in videos if not is_done(root / f, v, settings)]
+    part = f", share {share.index} of {share.count}" if share.count > 1 else ""
+    log.info("%d videos%s, %d of them done before", len(videos), part, len(videos) - len(to_do))
+
+    name = f"failed_{share.index}of{share.count}.csv" if share.count > 1 else "failed.csv"
+    failures = root / name
+    failures.unlink(missing_ok=True)  # of the run before: its videos are tried again
+    failed = 0
+    outcomes = strided_features(
+        model,
+        [Path(args.video_path, video) for video, _ in to_do],
+        device,
+        num_frames=args.num_frames,
+        size=args.video_size,
+        fps=args.fps,
+        stride=args.stride,
+        batch_size=args.batch_size_val,
+        workers=workers_of(args, share),
+        sample_timeout=args.sample_timeout,
+        decoder=args.decoder,
+        mixed5c=args.layer == "mixed_5c",
+    )
+    with contextlib.closing(outcomes):
+        for index, found in with_progress(outcomes, len(to_do)):
+            video, path = to_do[index]
+            if isinstance(found, str):
+                failed += 1
+                log.warning("no features: %s", found)
+                rows = [("video_path", "reason")] * (failed == 1) + [(video, one_line(found))]
+                text = io.StringIO(newline="")
+                csv.writer(text, lineterminator="\n").writerows(rows)
+                append(failures, text.getvalue())
+                continue
+            if found.black:
+                log.warning(
+                    "%s: %d of %d windows are black", video, len(found.black), len(found.starts)
+                )
+            write_features(path, video, settings, found)
+    log.info("features of %d videos written to %s", len(to_do) - failed, root)
+    if failed:
+        log.error("%d videos could not be used: they are listed in %s", failed, failures)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,319 @@
+"""The script that writes features, run as a user runs it."""
+
+import csv
+import functools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, golden_weight, make_video, write_csv
+
+import extract_features
+from args import get_args
+from checkpoint import load_model
+from evaluation import inference_model
+from s3dg import S3D
+from utils import InputError, to_unit_range
+from video_decoder import decode_clips
+
+HEADER = ("video_path", "feature_path")
+NAMES = ["a.mp4", "sub/a.mkv", "sub/b.mp4", "short.mp4"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of golden weights with few words."""
+    path = tmp_path_factory.mktemp("weights") / "s3d.pth"
+    state = S3D().state_dict() | {"text_module.word_embd.weight": torch.zeros(5, 300)}
+    torch.save({name: golden_weight(name, v.shape).to(v.dtype) for name, v in state.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for name, seconds in zip(NAMES, (8, 2, 3, 0.5), strict=True):
+        make_video(folder / name, seconds)
+    (folder / "notes.txt").write_text("no video")
+    return folder
+
+
+def flags(weights, videos, out, *more):
+    return [
+        f"--pretrain_cnn_path={weights}",
+        f"--video_path={videos}",
+        f"--feature_root={out}",
+        *("--num_frames=4", "--video_size=32", "--batch_size_val=8", "--num_thread_reader=1"),
+        *more,
+    ]
+
+
+@functools.cache
+def model_of(path):
+    """The weights are read once for all runs in this process."""
+    args = get_args(argv=[f"--pretrain_cnn_path={path}", "--num_frames=4", "--video_size=32"])
+    return inference_model(args, torch.device("cpu"))
+
+
+@pytest.fixture
+def extract(weights, videos, monkeypatch):
+    """Runs the script in this process: its exit status. Without workers, which is quicker."""
+    monkeypatch.setattr(
+        extract_features,
+        "inference_model",
+        lambda args, device: model_of(Path(args.pretrain_cnn_path)),
+    )
+
+    def run(out, *more):
+        given = flags(weights, videos, out, "--num_thread_reader=0", *more)
+        monkeypatch.setattr(sys, "argv", ["extract_features.py", *map(str, given)])
+        try:
+            extract_features.main()
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    return run
+
+
+def written(out):
+    """Everything below a folder: {relative path: bytes}."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(weights, videos, tmp_path_factory):
+    """The features of all videos, by one run with a worker process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    command = [sys.executable, HERE.parent / "extract_features.py", *flags(weights, videos, out)]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def assert_close(found, expected):
+    """Within a thousandth of the largest value: batches of other sizes are summed otherwise."""
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+def assert_same_features(out, whole):
+    assert written(out).keys() == written(whole).keys()
+    for name, content in written(whole).items():
+        if name.endswith(".npy"):
+            assert_close(np.load(out / name), np.load(whole / name))
+        else:
+            assert written(out)[name] == content
+
+
+def test_a_folder_of_videos_becomes_a_folder_of_features_and_what_they_are(whole, weights):
+    stems = ("a", "short", "sub/a", "sub/b")
+    assert list(written(whole)) == [f"{s}.{kind}" for s in stems for kind in ("json", "npy")]
+    side = json.loads((whole / "sub/b.json").read_text())
+    assert side["video"] == "sub/b.mp4" and side["black"] == []
+    assert side["times"] == [[0.0, 0.8], [0.8, 1.6], [1.6, 2.4]]
+    checksum = side["settings"].pop("pretrain_cnn_path")
+    assert checksum.startswith("sha256:") and len(checksum) == 71
+    assert side["settings"] == {
+        "num_frames": 4,
+        "video_size": 32,
+        "layer": "mixed_5c",
+        "fps": 5,
+        "stride": 0.8,
+        "amp": "none",
+    }
+
+
+def test_the_features_are_the_models_of_the_windows(whole, weights, videos):
+    model = load_model(weights)
+    for name, rows in (("a.mp4", 10), ("short.mp4", 1)):
+        found = np.load((whole / name).with_suffix(".npy"))
+        starts = [k * 0.8 for k in range(rows)]
+        clips = decode_clips(videos / name, starts, fps=5, num_frames=4, size=32)
+        with torch.inference_mode():
+            expected = model(to_unit_range(clips), mode="video", mixed5c=True).numpy()
+        assert_close(found, expected)
+        assert found.shape == (rows, 1024)
+        assert rows == 1 or expected.std(axis=0).max() > 0.02 * expected.max()  # windows differ
+
+
+def test_the_joint_embedding_at_another_stride_by_a_table(extract, weights, videos, tmp_path):
+    table = tmp_path / "list.csv"
+    write_csv(table, HEADER, ("sub/b.mp4", "x/y.npy"), ("short.mp4", "z.npy"))
+    assert (
+        extract(tmp_path / "out", f"--feature_csv={table}", "--layer=embedding", "--stride=1") == 0
+    )
+    assert list(written(tmp_path / "out")) == ["x/y.json", "x/y.npy", "z.json", "z.npy"]
+    assert json.loads((tmp_path / "out/x/y.json").read_text())["times"][-1] == [2.0, 2.8]
+    clips = decode_clips(videos / "sub/b.mp4", [0, 1, 2], fps=5, num_frames=4, size=32)
+    with torch.inference_mode():
+        expected = model_of(weights)(to_unit_range(clips), mode="video").numpy()
+    assert_close(np.load(tmp_path / "out/x/y.npy"), expected)
+
+
+def test_shares_do_not_overlap_and_make_the_whole(extract, whole, tmp_path):
+    for index in range(2):
+        assert extract(tmp_path / f"{index}", f"--shard={index}/2") == 0
+    shares = [set(written(tmp_path / f"{index}")) for index in range(2)]
+    assert all(shares) and not shares[0] & shares[1]
+    for name, content in written(tmp_path / "1").items():
+        (tmp_path / "0" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "0" / name).write_bytes(content)
+    assert_same_features(tmp_path / "0", whole)
+
+
+def test_an_array_task_takes_its_share(extract, tmp_path, monkeypatch):
+    for name, value in {"ID": 5, "MIN": 1, "MAX": 7, "STEP": 2, "COUNT": 4}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert extract(tmp_path) == 0
+    assert list(written(tmp_path)) == ["sub/a.json", "sub/a.npy"]  # the third of four
+
+
+def test_what_is_done_is_passed_over(extract, whole, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.json", "a.npy", "sub/a.json", "sub/b.npy.tmp", "short.json"):
+        content = (whole / name).read_bytes() if (whole / name).exists() else b"half"
+        (tmp_path / name).write_bytes(content)
+    before = (tmp_path / "a.npy").stat().st_mtime_ns
+    asked = []
+
+    def noted(model, paths, *args, **settings):
+        asked.extend(path.name for path in paths)
+        return strided_features(model, paths, *args, **settings)
+
+    strided_features = extract_features.strided_features
+    monkeypatch.setattr(extract_features, "strided_features", noted)
+    assert extract(tmp_path) == 0
+    assert asked == ["short.mp4", "a.mkv", "b.mp4"]
+    assert (tmp_path / "a.npy").stat().st_mtime_ns == before
+    assert_same_features(tmp_path, whole)
+    asked.clear()
+    assert extract(tmp_path) == 0 and asked == []
+
+
+def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(weights, videos, whole, tmp_path):
+    script = HERE.parent / "extract_features.py"
+    command = [sys.executable, script, *flags(weights, videos, tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob("*.npy")) and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    left = {name: c for name, c in written(tmp_path).items() if name.endswith((".npy", ".json"))}
+    assert 0 < len(left) <= len(written(whole))
+    for path in tmp_path.rglob("*.npy"):
+        assert np.load(path).shape == np.load(whole / path.relative_to(tmp_path)).shape
+        assert json.loads(path.with_suffix(".json").read_text())
+    subprocess.run(command, check=True, capture_output=True)
+    assert_same_features(tmp_path, whole)
+    assert all(written(tmp_path)[n] == c for n, c in left.items() if n.endswith(".npy"))
+
+
+def test_videos_that_cannot_be_used_are_listed_and_the_others_go_on(extract, tmp_path, capsys):
+    rows = [("absent.mp4", "x.npy"), ("short.mp4", "short.npy"), ("notes.txt", "y.npy")]
+    write_csv(tmp_path / "list.csv", HEADER, *rows)
+    for _ in range(2):  # a second run tries them again
+        assert extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv") == 1
+        assert list(written(tmp_path / "out")) == ["failed.csv", "short.json", "short.npy"]
+        with open(tmp_path / "out/failed.csv", newline="") as file:
+            listed = list(csv.reader(file))
+        assert [row[0] for row in listed] == ["video_path", "absent.mp4", "notes.txt"]
+        assert "No such file" in listed[1][1] and "Invalid data" in listed[2][1]
+    shown = capsys.readouterr().out
+    assert shown.count("absent.mp4: No such file") == shown.count("notes.txt: Invalid") == 2
+    write_csv(tmp_path / "list.csv", HEADER, rows[1])
+    assert extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv") == 0
+    assert "failed.csv" not in written(tmp_path / "out")
+
+
+def test_a_full_disk_ends_the_run_with_a_line_and_whole_files(extract, tmp_path, monkeypatch):
+    saved, save = [], np.save
+
+    def full(file, features, allow_pickle):
+        if saved:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        saved.append(save(file, features))
+
+    monkeypatch.setattr(extract_features.np, "save", full)
+    with pytest.raises(InputError, match=r"--feature_root: .*No space left on device") as stopped:
+        extract(tmp_path)
+    assert "\n" not in str(stopped.value)
+    assert len(list(tmp_path.rglob("*.npy"))) == 1 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_file_in_the_folders_place_is_refused(extract, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(InputError, match="--feature_root: cannot make the folder"):
+        extract(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "named"),
+    [
+        (None, ["--stride=1"], "--stride 0.8, not 1.0"),
+        (None, ["--layer=embedding"], "--layer mixed_5c, not embedding"),
+        (None, ["--video_size=64"], "--video_size 32, not 64"),
+        ({"settings": {}}, [], "--pretrain_cnn_path None, not sha256"),
+        ({"video": "b.mp4"}, [], "are of b.mp4, not a.mp4"),
+        ("half", [], "a.json is damaged"),
+        ("absent", [], "no a.json"),
+    ],
+)
+def test_features_of_something_else_are_not_written_over(
+    change, more, named, extract, whole, tmp_path
+):
+    for name in ("a.json", "a.npy"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    side = tmp_path / "a.json"
+    if change == "half":
+        side.write_bytes(side.read_bytes()[:100])
+    elif change == "absent":
+        side.unlink()
+    elif change:
+        side.write_text(json.dumps({**json.loads(side.read_text()), **change}))
+    before = written(tmp_path)
+    with pytest.raises(InputError, match=f"--feature_root: .*{named}") as refused:
+        extract(tmp_path, *more)
+    assert "\n" not in str(refused.value) and written(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([("/a.mp4", "a.npy")], "line 2, column video_path: '/a.mp4' leads out"),
+        ([("a.mp4", "../a.npy")], r"line 2, column feature_path: '../a.npy' leads out"),
+        ([("a.mp4", "/tmp/a.npy")], "line 2, column feature_path: '/tmp/a.npy' leads out"),
+        ([("a.mp4", "a.npy"), ("b.mp4", "./a.npy")], "line 3, .* is there twice"),
+        ([("a.mp4", "a.npz")], r"line 2, .*'a.npz' is not the name of a \.npy"),
+        ([("a.mp4", "")], "line 2, column feature_path: an empty cell"),
+        ([], "no videos"),
+    ],
+)
+def test_tables_that_cannot_be_followed_are_refused(rows, named, extract, tmp_path):
+    write_csv(tmp_path / "list.csv", HEADER, *rows)
+    with pytest.raises(InputError, match=named):
+        extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv")
+
+
+def test_two_videos_of_a_folder_with_one_name_are_refused(extract, tmp_path, monkeypatch):
+    for name in ("a.mp4", "a.mkv"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"a\.mkv and a\.mp4 would have one file"):
+        extract(tmp_path / "out", f"--video_path={tmp_path}")
+
+
+def test_what_is_needed_is_named(extract, tmp_path):
+    with pytest.raises(InputError, match="--feature_root is needed"):
+        extract("")
+    with pytest.raises(InputError, match="--video_path is needed"):
+        extract(tmp_path, "--video_path=")
+    with pytest.raises(InputError, match="--pretrain_cnn_path"):
+        extract(tmp_path, "--pretrain_cnn_path=absent.pth")
