@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from s3dg import S3D, WORD_DIM
-from utils import InputError, check_file, log, one_line
+from utils import InputError, check_file, log, one_line, sync_folder
 
 KEPT = 10  # newest checkpoints of a run, one an epoch
 KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
@@ -147,15 +147,6 @@ def save_checkpoint(folder, content, step=None):
         with contextlib.suppress(OSError):
             old.unlink()
     return path
-
-
-def sync_folder(folder):
-    """Has the disk know of a renamed file, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_sums(path):

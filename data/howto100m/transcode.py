@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import video_decoder
+from utils import find_files
 
 EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -35,8 +36,7 @@ SETTINGS = "transcode.json"
 
 def find_videos(root):
     """The videos under a folder, relative to it, in order."""
-    paths = (path for path in Path(root).rglob("*") if path.suffix.lower() in EXTENSIONS)
-    return sorted(path.relative_to(root) for path in paths if path.is_file())
+    return sorted(map(Path, find_files(root, EXTENSIONS)))
 
 
 def store_filters(fps, multiple, short_side):
@@ -157,7 +157,10 @@ def check_settings(parser, out, settings):
 def main(arguments=None):
     """Exit status 0: all is there; 1: some videos failed; 2: the call was wrong."""
     parser, options = parse_arguments(arguments)
-    videos = find_videos(options.video_path)
+    try:
+        videos = find_videos(options.video_path)
+    except OSError as error:
+        parser.error(f"--video_path {error.filename}: {error.strerror}")
     if not videos:
         parser.error(f"--video_path {options.video_path}: no video found in it")
     settings = {
