@@ -20,14 +20,14 @@ import shutil
 import zlib
 from array import array
 from bisect import bisect_left
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import compress, pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
-from utils import InputError, check_absent, check_folder, one_line, sync_folder
+from utils import InputError, check_absent, check_folder, make_folder, one_line, sync_folder
 
 MAX_SECONDS = 1e6  # a caption's time beyond is a slip
 
@@ -277,15 +277,13 @@ def write_store(folder, videos, *, by_id=False):
     """
     partial = Path(f"{folder}{PARTIAL}")
     check_absent(folder, "out")
+    make_folder(partial.parent, "out")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except FileExistsError:
         raise InputError(
             f"--out: {partial} is there: wait for the run that writes it, or remove it"
         ) from None
-    except OSError as error:
-        raise InputError(f"--out: cannot make {partial}: {error.strerror}") from None
     try:
         counts = write_arrays(partial, videos, by_id)
         sync_folder(partial)
@@ -301,14 +299,10 @@ def write_store(folder, videos, *, by_id=False):
 def write_arrays(folder, videos, by_id):
     with ExitStack() as stack:
         arrays = {
-            name: ArrayFile(folder / file_name(name), dtype)
+            name: stack.enter_context(closing(ArrayFile(folder / file_name(name), dtype)))
             for name, dtype in {**INDEX, **CAPTIONS}.items()
         }
-        for file in arrays.values():
-            stack.callback(file.close)
-
         names, firsts, counts, checksums = [], array("q"), array("q"), array("L")
-        text_size = 0
         for name, starts, ends, texts in videos:
             encoded = [text.encode() for text in texts]
             text = b"".join(encoded)
@@ -319,9 +313,8 @@ def write_arrays(folder, videos, by_id):
             checksums.append(checksum(starts, ends, text_ends, text))
             arrays["starts"].append(starts)
             arrays["ends"].append(ends)
-            arrays["text_ends"].append(text_ends + text_size)
+            arrays["text_ends"].append(text_ends + arrays["text"].length)
             arrays["text"].append(np.frombuffer(text, np.uint8))
-            text_size += len(text)
         if not names:
             raise InputError("--caption_root: there are no captions with usable times in it")
 

@@ -5,11 +5,14 @@ import io
 import json
 import os
 import random
+import signal
+import struct
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import write_csv
 
@@ -381,7 +384,10 @@ WRONG_CALLS = {
     ),
     "a store": (["pack", "--caption_root", "{pairs}/store", "--out", "x"], "is a store already"),
     "a store that is there": ([*PACK, "--out", "{pairs}/store"], "--out: "),
-    "a store inside a file": ([*PACK, "--out", "{pairs}/csv/a.csv/store"], "--out: "),
+    "a store inside a file": (
+        [*PACK, "--out", "{pairs}/csv/a.csv/store"],
+        "--out: cannot make the folder",
+    ),
     "no process": ([*PACK, "--out", "x", "--num_workers", "0"], "--num_workers"),
     "videos that are not there": (
         ["list", "--video_path", "no", "--caption_root", "{pairs}/csv"],
@@ -436,5 +442,27 @@ def test_captions_of_many_files_are_read_in_parallel_in_order(tmp_path):
     names = [f"{number:03d}" for number in range(3 * prepare.FILES + 5)]
     random.Random(1).shuffle(names)
     write_captions(tmp_path, *names)
-    read = list(prepare.read_folder(str(tmp_path), names, 2))
+    read = list(prepare.read_folder(str(tmp_path), [(name, name) for name in names], 2))
     assert [(name, texts) for name, (_, _, texts) in read] == [(name, [name]) for name in names]
+
+
+def kill_before_a_result(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_the_middle_of_a_result(folder, chunks, results):
+    os.write(results.fileno(), struct.pack("!i", 1000) + b"not 1000 bytes")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("kill", [kill_before_a_result, kill_in_the_middle_of_a_result])
+def test_a_reading_process_that_is_killed_ends_the_packing_with_one_line(
+    tmp_path, monkeypatch, kill, workers
+):
+    write_captions(tmp_path / "csv", *map(str, range(20)))
+    monkeypatch.setattr(prepare, "FILES", 1)
+    monkeypatch.setattr(prepare, "read_files", kill)
+    with pytest.raises(InputError, match="--num_workers: a process that reads was killed"):
+        pack(tmp_path / "csv", tmp_path / "store", "--num_workers", str(workers))
+    assert written(tmp_path) == ["csv"] and not psutil.Process().children()

@@ -20,9 +20,7 @@ import json
 import os
 import signal
 import sys
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 
@@ -194,7 +192,7 @@ def files_below(folder, flag, extensions):
 
 
 def caption_files(folder):
-    """The names of the captions in a folder, which are the paths without `.csv`."""
+    """The caption files in a folder, which are the captions' names: paths without `.csv`."""
     files = files_below(folder, "caption_root", {".csv"})
     names = [file.removesuffix(".csv") for file in files if file.endswith(".csv")]
     if not names:
@@ -202,34 +200,46 @@ def caption_files(folder):
     return names
 
 
-def read_folder(folder, names, num_workers):
-    """Yields (name, its captions or a CaptionError) in the order of the names."""
-    chunks = (names[i : i + FILES] for i in range(0, len(names), FILES))
-    pending = deque()
-    with ProcessPoolExecutor(
-        num_workers, mp_context=get_context("fork"), initializer=prepare_process
-    ) as pool:
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(read_files, folder, chunk))
-                if len(pending) > 4 * num_workers:  # what is read and not yet written is bounded
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        except BrokenProcessPool:
-            raise InputError(
-                "--num_workers: a process that reads was killed, for lack of memory perhaps: give "
-                "a smaller number"
-            ) from None
+def read_folder(folder, files, num_workers):
+    """Yields (name, its captions or a CaptionError) in the order of the files: (name, path without
+    `.csv`)."""
+    chunks = [files[i : i + FILES] for i in range(0, len(files), FILES)]
+    context = get_context("fork")
+    readers = []
+    try:
+        for number in range(num_workers):
+            # A pipe each, of which only the process has the other end: it tells when that is gone.
+            results, end = context.Pipe(duplex=False)
+            share = chunks[number::num_workers]
+            process = context.Process(target=read_files, args=(folder, share, end), daemon=True)
+            process.start()
+            end.close()
+            readers.append((process, results))
+        with tqdm(total=len(files), unit="file") as progress:
+            for number in range(len(chunks)):
+                try:
+                    captions = readers[number % num_workers][1].recv()
+                except (EOFError, OSError):  # between two results, in the middle of one
+                    raise InputError(
+                        "--num_workers: a process that reads was killed, for lack of memory "
+                        "perhaps: give a smaller number"
+                    ) from None
+                yield from captions
+                progress.update(len(captions))
+    finally:
+        for process, results in readers:
+            process.kill()
+            process.join()
+            results.close()
 
 
-def prepare_process():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+def read_files(folder, chunks, results):
+    """What a reading process does. It waits where its results are not taken."""
     die_with_parent()
-
-
-def read_files(folder, names):
-    return [(name, read_file(f"{folder}/{name}.csv")) for name in names]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for chunk in chunks:
+        results.send([(name, read_file(f"{folder}/{path}.csv")) for name, path in chunk])
 
 
 def read_file(path):
@@ -240,13 +250,15 @@ def read_file(path):
         return CaptionError(f"{shown(path)}: the file's name is not UTF-8")
     except CaptionError as error:
         return error
+    except Exception as error:  # one strange file of a million does not end it, as in training
+        return CaptionError(f"{shown(path)}: unexpected {type(error).__name__}: {error}")
 
 
 # ---- pack ----------------------------------------------------------------------------------------
 
 
 def pack(options):
-    source, by_id = options.caption_root, options.by_id
+    source = options.caption_root
     check_absent(options.out, "out")  # before the work
     if os.path.isfile(source):
         by_id, videos = True, read_json(source)
@@ -254,11 +266,9 @@ def pack(options):
         check_folder(source, "caption_root")
         if is_store(source):
             raise InputError(f"--caption_root: {source} is a store already: use it as it is")
-        names = caption_files(source)
-        videos = tqdm(read_folder(source, names, options.num_workers), total=len(names))
-        if by_id:
-            check_ids(names)
-            videos = ((PurePosixPath(name).name, captions) for name, captions in videos)
+        by_id, paths = options.by_id, caption_files(source)
+        files = files_by_id(paths) if by_id else [(path, path) for path in paths]
+        videos = read_folder(source, files, options.num_workers)
     left_out = []
 
     def usable():
@@ -268,23 +278,25 @@ def pack(options):
             else:
                 yield name, *captions
 
-    count, captions = write_store(options.out, usable(), by_id=by_id)
+    with closing(videos):
+        count, captions = write_store(options.out, usable(), by_id=by_id)
     for error in left_out:
         print(f"left out: {error}", file=sys.stderr)
     print(f"{options.out}: {captions:,} captions of {count:,} videos", end="")
     print(f"; {len(left_out):,} videos have no usable caption" if left_out else "")
 
 
-def check_ids(names):
-    """Refuses two caption files of one name in different folders."""
-    by_id = {}
-    for name in names:
-        other = by_id.setdefault(PurePosixPath(name).name, name)
-        if other != name:
+def files_by_id(paths):
+    """(file name, path) of caption files. Refuses two of one name in different folders."""
+    files = {}
+    for path in paths:
+        other = files.setdefault(PurePosixPath(path).name, path)
+        if other != path:
             raise InputError(
-                f"--by_id: {shown(other)}.csv and {shown(name)}.csv have one name: "
+                f"--by_id: {shown(other)}.csv and {shown(path)}.csv have one name: "
                 "remove one, or pack without --by_id"
             )
+    return list(files.items())
 
 
 # ---- list ----------------------------------------------------------------------------------------
@@ -307,7 +319,7 @@ def make_list(options):
             f"--caption_root: none of {len(videos):,} videos has captions in {options.caption_root}"
             f": {shown(looked_for)} is not among them, {shown(min(names))} is{hint}"
         )
-    write_list(options.out, sorted(pairs.values()))
+    write_list(options.out, pairs.values())
     print(f"{options.out}: {len(pairs):,} videos with captions")
     left = names - pairs.keys()
     for found, what, more in (
