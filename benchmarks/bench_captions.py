@@ -9,15 +9,16 @@ data/howto100m/prepare.py, and reads the captions of random videos, as training 
     folder    caption_store.CaptionFolder: a CSV file a video
     store     caption_store.CaptionStore: all of them in arrays that are mapped into memory
 
-The same videos in both, wall time of one process. "Warm" is with the files in the page cache,
-"cold" after they were dropped from it (the file system's own tables stay: a folder of a million
-files on a network file system is slower than that). A whole item is one of video_loader.HowTo100M,
-in CPU time: captions, words and a decoded clip of 16 x 224 x 224; all videos are links to one of
-340x256, 25 frames/s, GOP 250. Memory is by how much the workers of workers.sample_batches grow by
-reading random videos: what each has changed for itself (Private_Dirty of /proc), summed. Pages of
-files are not counted, neither those of a mapped store nor those of the folder's files: they are in
-the page cache once, which gives them up when memory is short. The last line says whether the
-captions of a thousand videos are the same in the folder and in both stores.
+The same videos in both, by one process. "Warm" is with the files in the page cache, in CPU time;
+"cold" after they were dropped from it, in wall time (the file system's own tables stay: a folder
+of a million files on a network file system is slower than that). A whole item is one of
+video_loader.HowTo100M, in CPU time: captions, words and a decoded clip of 16 x 224 x 224; all
+videos are links to one of 340x256, 25 frames/s, GOP 250. Memory is by how much the workers of
+workers.sample_batches grow by reading random videos: what each has changed for itself
+(Private_Dirty of /proc), summed. Pages of files are not counted, neither those of a mapped store
+nor those of the folder's files: they are in the page cache once, which gives them up when memory is
+short. The last line says whether the captions of a thousand videos are the same in the folder and
+in both stores.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_decode import encode, processor
+from bench_decode import cpu_seconds, encode, processor
 from bench_loss import resident
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,11 +74,11 @@ def make_set(root, videos, captions):
 
 
 def pack(source, out):
-    """Seconds, and the MiB at the peak of the packing process without those that read for it."""
-    began = time.perf_counter()
+    """Seconds of the wall and of CPU, and the peak in MiB of the process, without its readers."""
+    began, spent = time.perf_counter(), cpu_seconds()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare.main(["pack", "--caption_root", str(source), "--out", str(out)])
-    return time.perf_counter() - began, resident("VmHWM")
+    return time.perf_counter() - began, cpu_seconds() - spent, resident("VmHWM")
 
 
 def apart(function, *arguments):
@@ -106,16 +107,17 @@ def forget(root):
 
 
 def read(root, names):
-    """Milliseconds to open the captions, to read those of one video, and files open for it."""
+    """Milliseconds to open the captions; to read a video's, of the wall and of CPU; files open."""
     files = len(os.listdir("/proc/self/fd"))
     began = time.perf_counter()
     captions = open_captions(root)
-    opened = time.perf_counter()
+    opened = time.perf_counter(), time.process_time()
     for name in names:
         captions.read(f"{name}.mp4")
-    read = time.perf_counter()
+    read = time.perf_counter(), time.process_time()
     files = len(os.listdir("/proc/self/fd")) - files
-    return (opened - began) * 1000, (read - opened) / len(names) * 1000, files
+    each = [(end - start) / len(names) * 1000 for start, end in zip(opened, read, strict=True)]
+    return (opened[0] - began) * 1000, *each, files
 
 
 class Reader:
@@ -203,16 +205,15 @@ def main():
         names = make_set(root, options.videos, options.captions)
         roots = {"folder": root / "csv", "store": root / "store"}
         print(f"{options.videos:,} videos, {options.videos * options.captions:,} captions\n")
-        print("| pack from | seconds | peak MiB | source MB | store MB |")
-        print("| --- | --- | --- | --- | --- |")
+        print("| pack from | seconds | CPU seconds | peak MiB | source MB | store MB |")
+        print("| --- | --- | --- | --- | --- | --- |")
         for source, out in (("csv", "store"), ("all.json", "from_json")):
-            seconds, peak = apart(pack, root / source, root / out)
+            seconds, cpu, peak = apart(pack, root / source, root / out)
             size = disk(root / source) if source == "csv" else (root / source).stat().st_size / 1e6
-            print(
-                f"| {source} | {seconds:.1f} | {peak:.0f} | {size:.0f} | {disk(root / out):.0f} |"
-            )
+            print(f"| {source} | {seconds:.1f} | {cpu:.1f} | {peak:.0f} ", end="")
+            print(f"| {size:.0f} | {disk(root / out):.0f} |")
         print("\n| captions from | files | open files | to open, ms | cold, ms a video |", end="")
-        print(f" warm, ms a video | an item, CPU ms | {options.workers} workers, MB |")
+        print(f" warm, CPU ms a video | an item, CPU ms | {options.workers} workers, MB |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         rng = np.random.default_rng(2)
         drawn = [names[i] for i in rng.integers(len(names), size=options.samples)]
@@ -221,9 +222,9 @@ def main():
         item = apart(whole_items, roots, items, root)
         for way, path in roots.items():
             forget(path)
-            _, cold, _ = apart(read, path, drawn[:2000])
+            _, cold, _, _ = apart(read, path, drawn[:2000])
             apart(read, path, drawn)
-            opening, warm, files = apart(read, path, drawn)
+            opening, _, warm, files = apart(read, path, drawn)
             memory = apart(workers_memory, path, drawn, options.workers)
             print(
                 f"| {way} | {len(files_of(path)):,} | {files} | {opening:.1f} | {cold:.3f} ", end=""
