@@ -62,7 +62,7 @@ def get_args(description="MIL-NCE", argv=None):
     # Training data
     add("--train_csv", default="data/howto100m_videos.csv", help="list of training videos")
     add("--video_path", default="", help="folder that the list's video_path starts from")
-    add("--caption_root", default="", help="folder of the caption files")
+    add("--caption_root", default="", help="folder of caption files, or a caption store")
     add("--min_time", type=positive(float), default=5.0, help="shortest clip to draw from, seconds")
     add("--num_candidates", type=positive(int), default=1, help="captions a clip (K of MIL-NCE)")
     add("--random_flip", type=int, choices=(0, 1), default=1, help="flip half of the clips")

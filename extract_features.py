@@ -32,6 +32,7 @@ from utils import (
     InputError,
     cell_error,
     check_folder,
+    find_files,
     log,
     make_folder,
     one_line,
@@ -41,7 +42,7 @@ from utils import (
     setup_logging,
     write_whole,
 )
-from video_decoder import find_videos
+from video_decoder import EXTENSIONS
 from video_windows import strided_features
 
 COLUMNS = ["video_path", "feature_path"]
@@ -66,7 +67,7 @@ def video_list(args):
         videos = list(zip(table["video_path"], table["feature_path"], strict=True))
     else:
         found = {}
-        for path in find_videos(args.video_path):
+        for path in videos_below(args.video_path):
             other = found.setdefault(path.with_suffix(".npy"), path)
             if other != path:
                 raise InputError(
@@ -77,6 +78,16 @@ def video_list(args):
     if not videos:
         raise InputError(f"no videos in {args.feature_csv or args.video_path}: name others")
     return videos
+
+
+def videos_below(folder):
+    """Their paths, relative to the folder, in order."""
+    try:
+        return sorted(map(Path, find_files(folder, EXTENSIONS)))
+    except OSError as error:
+        raise InputError(
+            f"--video_path: {error.filename} cannot be read: {error.strerror}: mend it"
+        ) from None
 
 
 def is_done(path, video, settings):

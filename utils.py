@@ -265,11 +265,47 @@ def write_whole(path):
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def check_absent(path, flag):
+    """Refuses to write over something that is there."""
+    if os.path.lexists(path):
+        raise InputError(f"--{flag}: {path} is there already: remove it or give another")
+
+
+def sync_folder(folder):
+    """Has the disk know of a renamed file, too."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # has the disk know of the new name, too
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def find_files(root, extensions):
+    """Yields the paths, relative to a folder, of the files below it with one of the extensions.
+
+    extensions: in lower case, with the dot. Links are followed, but not into a folder that they are
+    in. Raises OSError where a folder cannot be read.
+    """
+    folders = [("", ())]
+    while folders:
+        folder, above = folders.pop()
+        path = os.path.join(root, folder)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in above:
+            continue
+        above = (*above, (status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = os.path.join(folder, entry.name)
+                # An entry mostly knows its kind without asking the disk.
+                found = Path(entry.path) if entry.is_symlink() else entry
+                if found.is_dir():
+                    folders.append((name, above))
+                elif os.path.splitext(name)[1].lower() in extensions and found.is_file():
+                    yield name
 
 
 def report(title, figures, output=""):

@@ -24,7 +24,6 @@ import threading
 import time
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -153,12 +152,6 @@ def decode_frames(path, *, size, crop_only=False, crop=(0.5, 0.5), backend="pyav
     for number, picture in enumerate(pictures):
         _put(picture, out[:, number : number + 1])
     return torch.from_numpy(out)
-
-
-def find_videos(root):
-    """The videos under a folder, by their names' extensions: paths relative to it, in order."""
-    paths = (path for path in Path(root).rglob("*") if path.suffix.lower() in EXTENSIONS)
-    return sorted(path.relative_to(root) for path in paths if path.is_file())
 
 
 def probe_duration(path):

@@ -5,10 +5,10 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from caption_store import CaptionError, PackedStrings, open_captions
 from utils import InputError, check_folder, log, one_line, read_table
 from video_decoder import DecodeError, decode_clip
 from workers import Crash, sample_batches
@@ -16,30 +16,6 @@ from workers import Crash, sample_batches
 TEXT_WORDS = 20
 MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
 QUARANTINE = "quarantined"  # how the reason begins where a video is not to be tried again
-MAX_SECONDS = 1e6  # a caption's time beyond is a slip
-
-
-class CaptionError(Exception):
-    """A caption file cannot be used. One line that names it."""
-
-
-def read_captions(path):
-    """Reads a caption file: start and end in seconds (float arrays) and a list of texts.
-
-    Rows without usable times are passed over. Raises CaptionError where the file is absent, is no
-    table of captions or has no caption.
-    """
-    try:
-        table = pd.read_csv(path, dtype={"text": str}, keep_default_na=False, na_values=[""])
-        starts, ends = table["start"].to_numpy(float), table["end"].to_numpy(float)
-        usable = (starts >= 0) & (starts < MAX_SECONDS) & (ends >= 0) & (ends < MAX_SECONDS)
-        starts, ends, texts = starts[usable], ends[usable], table["text"][usable].tolist()
-    except (OSError, ValueError, KeyError) as error:
-        reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
-        raise CaptionError(f"{path}: {one_line(reason)}") from None
-    if not texts:
-        raise CaptionError(f"{path}: no caption with usable times in it")
-    return starts, ends, texts
 
 
 def find_nearest_candidates(starts, ends, index, num_candidates):
@@ -70,29 +46,13 @@ def clip_window(start, end, min_time):
     return int(start), int(end)
 
 
-class PackedStrings:
-    """Strings in two arrays. Workers share them; of a list each would copy every page it reads."""
-
-    def __init__(self, strings):
-        encoded = [string.encode() for string in strings]
-        self.ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
-        self.characters = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self):
-        return len(self.ends)
-
-    def __getitem__(self, index):
-        start = self.ends[index - 1] if index else 0
-        return self.characters[start : self.ends[index]].tobytes().decode()
-
-
 class HowTo100M(Dataset):
     """Videos with narration. A sample is a function of (seed, epoch, index, attempt) alone.
 
     Keys are (epoch, index) or (epoch, index, attempt): attempts from 1 on are of other videos, to
     be taken where the one before cannot be read. An item: "video" uint8 [3, num_frames, size,
     size] and "text" int64 [K, 20] for K candidate captions, [20] where K is 1; or "error", a line
-    that names the video or caption file that cannot be read.
+    that names the video or the captions that cannot be read.
     """
 
     def __init__(
@@ -116,10 +76,9 @@ class HowTo100M(Dataset):
         columns = ["video_path"]
         names = read_table(csv, columns, names=columns, flag="train_csv")["video_path"].dropna()
         check_folder(video_path, "video_path")
-        check_folder(caption_root, "caption_root")
+        self.captions = open_captions(caption_root)
         self.names = PackedStrings(names)
         self.video_path = Path(video_path)
-        self.caption_root = Path(caption_root)
         self.tokenizer = tokenizer
         self.num_frames, self.size, self.fps = num_frames, size, fps
         self.crop_only, self.centercrop, self.random_flip = crop_only, centercrop, random_flip
@@ -132,14 +91,13 @@ class HowTo100M(Dataset):
         }
         if not any(os.path.isfile(self.video_path / name) for name in names):
             raise InputError(f"--video_path: none of the videos of {csv} is in {video_path}")
-        if not any(os.path.isfile(self.caption_file(name)) for name in names):
-            raise InputError(f"--caption_root: no caption file for {csv} is in {caption_root}")
+        if not any(map(self.captions.has, names)):
+            raise InputError(
+                f"--caption_root: no captions of the videos of {csv} in {caption_root}"
+            )
 
     def __len__(self):
         return len(self.names)
-
-    def caption_file(self, name):
-        return (self.caption_root / name).with_suffix(".csv")
 
     def draw(self, key):
         """The video's index that this key is of, and the generator of the sample's randomness."""
@@ -164,7 +122,7 @@ class HowTo100M(Dataset):
 
     def sample(self, name, rng):
         """One sample of this video. Raises CaptionError or DecodeError."""
-        starts, ends, texts = read_captions(self.caption_file(name))
+        starts, ends, texts = self.captions.read(name)
         index = int(rng.integers(len(texts)))
         nearest = find_nearest_candidates(starts, ends, index, self.num_candidates)
         text = torch.stack([self.tokenizer(texts[i]) for i in nearest])

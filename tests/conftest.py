@@ -150,6 +150,16 @@ def make_video(path, seconds, *options):
     subprocess.run([*command, "-pix_fmt", "yuv420p", *options, str(path)], check=True)
 
 
+def private_memory():
+    """Bytes that this process has changed and shares with no other (Linux).
+
+    Not what is only read, which may look private as long as no other has come to it: the pages of
+    a file are in memory once, whoever maps them.
+    """
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty"))
+
+
 @pytest.fixture
 def milnce_log(caplog, monkeypatch):
     """The project's log, which otherwise does not reach pytest's."""

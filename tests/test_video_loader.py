@@ -6,27 +6,26 @@ import string
 import time
 from contextlib import closing
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import frames_digest, golden_frames, golden_json, write_csv
+from conftest import frames_digest, golden_frames, golden_json, private_memory, write_csv
 
 import video_loader
+from caption_store import open_captions, write_store
 from s3dg import Tokenizer
 from utils import InputError
 from video_decoder import DecodeError
 from video_loader import (
     MAX_REPLACEMENTS,
     QUARANTINE,
-    CaptionError,
     HowTo100M,
-    PackedStrings,
     StepSampler,
     clip_window,
     find_nearest_candidates,
-    read_captions,
     training_batches,
 )
 from workers import sample_batches
@@ -46,31 +45,6 @@ def test_clip_windows_match_the_golden_seconds(case):
     start, end = clip_window(case["caption_start"], case["caption_end"], case["min_time"])
     assert [start, end] == case["window"]
     assert [start, int(max(start, end - case["clip_seconds"]))] == case["seek_range"]
-
-
-def test_captions_keep_null_as_a_word_and_an_empty_cell_as_missing(tmp_path):
-    (tmp_path / "a.csv").write_text('start,end,text\n0,1,null\n1.5,2,\n3,4,"say ""hi"",\nthere"\n')
-    starts, ends, texts = read_captions(tmp_path / "a.csv")
-    assert starts.tolist() == [0, 1.5, 3] and ends.tolist() == [1, 2, 4]
-    assert texts[0] == "null" and not isinstance(texts[1], str) and texts[2] == 'say "hi",\nthere'
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        "",
-        "start,end,text\n",
-        "start,text\n1,a\n",
-        "start,end,text\nx,2,a\n",
-        "start,end,text\nnan,nan,a\ninf,inf,a\n0,inf,a\n0,1e19,a\n1e10,1e10,a\n-5,-1,a\n",
-    ],
-)
-def test_unusable_caption_files_are_one_error_that_names_them(tmp_path, content):
-    if content is not None:
-        (tmp_path / "a.csv").write_text(content)
-    with pytest.raises(CaptionError, match=r"a\.csv"):
-        read_captions(tmp_path / "a.csv")
 
 
 CLIPS = ["v_GGSY1Qvo990.mp4", "flipping_a_pancake.mkv", "av1_video.mkv"]
@@ -319,6 +293,10 @@ def fake_videos(tmp_path, monkeypatch):
     return make
 
 
+def names_tried(bad):
+    return [[name for name, _ in tried] for tried in bad]
+
+
 GOOD = [f"good{i}.mp4" for i in range(6)]
 BAD = ["broken0.mp4", "mute0.mp4", "broken1.mp4"]
 
@@ -340,6 +318,20 @@ def test_replacements_are_the_same_after_a_restart(fake_videos, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_the_same_with_a_folder_of_captions_and_with_a_store(fake_videos, workers):
+    data = fake_videos(*GOOD, *BAD)
+    expected = load(data, 4, 9)
+    captions = [(Path(name).stem, data.captions) for name in GOOD + BAD if "mute" not in name]
+    store = data.captions.root / "store"
+    write_store(store, ((name, *folder.read(f"{name}.mp4")) for name, folder in captions))
+    data.captions = open_captions(store)
+    found = load(data, 4, 9, workers=workers)
+    assert [samples for samples, _ in found] == [samples for samples, _ in expected]
+    for (_, bad), (_, expected_bad) in zip(found, expected, strict=True):
+        assert names_tried(bad) == names_tried(expected_bad)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_each_bad_sample_is_told_with_the_reason_and_all_that_was_tried(fake_videos, workers):
     data = fake_videos(*GOOD, *BAD)
     steps = keys(1, length=len(data), batch=3, steps=12)
@@ -351,7 +343,7 @@ def test_each_bad_sample_is_told_with_the_reason_and_all_that_was_tried(fake_vid
             names = [data.name((epoch, index, attempt)) for attempt in range(MAX_REPLACEMENTS)]
             good = next(place for place, name in enumerate(names) if name in GOOD)
             tried += [names[:good]] if good else []
-        assert [[name for name, _ in attempts] for attempts in bad] == tried
+        assert names_tried(bad) == tried
         for name, reason in chain.from_iterable(bad):
             assert name.removesuffix(".mp4") in reason
             assert "captions" in reason or "broken" in reason or "No such file" in reason
@@ -382,7 +374,7 @@ def test_a_quarantined_video_is_replaced_as_if_it_had_just_crashed(fake_videos):
     again = load(data, 3, 12, workers=2, quarantined=set(quarantined))
     for (samples, bad), (known_samples, known_bad) in zip(found, again, strict=True):
         assert samples == known_samples
-        assert [[v for v, _ in tried] for tried in bad] == [[v for v, _ in t] for t in known_bad]
+        assert names_tried(bad) == names_tried(known_bad)
     told = [(v, why) for _, bad in again for v, why in chain.from_iterable(bad)]
     assert {why for v, why in told if v in quarantined} == {QUARANTINE}
 
@@ -391,21 +383,11 @@ def test_a_quarantined_video_is_replaced_as_if_it_had_just_crashed(fake_videos):
 @pytest.mark.parametrize("quarantined", [(), BAD])
 def test_a_hundred_unreadable_samples_in_a_row_end_the_training(fake_videos, workers, quarantined):
     data = fake_videos("good.mp4", *BAD)
-    write_captions(data.caption_file("good.mp4"))
+    write_captions(data.captions.file("good.mp4"))
     children = psutil.Process().children()
     with pytest.raises(InputError, match=f"--video_path: {MAX_REPLACEMENTS} samples in a row"):
         load(data, 2, 2, workers=workers, quarantined=set(quarantined))
     assert psutil.Process().children() == children
-
-
-STRINGS = ["a/b.mp4", "", "größe/日本/🙂.mp4", "x" * 100_000, "a/b.mp4", "z"]
-
-
-def test_packed_strings_are_the_strings():
-    packed = PackedStrings(iter(STRINGS))
-    assert len(packed) == len(STRINGS)
-    assert [packed[i] for i in range(len(packed))] == STRINGS
-    assert [packed[np.int64(i)] for i in (5, 0)] == ["z", "a/b.mp4"]
 
 
 def howto100m_names(length):
@@ -430,12 +412,6 @@ class ReadAll:
         characters = sum(len(self.names[i]) for i in range(len(self.names)))
         private = torch.tensor([before, private_memory()])
         return {"private": private, "characters": torch.tensor(characters)}
-
-
-def private_memory():
-    with open("/proc/self/smaps_rollup") as file:
-        sizes = dict(line.split(":") for line in file.readlines()[1:])
-    return sum(int(sizes[name].split()[0]) << 10 for name in ("Private_Clean", "Private_Dirty"))
 
 
 def growth(names):

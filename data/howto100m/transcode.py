@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import video_decoder
+from utils import find_files
 
 PARTIAL = ".part"
 SETTINGS = "transcode.json"
@@ -147,7 +148,10 @@ def check_settings(parser, out, settings):
 def main(arguments=None):
     """Exit status 0: all is there; 1: some videos failed; 2: the call was wrong."""
     parser, options = parse_arguments(arguments)
-    videos = video_decoder.find_videos(options.video_path)
+    try:
+        videos = sorted(map(Path, find_files(options.video_path, video_decoder.EXTENSIONS)))
+    except OSError as error:
+        parser.error(f"--video_path {error.filename}: {error.strerror}")
     if not videos:
         parser.error(f"--video_path {options.video_path}: no video found in it")
     settings = {

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from args import Parser, positive
+from caption_store import CaptionError, read_captions
 from s3dg import VOCABULARY_ROWS, WORD_DIM, load_word_vectors, load_words, tokenize
 from utils import (
     InputError,
@@ -48,7 +49,6 @@ from utils import (
     shorten,
     write_whole,
 )
-from video_loader import CaptionError, read_captions
 
 WORDS, VECTORS = "dict.npy", "word2vec.pth"
 CHUNK = 1 << 20  # bytes read at a time
