@@ -54,6 +54,8 @@ def read_captions(path):
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
+            raise ValueError("its rows have more cells than its first line")
         # From text to the nearest number, as a JSON reader does it: older pandas only come close.
         starts, ends = table["start"].to_numpy(float), table["end"].to_numpy(float)
         texts = table["text"].fillna("").tolist()
@@ -275,7 +277,8 @@ def write_store(folder, videos, *, by_id=False):
     Returns how many videos and captions there are. Raises InputError where --out cannot be written
     or there are no videos.
     """
-    partial = Path(f"{folder}{PARTIAL}")
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}{PARTIAL}")
     check_absent(folder, "out")
     make_folder(partial.parent, "out")
     try:

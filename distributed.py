@@ -168,8 +168,9 @@ def plan_share(args, env=os.environ):
     if not 0 <= index < count:
         raise InputError(f"{names} in the environment: not a process of these: give --shard")
     if args.shard is not None:
-        return Share(*args.shard, local, on_node)
-    if "SLURM_ARRAY_TASK_ID" in env:
+        part, parts = args.shard
+        index, count = part * count + index, parts * count
+    elif "SLURM_ARRAY_TASK_ID" in env:
         task, first, last, step, tasks = (
             whole_number(env, f"SLURM_ARRAY_TASK_{name}", default=default)
             for name, default in (("ID", 0), ("MIN", 0), ("MAX", 0), ("STEP", 1), ("COUNT", 1))

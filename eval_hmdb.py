@@ -16,7 +16,8 @@ from utils import check_output, pick_device, report, run_script, setup_logging
 def make_features(args, csv):
     """Decodes the videos and runs the model: the data set, the features, what has none and why."""
     device = pick_device(args)
-    check_output(args.features, "features")
+    if args.features:
+        check_output(args.features, "features")
     dataset = HMDB51(
         csv,
         args.eval_video_root,
@@ -43,7 +44,8 @@ def make_features(args, csv):
 def main():
     args = get_args(__doc__)
     setup_logging(args.verbose)
-    check_output(args.output)
+    if args.output:
+        check_output(args.output)
     csv = args.eval_csv or "data/hmdb51.csv"
     if os.path.isfile(args.features):
         dataset = HMDB51(csv, video_root=None)

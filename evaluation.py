@@ -193,7 +193,8 @@ def retrieval_script(args, dataset_class, default_csv):
     """The whole of a retrieval script: all input is checked first, then scored and reported."""
     setup_logging(args.verbose)
     device = pick_device(args)
-    check_output(args.output)
+    if args.output:
+        check_output(args.output)
     words = read_words(args)
     dataset = retrieval_set(args, dataset_class, default_csv, words)
     model = inference_model(args, device)

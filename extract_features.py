@@ -95,9 +95,9 @@ def is_done(path, video, settings):
 
     Raises InputError where they are of something else: nobody's work is written over.
     """
-    if not path.exists():
-        return False
     side = path.with_suffix(".json")
+    if not path.exists() and not side.exists():
+        return False
     mend = "name another folder, or delete them"
     try:
         made = json.loads(side.read_bytes())
@@ -108,12 +108,14 @@ def is_done(path, video, settings):
             f"{mend}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"--feature_root: {side} is damaged: {mend}") from None
+        raise InputError(
+            f"--feature_root: {side} is damaged, or of something else: {mend}"
+        ) from None
     if differ:
         raise InputError(f"--feature_root: the features {path} were made with {differ}: {mend}")
     if of != video:
         raise InputError(f"--feature_root: the features {path} are of {of}, not {video}: {mend}")
-    return True
+    return path.exists()
 
 
 def write_features(path, video, settings, found):

@@ -235,8 +235,7 @@ def setup_logging(verbose, path=None, level=logging.INFO):
 def check_output(path, flag="output"):
     """Refuses, before the work, a file that could not be written after it."""
     folder = Path(path).resolve().parent
-    writable = folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir()
-    if path and not writable:
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
         raise InputError(f"--{flag}: {path} cannot be written: give a file in an existing folder")
 
 

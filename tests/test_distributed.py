@@ -256,7 +256,9 @@ def test_torchrun_srun_and_the_flag_say_which_share():
     assert share(**TORCHRUN) == Share(3, 4, 1, 2)
     assert share(**step(5, 8, nodes=2)) == Share(5, 8, 1, 4)
     assert share("--shard 2/5") == Share(2, 5, 0, 1)
-    assert share("--shard 2/5", **step(1, 2), **array(3, 0, 9, 1, 10)) == Share(2, 5, 1, 2)
+    # The processes of a launcher share the part, which counts instead of the array's task.
+    assert share("--shard 2/5", **step(1, 2), **array(3, 0, 9, 1, 10)) == Share(5, 10, 1, 2)
+    assert share("--shard 2/5", **TORCHRUN) == Share(11, 20, 1, 2)
 
 
 @pytest.mark.parametrize(

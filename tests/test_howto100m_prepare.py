@@ -463,6 +463,7 @@ def test_a_reading_process_that_is_killed_ends_the_packing_with_one_line(
     write_captions(tmp_path / "csv", *map(str, range(20)))
     monkeypatch.setattr(prepare, "FILES", 1)
     monkeypatch.setattr(prepare, "read_files", kill)
+    before = set(psutil.Process().children())
     with pytest.raises(InputError, match="--num_workers: a process that reads was killed"):
         pack(tmp_path / "csv", tmp_path / "store", "--num_workers", str(workers))
-    assert written(tmp_path) == ["csv"] and not psutil.Process().children()
+    assert written(tmp_path) == ["csv"] and set(psutil.Process().children()) <= before

@@ -162,4 +162,6 @@ def test_figures_are_printed_and_written(tmp_path, capsys):
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match="--output"):
         check_output(str(tmp_path / "absent" / "out.json"))
+    with pytest.raises(InputError, match="--out"):  # of a shell variable that is not set
+        check_output("", "out")
     check_output(str(tmp_path / "out.json"))
