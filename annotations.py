@@ -5,6 +5,7 @@ lines that say what of an official file is not in it. They raise InputError, whi
 the file and the place, where a file is not what it should be.
 """
 
+import csv
 import json
 import os
 import re
@@ -109,17 +110,19 @@ def msrvtt_table(path, ids=None, flag="eval_csv"):
                 f"--ids: {path} does not have {len(unknown)} of the {len(listed)} videos of {ids} "
                 f"(the first is {shorten(unknown[0])}): give the JSON that does"
             )
-        notes = [f"left out: {len(splits) - len(listed)} videos that are not in {ids}"]
+        reason = f"not in {ids}"
     else:
         listed = dict.fromkeys(name for name, split in splits.items() if split == "test")
         if not listed:
             raise InputError(f"{where} has no video of the split test: give the test set's JSON")
-        notes = [f"left out: {len(splits) - len(listed)} videos that are not of the split test"]
-        if len(listed) != 1000:
-            notes.append(
-                f"these are {len(listed)} videos, not the 1,000 of the list 1k-A that papers "
-                "report on: data/msrvtt/prepare.py takes a list"
-            )
+        reason = "not of the split test"
+    others = len(splits) - len(listed)
+    notes = [f"left out: {others} videos that are {reason}"] if others else []
+    if not ids and len(listed) != 1000:
+        notes.append(
+            f"these are {len(listed)} videos, not the 1,000 of the list 1k-A of most papers: "
+            "data/msrvtt/prepare.py takes a list"
+        )
     chosen = {name: text or sentences.get(name) for name, text in listed.items()}
     silent = [name for name, text in chosen.items() if text is None]
     if silent:
@@ -152,7 +155,7 @@ def read_ids(path):
     """
     check_file(path, "ids")
     lines = read_lines(path, f"--ids: {path}")
-    if lines and "video_id" in lines[0].split(","):
+    if lines and "video_id" in next(csv.reader(lines[:1])):
         table = read_table(path, ["video_id"], names=["video_id"], flag="ids")
         unique(filled(table, ["video_id"], path, "ids"), ["video_id"], path, "ids")
         sentences = table["sentence"] if "sentence" in table else [None] * len(table)
@@ -291,6 +294,7 @@ def seconds(segment, where):
     good = len(segment) == 2 and all(
         type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER for value in segment
     )
+    good = good and segment[0] <= segment[1]
     if not good:
         raise InputError(f"{where}: 'segment' is {shorten(segment)}, not [start, end]: mend it")
     return segment

@@ -16,6 +16,7 @@ CAPTIONS, which is a folder, a store or the JSON file. It goes by names and open
 
 import argparse
 import csv
+import io
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ from utils import (
     find_files,
     one_line,
     run_script,
+    write_whole,
 )
 from video_decoder import EXTENSIONS
 
@@ -385,13 +387,14 @@ def shown(name):
 
 
 def write_list(path, videos):
-    partial = Path(f"{path}.part")
     try:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
+        with write_whole(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            writer = csv.writer(text, lineterminator="\n")
             writer.writerow(("video_path",))
             writer.writerows((video,) for video in videos)
-        partial.rename(path)
+            text.flush()
+            text.detach()
     except OSError as error:
         raise InputError(f"--out: cannot write {path}: {error.strerror}") from None
 
