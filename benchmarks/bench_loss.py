@@ -54,15 +54,20 @@ def share(union, ranks):
 # Both leave in own.grad the gradient of the loss of the union batch.
 
 
-def dense(union, own, _):
-    gathered = [tensor.clone().requires_grad_() for tensor in union]
-    videos, texts = gathered
+def dense_loss(videos, texts):
+    """[B, D], [B*K, D] -> the loss, by autograd through the whole B x B*K; denominators [B]"""
     batch = len(videos)
     scores = (videos @ texts.t()).view(batch, batch, -1)
     positives = scores.diagonal().t().logsumexp(1)
     everything = torch.cat((scores, scores.transpose(0, 1)), dim=1).view(batch, -1)
     denominators = everything.logsumexp(1)
-    (denominators - positives).mean().backward()
+    return (denominators - positives).mean(), denominators
+
+
+def dense(union, own, _):
+    gathered = [tensor.clone().requires_grad_() for tensor in union]
+    value, denominators = dense_loss(*gathered)
+    value.backward()
     for tensor, whole in zip(own, gathered, strict=True):
         tensor.grad = whole.grad[: len(tensor)].clone()
     return denominators.detach()
@@ -106,10 +111,11 @@ def measure(way, sizes, ranks, steps, denominators):
     return resident("VmHWM") - before, min(seconds), gradients.numpy(), result.numpy()
 
 
-def measure_apart(*arguments):
+def apart(function, *arguments):
+    """What the function returns in a fresh process, which gives freed memory back at once."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc reads it as a process starts
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def main():
@@ -129,8 +135,8 @@ def main():
     print(f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}")
     print(f"B={sizes[0]}, K={sizes[1]}, D={sizes[2]}, one of {options.ranks} ranks, float32\n")
     arguments = sizes, options.ranks, options.steps
-    theirs, their_time, their_gradient, denominators = measure_apart(dense, *arguments, None)
-    memory, seconds, gradient, _ = measure_apart(ours, *arguments, denominators)
+    theirs, their_time, their_gradient, denominators = apart(measure, dense, *arguments, None)
+    memory, seconds, gradient, _ = apart(measure, ours, *arguments, denominators)
     difference = abs(gradient - their_gradient).max() / abs(their_gradient).max()
     print("| loss | peak MiB | seconds |\n| --- | --- | --- |")
     print(f"| dense | {theirs:.1f} | {their_time:.3f} |")

@@ -1,0 +1,306 @@
+"""What the model costs: forward, training step and evaluation, the plain way and ours, in one run.
+
+    python benchmarks/bench_step.py                         # about six minutes on two cores
+    python benchmarks/bench_step.py --size 224              # on a GPU: the largest batch that fits
+    python benchmarks/bench_step.py --frames 32 --size 200
+    python benchmarks/bench_step.py --profile               # instead: where our step's time goes
+    python benchmarks/bench_step.py --effective 8192        # instead: one step of so many clips
+
+ways.py says what the plain way, the release's, leaves out that ours has. In every round all ways
+have their turn, in new copies of the model, so that noise hits all of them; a time is the fastest
+pass of all rounds. On a GPU each way has the largest power of two of clips that fits, in memory
+and in tensors of 2^31 elements; PyTorch's default has float32 convolutions take TF32 there, in
+both ways, and cuDNN tries its algorithms for both.
+
+    of the peak    floating-point operations of the plain model a second (convolutions and matrix
+                   products; what --grad_checkpoint and --accum_steps compute again is not counted)
+                   over those of a large matrix product in the way's type, measured in this run
+                   (TF32 for float32 on a GPU)
+    MiB            peak of memory less what weights and batch take, over two passes; on a CPU of
+                   the resident set of a fresh process
+    apart          |a - b| / |b| over all embeddings, of a step over all gradients, where b is the
+                   plain way in float64. BatchNorm makes a new model amplify rounding, in its
+                   gradient above all: the plain way's own distance is the measure. --accum_steps
+                   normalises smaller batches, and has none.
+"""
+
+import argparse
+import copy
+import gc
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from bench_decode import processor
+from bench_loss import apart, resident
+from torch.utils.flop_counter import FlopCounterMode
+from ways import (
+    draw_batch,
+    new_model,
+    our_evaluation,
+    our_forward,
+    our_step,
+    plain_copy,
+    plain_evaluation,
+    plain_forward,
+    plain_step,
+    settle_averages,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from args import get_args
+from training_step import autocast_dtype
+from utils import to_unit_range
+
+
+class Row(NamedTuple):
+    table: str
+    name: str
+    way: Callable
+    dtype: torch.dtype = torch.float32
+    flags: tuple = ()
+
+
+def rows_of(short, compiled):
+    """All rows. The plain way is its table's first, and rows with flags follow the one without."""
+    named = f"ours, {str(short).removeprefix('torch.')}"
+    rows = []
+    for table, plain, ours in (
+        ("forward", plain_forward, our_forward),
+        ("training step", plain_step, our_step),
+        ("evaluation", plain_evaluation, our_evaluation),
+    ):
+        rows += [Row(table, "plain", plain), Row(table, "ours, float32", ours)]
+        if short != torch.float32:
+            rows.append(Row(table, named, ours, short))
+        if ours is our_step:
+            flags = ["--grad_checkpoint", "--accum_steps=4", *["--compile"] * compiled]
+            rows += [Row(table, f"{named}, {flag}", ours, short, (flag,)) for flag in flags]
+    return rows
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def prepared(row, model, options, clips, device):
+    """The row's pass over that many clips, with nothing of another row on the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row.way(model, draw_batch(options, clips, device), device, row.dtype, *row.flags)
+
+
+def seconds(run, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak(row, options, clips, device):
+    """MiB beyond weights and batch, and seconds of the second of two passes."""
+    run = prepared(row, new_model(), options, clips, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = resident("VmRSS")
+    run()
+    took = seconds(run, device)
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, took
+    return resident("VmHWM") - before, took
+
+
+def measured_peak(row, options, clips, device):
+    measure = peak if device.type == "cuda" else lambda *given: apart(peak, *given)
+    return measure(row, options, clips, device)
+
+
+def largest_batch(row, model, options, device):
+    """The largest power of two of clips that the GPU takes."""
+    first_layer = 64 * math.ceil(options.frames / 2) * math.ceil(options.size / 2) ** 2
+    clips = 2
+    while 2 * clips * first_layer < 2**31 and fits(row, model, options, 2 * clips, device):
+        clips *= 2
+    return clips
+
+
+def fits(row, model, options, clips, device):
+    try:
+        run = prepared(row, model, options, clips, device)
+        run(), run()  # the second has the optimizer's state besides
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def matmul_rate(dtype, device, size):
+    """Floating-point operations a second in a square matrix product."""
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    fastest = min(seconds(lambda: matrix @ matrix, device) for _ in range(3))
+    torch.set_float32_matmul_precision(before)
+    return 2 * size**3 / fastest
+
+
+def operations(model, options, device):
+    """Floating-point operations a clip, by table: of the forward pass and of a step."""
+    plain, batch = plain_copy(model, device), draw_batch(options, 2, device)
+    video, text = to_unit_range(batch["video"].to(device)), batch["text"].to(device)
+    with FlopCounterMode(display=False) as counter:
+        embedding = plain(video, mode="video")
+        forward = counter.get_total_flops() / 2
+        (embedding.sum() + plain(None, text.flatten(0, -2), mode="text").sum()).backward()
+    step = counter.get_total_flops() / 2
+    return {"forward": forward, "training step": step, "evaluation": forward}
+
+
+def differences(rows, model, options, clips, device):
+    """{row: |a - b| / |b|}, its first pass against the plain way's in float64.
+
+    And that of our step in float64, where rounding cannot hide a difference of another kind.
+    """
+    precise, found = copy.deepcopy(model).double(), {}
+    for row in rows:
+        if row.name == "plain":
+            exact = numbers(prepared(row, precise, options, clips, device))
+        found[row] = distance(numbers(prepared(row, model, options, clips, device)), exact)
+        if row.way is plain_step:
+            ours = row._replace(way=our_step)
+            ours_in_float64 = distance(
+                numbers(prepared(ours, precise, options, clips, device)), exact
+            )
+    return found, ours_in_float64
+
+
+def numbers(run):
+    return torch.cat([tensor.detach().double().flatten().cpu() for tensor in run()])
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def compare(options, rows, device):
+    """Prints all tables."""
+    model = new_model()
+    settle_averages(model, draw_batch(options, 8, torch.device("cpu")))
+    clips = {}
+    for row in rows:
+        if options.batch or device.type == "cpu":
+            clips[row] = options.batch or 8
+        elif row.flags:
+            clips[row] = clips[row._replace(name=row.name.rsplit(", ", 1)[0], flags=())]
+        else:
+            clips[row] = largest_batch(row, model, options, device)
+    operations_of = operations(model, options, device)
+    differs, exactly = differences(rows, model, options, min(clips.values()), device)
+    memory = {row: measured_peak(row, options, clips[row], device)[0] for row in rows}
+
+    times = dict.fromkeys(rows, math.inf)
+    rates = dict.fromkeys((row.dtype for row in rows), 0.0)
+    for _ in range(options.rounds):
+        for dtype in rates:
+            size = 8192 if device.type == "cuda" else 2048
+            rates[dtype] = max(rates[dtype], matmul_rate(dtype, device, size))
+        for row in rows:
+            run = prepared(row, model, options, clips[row], device)
+            run()  # caches, algorithms, the optimizer's state
+            times[row] = min(times[row], *(seconds(run, device) for _ in range(2)))
+
+    shown = (f"{str(t).removeprefix('torch.')} {r / 1e12:.2f} TFLOP/s" for t, r in rates.items())
+    print(f"matrix product: {', '.join(shown)}")
+    print(f"gradients of our step, all in float64: {exactly:.1e} apart from the plain way's")
+    for row in rows:
+        speed, needed = clips[row] / times[row], operations_of[row.table]
+        if row.name == "plain":
+            first = speed
+            print(f"\n{row.table}: {needed / 1e9:.1f} GFLOP a clip\n")
+            print("| way | clips | seconds | clips/s | ratio | of the peak | MiB | apart |")
+            print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        other_batches = any("accum" in flag for flag in row.flags)
+        print(
+            f"| {row.name} | {clips[row]} | {times[row]:.3f} | {speed:.1f} | {speed / first:.2f}x "
+            f"| {speed * needed / rates[row.dtype]:.0%} | {memory[row]:.0f} "
+            f"| {'' if other_batches else format(differs[row], '.1e')} |"
+        )
+
+
+def profile(options, row, device):
+    clips = options.batch or 8
+    run = prepared(row, new_model(), options, clips, device)
+    run()
+    with torch.profiler.profile() as profiler:
+        run()
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(f"{row.table}: {row.name}, {clips} clips\n")
+    print(profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50))
+
+
+def effective(options, row, device):
+    """One step of so many clips in micro-batches, against a step of one such micro-batch."""
+    small = options.batch or 8
+    if options.effective % small:
+        sys.exit(f"--effective {options.effective} is not a multiple of --batch {small}")
+    whole = row._replace(flags=(f"--accum_steps={options.effective // small}",))
+    print(f"{row.table}: {row.name}\n\n| clips of a step | --accum_steps | MiB | seconds |")
+    print("| --- | --- | --- | --- |")
+    for each, clips in ((row, small), (whole, options.effective)):
+        memory, took = measured_peak(each, options, clips, device)
+        print(f"| {clips} | {clips // small} | {memory:.0f} | {took:.2f} |")
+
+
+def header(device, short):
+    able = torch.cpu.get_capabilities()
+    units = [name for name in ("avx512_bf16", "amx_bf16") if able.get(name)]
+    print(
+        f"{processor()} ({', '.join(units) or 'no bf16'}), {torch.get_num_threads()} threads; "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    if device.type == "cuda":
+        cudnn = torch.backends.cudnn.version()
+        print(f"{torch.cuda.get_device_name()}; CUDA {torch.version.cuda}, cuDNN {cudnn}")
+    print(f"--amp auto trains in {str(short).removeprefix('torch.')}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, help="clips (CPU: 8; GPU: the most that fit)")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--candidates", type=int, default=4, help="captions a clip")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="a row of the step with --compile")
+    parser.add_argument("--profile", action="store_true", help="only profile our step")
+    parser.add_argument("--effective", type=int, help="only one step of so many clips")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    short = autocast_dtype(get_args(argv=[]), device)
+    header(device, short)
+    print(f"clips of {options.frames}x{options.size}x{options.size}, {options.candidates} captions")
+    rows = rows_of(short, options.compile)
+    training = next(r for r in rows if r.way is our_step and r.dtype == short)
+    if options.profile:
+        profile(options, training, device)
+    elif options.effective:
+        effective(options, training, device)
+    else:
+        compare(options, rows, device)
+
+
+if __name__ == "__main__":
+    main()
