@@ -8,10 +8,11 @@ import sys
 import pytest
 from conftest import HERE, run_python
 
+# In float32 on every processor: the bounds below were found with it.
 BUDGET = [
     *("--num_frames=8", "--video_size=64", "--crop_only=0", "--centercrop=1", "--batch_size=32"),
     *("--num_candidates=4", "--min_time=3", "--warmup_steps=20", "--epochs=25", "--n_display=25"),
-    *("--num_thread_reader=2", "--nproc_per_node=2"),
+    *("--num_thread_reader=2", "--nproc_per_node=2", "--amp=none"),
 ]
 
 
