@@ -14,16 +14,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import (
+from tables import (
     LARGEST_NUMBER,
-    InputError,
-    cell_error,
-    check_file,
     check_names,
+    filled,
     leads_outside,
+    read_table,
+    unique,
+)
+from utils import (
+    InputError,
+    check_file,
     log,
     one_line,
-    read_table,
     shorten,
     write_whole,
 )
@@ -336,24 +339,6 @@ def empty_notes(texts):
     """A note where sentences are missing: they stay in, as a sentence without words."""
     count = int(texts.isna().sum())
     return [f"{count} sentences are empty"] if count else []
-
-
-def filled(table, columns, path, flag):
-    """Refuses a table in whose columns a cell is empty."""
-    for column in columns:
-        for row in table.index[table[column].isna()][:1]:
-            raise cell_error(path, flag, row, column, None, "names nothing: mend it")
-    return table
-
-
-def unique(table, columns, path, flag):
-    """Refuses a table that has the same values of these columns twice."""
-    for row in table.index[table.duplicated(columns)][:1]:
-        value = table[columns[-1]][row]
-        raise cell_error(
-            path, flag, row, columns[-1], value, "is there twice: take one of them out"
-        )
-    return table
 
 
 def log_notes(path, notes):

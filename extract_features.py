@@ -22,22 +22,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from annotations import filled, unique
 from args import get_args
 from distributed import plan_share, workers_of
 from evaluation import inference_model
 from feature_file import difference, feature_settings
-from training_log import append
+from tables import cell_error, filled, read_table, unique
 from utils import (
     InputError,
-    cell_error,
+    append,
     check_folder,
-    find_files,
+    files_below,
     log,
     make_folder,
     one_line,
     pick_device,
-    read_table,
     run_script,
     setup_logging,
     write_whole,
@@ -67,7 +65,7 @@ def video_list(args):
         videos = list(zip(table["video_path"], table["feature_path"], strict=True))
     else:
         found = {}
-        for path in videos_below(args.video_path):
+        for path in map(Path, files_below(args.video_path, "video_path", EXTENSIONS)):
             other = found.setdefault(path.with_suffix(".npy"), path)
             if other != path:
                 raise InputError(
@@ -78,16 +76,6 @@ def video_list(args):
     if not videos:
         raise InputError(f"no videos in {args.feature_csv or args.video_path}: name others")
     return videos
-
-
-def videos_below(folder):
-    """Their paths, relative to the folder, in order."""
-    try:
-        return sorted(map(Path, find_files(folder, EXTENSIONS)))
-    except OSError as error:
-        raise InputError(
-            f"--video_path: {error.filename} cannot be read: {error.strerror}: mend it"
-        ) from None
 
 
 def is_done(path, video, settings):

@@ -19,7 +19,7 @@ import distributed
 from args import get_args
 from evaluation import evaluate_retrieval, retrieval_set
 from s3dg import S3D, Tokenizer, inference_copy
-from training_log import BadSamples, Window, append_json, log_path, read_json, show
+from training_log import BadSamples, Window, append_record, log_path, read_records, show
 from training_step import Averages, TrainingStep, autocast_dtype, build_optimizer
 from utils import (
     PRECISIONS,
@@ -467,7 +467,7 @@ def validate(args, process, job):
         stop(process)
     log.info("epoch %d, YouCook2: %s", job.progress.epoch, figures)
     if process.rank == 0:
-        append_json(log_path(args, "jsonl"), {"epoch": job.progress.epoch, **figures})
+        append_record(log_path(args, "jsonl"), {"epoch": job.progress.epoch, **figures})
 
 
 def lacks_validation(args, process, job):
@@ -475,7 +475,7 @@ def lacks_validation(args, process, job):
     ended = job.resumed and job.progress.step == job.steps_before(job.progress.epoch)
     done = not ended or any(
         "R1" in record and record["epoch"] == job.progress.epoch
-        for record in read_json(log_path(args, "jsonl"))
+        for record in read_records(log_path(args, "jsonl"))
     )
     return not process.broadcast(done)
 

@@ -6,14 +6,13 @@ import datetime
 import io
 import json
 import math
-import os
 import time
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from utils import log, one_line
+from utils import append, log, one_line
 from video_loader import QUARANTINE
 
 
@@ -70,7 +69,7 @@ def show(args, process, job, window, loss, lr):
     left = datetime.timedelta(seconds=round(record["seconds_left"]))
     log.info(line.format(**record, left=left))
     if process.rank == 0:
-        append_json(log_path(args, "jsonl"), record)
+        append_record(log_path(args, "jsonl"), record)
 
 
 class BadSamples:
@@ -106,33 +105,16 @@ class BadSamples:
                 self.listed.update(rows)
 
 
-def append_json(path, record):
+def append_record(path, record):
     """Adds one line; a number that JSON does not know, such as a diverged loss, becomes null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
     append(path, json.dumps(record) + "\n")
 
 
-def read_json(path):
-    """The records of append_json; a line that was not written to its end is passed over."""
+def read_records(path):
+    """The records of append_record; a line that was not written to its end is passed over."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
-
-
-def append(path, text):
-    """Adds whole lines to a file. A log that cannot be written, on a full disk, is no reason to end
-    a training: False.
-    """
-    try:
-        with open(path, "a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # half a line, of a run that was killed
-                    file.write(b"\n")
-            file.write(text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        log.error("could not write %s: %s", path, error.strerror)
-        return False
-    return True

@@ -1,26 +1,21 @@
-"""Small things the scripts share: user errors, tables, the schedule, logging, the device."""
+"""Small things the scripts share: user errors, files, the schedule, logging, the device."""
 
 import contextlib
-import csv
 import ctypes
 import json
 import logging
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 from pathlib import Path
 
-import pandas as pd
 import torch
+from tqdm import tqdm
 
 import s3dg
-
-LARGEST_NUMBER = 1e7  # of a table: seconds, in practice; the decoder takes no time far beyond
-OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # what a path must not have to stay in its folder
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}  # of --amp
 
@@ -36,6 +31,12 @@ class InputError(Exception):
 def one_line(text):
     """An error, or another text, as a message can have it: without line ends."""
     return " ".join(str(text).split())
+
+
+def shorten(value):
+    """A value of a file as a message can have it: quoted, on one line, and not too long."""
+    text = repr(str(value))
+    return text if len(text) < 100 else f"{text[:96]}..."
 
 
 def run_script(main):
@@ -73,85 +74,6 @@ def check_folder(path, flag):
         raise InputError(f"--{flag} is needed: give the path of a folder")
     if not os.path.isdir(path):
         raise InputError(f"--{flag}: there is no folder {path}: give an existing one")
-
-
-def read_table(path, columns, numbers=(), names=(), flag="eval_csv"):
-    """Reads a CSV file's columns. All are strings but `numbers`, which are 0 or above; an empty
-    cell is a missing text. `names` are columns of paths, see check_names.
-
-    Words such as "null" or "NA" stay words. Raises InputError naming the file and the fault.
-    """
-    check_file(path, flag)
-    needed = f"give one with {', '.join(columns)}"
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-    except ValueError as error:  # pandas' parser errors and undecodable bytes are ValueErrors
-        reason = one_line(error)
-        raise InputError(f"--{flag}: {path} is not a CSV table ({reason}): {needed}") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
-        reason = "its rows have more cells than its first line"
-        raise InputError(f"--{flag}: {path} is not a CSV table ({reason}): {needed}")
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        have = shorten(", ".join(map(str, table.columns)))
-        raise InputError(
-            f"--{flag}: {path} has no column {', '.join(missing)} (it has {have}): add it"
-        )
-    for column in numbers:
-        values = pd.to_numeric(table[column], errors="coerce")
-        wrong = table.index[~values.between(0, LARGEST_NUMBER)]
-        if len(wrong):
-            fault = f"is not a number from 0 to {LARGEST_NUMBER:.0e}: mend it"
-            raise cell_error(path, flag, wrong[0], column, table[column][wrong[0]], fault)
-        table[column] = values
-    check_names(table, names, path, flag)
-    return table
-
-
-def leads_outside(name):
-    """Whether a path, joined to a folder, could lead out of it: an absolute one, or one with `..`.
-
-    What the folder itself holds, links included, is its owner's business.
-    """
-    return OUTSIDE.search(name) is not None
-
-
-def check_names(table, columns, path, flag):
-    """Refuses paths in a table, of videos or parts of such paths, that lead out of their folder."""
-    for column in columns:
-        for row, name in enumerate(table[column]):
-            if isinstance(name, str) and leads_outside(name):
-                fault = "leads out of the data's folder: give a path in it, without .."
-                raise cell_error(path, flag, row, column, name, fault)
-
-
-def shorten(value):
-    """A value of a file as a message can have it: quoted, on one line, and not too long."""
-    text = repr(str(value))
-    return text if len(text) < 100 else f"{text[:96]}..."
-
-
-def cell_error(path, flag, row, column, value, fault):
-    """The InputError for a cell of a CSV table, by the line on which its row starts."""
-    cell = shorten(value) if isinstance(value, str) else "an empty cell"
-    return InputError(
-        f"--{flag}: {path}, line {line_of_row(path, row)}, column {column}: {cell} {fault}"
-    )
-
-
-def line_of_row(path, row):
-    """The line, from 1, on which a row of read_table starts: quoted cells may have line ends."""
-    with open(path, newline="", encoding="utf-8-sig") as file, contextlib.suppress(csv.Error):
-        reader = csv.reader(file)
-        rows = -1  # the first record is the header
-        before = 0  # lines
-        for cells in reader:
-            if len(cells) > 1 or "".join(cells).strip():  # pandas passes over blank lines
-                if rows == row:
-                    return before + 1
-                rows += 1
-            before = reader.line_num
-    return row + 2  # a cell that the csv module takes for too large
 
 
 def read_words(args):
@@ -267,6 +189,23 @@ def write_whole(path):
     sync_folder(path.parent)
 
 
+def append(path, text):
+    """Adds whole lines to a file. A log that cannot be written, on a full disk, is no reason to end
+    a training: False.
+    """
+    try:
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # half a line, of a run that was killed
+                    file.write(b"\n")
+            file.write(text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        log.error("could not write %s: %s", path, error.strerror)
+        return False
+    return True
+
+
 def check_absent(path, flag):
     """Refuses to write over something that is there."""
     if os.path.lexists(path):
@@ -305,6 +244,15 @@ def find_files(root, extensions):
                     folders.append((name, above))
                 elif os.path.splitext(name)[1].lower() in extensions and found.is_file():
                     yield name
+
+
+def files_below(root, flag, extensions):
+    """The files that find_files finds, in order. Raises InputError."""
+    check_folder(root, flag)
+    try:
+        return sorted(tqdm(find_files(root, extensions), f"--{flag}", unit="file", disable=None))
+    except OSError as error:
+        raise InputError(f"--{flag}: {error.filename} cannot be read: {error.strerror}") from None
 
 
 def report(title, figures, output=""):

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from caption_store import CaptionError, PackedStrings, open_captions
-from utils import InputError, check_folder, log, one_line, read_table
+from tables import read_table
+from utils import InputError, check_folder, log, one_line
 from video_decoder import DecodeError, decode_clip
 from workers import Crash, sample_batches
 

@@ -14,7 +14,8 @@ from annotations import hmdb_table, msrvtt_table, youcook_table
 from hmdb_loader import HMDB51
 from msrvtt_loader import MSRVTT
 from s3dg import Tokenizer
-from utils import InputError, read_table
+from tables import read_table
+from utils import InputError
 from youcook_loader import YouCook2
 
 ROOT = Path(__file__).resolve().parents[1]

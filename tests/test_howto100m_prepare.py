@@ -17,7 +17,8 @@ import pytest
 from conftest import write_csv
 
 from caption_store import CaptionFolder, CaptionStore, open_captions
-from utils import InputError, read_table
+from tables import read_table
+from utils import InputError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "howto100m" / "prepare.py"
 sys.path.insert(0, str(SCRIPT.parent))  # of transcode.py

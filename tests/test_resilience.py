@@ -20,7 +20,7 @@ import torch
 from conftest import toy_flags
 
 from checkpoint import numbered, read_checkpoint
-from training_log import read_json
+from training_log import read_records
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ class Run:
 
 
 def records(folder):
-    return read_json(folder / "log/run.jsonl")
+    return read_records(folder / "log/run.jsonl")
 
 
 def text(folder):

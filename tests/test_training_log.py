@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from training_log import BadSamples, append, append_json, read_json
+from training_log import BadSamples, append_record, read_records
+from utils import append
 
 
 class Alone:
@@ -72,8 +73,8 @@ def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path, half):
 
 def test_json_lines_survive_half_a_line_and_numbers_that_are_none(tmp_path):
     path = tmp_path / "run.jsonl"
-    assert read_json(path) == []
-    append_json(path, {"loss": math.nan, "step": 1})
+    assert read_records(path) == []
+    append_record(path, {"loss": math.nan, "step": 1})
     append(path, '{"loss": 0')
-    append_json(path, {"loss": 2.5, "step": 2})
-    assert read_json(path) == [{"loss": None, "step": 1}, {"loss": 2.5, "step": 2}]
+    append_record(path, {"loss": 2.5, "step": 2})
+    assert read_records(path) == [{"loss": None, "step": 1}, {"loss": 2.5, "step": 2}]

@@ -45,7 +45,7 @@ from utils import (
     check_absent,
     check_folder,
     die_with_parent,
-    find_files,
+    files_below,
     one_line,
     run_script,
     write_whole,
@@ -182,15 +182,6 @@ def captions_of(name, value):
 
 
 # ---- the folder ----------------------------------------------------------------------------------
-
-
-def files_below(folder, flag, extensions):
-    """The files below a folder, relative to it, in order."""
-    check_folder(folder, flag)
-    try:
-        return sorted(tqdm(find_files(folder, extensions), desc=f"--{flag}", unit="file"))
-    except OSError as error:
-        raise InputError(f"--{flag}: {error.filename} cannot be read: {error.strerror}") from None
 
 
 def caption_files(folder):
