@@ -214,6 +214,10 @@ class CaptionStore:
         place = self.find(video_path)
         if place is None:
             raise CaptionError(f"{self.root}: no captions of {video_path} in it")
+        return self.read_at(place)
+
+    def read_at(self, place):
+        """The captions of the video at this place of the index, see read."""
         first = int(self.firsts[place])
         rows = slice(first, first + int(self.counts[place]))
         starts, ends = self.starts[rows], self.ends[rows]
@@ -222,7 +226,8 @@ class CaptionStore:
         text = self.text[begin : begin + int(text_ends[-1])].tobytes()
         if checksum(starts, ends, text_ends, text) != self.checksums[place]:
             raise CaptionError(
-                f"{self.root}: the captions of {video_path} are damaged: copy the store again"
+                f"{self.root}: the captions of {self.names[place]} are damaged: copy the store "
+                "again"
             )
         bounds = pairwise([0, *text_ends.tolist()])
         return starts, ends, [text[a:b].decode() for a, b in bounds]

@@ -14,6 +14,7 @@ import datetime
 import io
 import json
 import posixpath
+import re
 import sys
 import time
 from pathlib import Path
@@ -79,7 +80,7 @@ def video_list(args):
 
 
 def is_done(path, video, settings):
-    """Whether there are features of this video at `path`, and their side file.
+    """Whether there are features of this video at `path`, whole, and their side file.
 
     Raises InputError where they are of something else: nobody's work is written over.
     """
@@ -90,6 +91,7 @@ def is_done(path, video, settings):
     try:
         made = json.loads(side.read_bytes())
         of, differ = made["video"], difference(made["settings"], settings)
+        rows = len(made["times"])
     except FileNotFoundError:
         raise InputError(
             f"--feature_root: the features {path} have no {side.name} that says what they are: "
@@ -103,10 +105,13 @@ def is_done(path, video, settings):
         raise InputError(f"--feature_root: the features {path} were made with {differ}: {mend}")
     if of != video:
         raise InputError(f"--feature_root: the features {path} are of {of}, not {video}: {mend}")
-    return path.exists()
+    try:
+        return len(np.load(path, mmap_mode="r")) == rows
+    except (FileNotFoundError, EOFError, ValueError, TypeError):
+        return False  # none, or a file that lost its end: made again
 
 
-def write_features(path, video, settings, found):
+def write_pair(path, video, settings, found):
     """Writes the side file and then the features, each whole or not at all.
 
     In this order, whoever finds features finds what they are beside them.
@@ -129,6 +134,23 @@ def write_features(path, video, settings, found):
             f"--feature_root: could not write {path} ({one_line(error)}): make room, and start "
             "again to go on from here"
         ) from None
+
+
+def new_failures(root, share):
+    """The path of this share's list of videos without features, of which there is none yet.
+
+    Lists of runs before go: their videos are tried again. So do those of another number of shares;
+    of this number, the others' are for the others to remove.
+    """
+    for path in root.glob("failed*.csv"):
+        match = re.fullmatch(r"failed(?:_(\d+)of(\d+))?\.csv", path.name)
+        if match and int(match[2] or 1) != share.count:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    name = f"failed_{share.index}of{share.count}.csv" if share.count > 1 else "failed.csv"
+    with contextlib.suppress(OSError):
+        (root / name).unlink()
+    return root / name
 
 
 def with_progress(outcomes, total):
@@ -163,9 +185,7 @@ def main():
     part = f", share {share.index} of {share.count}" if share.count > 1 else ""
     log.info("%d videos%s, %d of them done before", len(videos), part, len(videos) - len(to_do))
 
-    name = f"failed_{share.index}of{share.count}.csv" if share.count > 1 else "failed.csv"
-    failures = root / name
-    failures.unlink(missing_ok=True)  # of the run before: its videos are tried again
+    failures, unlisted = new_failures(root, share), 0
     failed = 0
     outcomes = strided_features(
         model,
@@ -190,16 +210,17 @@ def main():
                 rows = [("video_path", "reason")] * (failed == 1) + [(video, one_line(found))]
                 text = io.StringIO(newline="")
                 csv.writer(text, lineterminator="\n").writerows(rows)
-                append(failures, text.getvalue())
+                unlisted += not append(failures, text.getvalue())
                 continue
             if found.black:
                 log.warning(
                     "%s: %d of %d windows are black", video, len(found.black), len(found.starts)
                 )
-            write_features(path, video, settings, found)
+            write_pair(path, video, settings, found)
     log.info("features of %d videos written to %s", len(to_do) - failed, root)
     if failed:
-        log.error("%d videos could not be used: they are listed in %s", failed, failures)
+        where = "named above" if unlisted else f"listed in {failures}"
+        log.error("%d videos could not be used: they are %s", failed, where)
         sys.exit(1)
 
 

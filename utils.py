@@ -39,6 +39,11 @@ def shorten(value):
     return text if len(text) < 100 else f"{text[:96]}..."
 
 
+def shown(name):
+    """A file's name, whatever bytes it has, in a message."""
+    return one_line(name.encode(errors="backslashreplace").decode())
+
+
 def run_script(main):
     """Runs an entry script's main(). An InputError becomes one line and exit status 2."""
     try:
@@ -62,6 +67,8 @@ def check_file(path, flag):
     """Refuses a path that is not a readable file; `flag` is the flag it came from."""
     if not path:
         raise InputError(f"--{flag} is needed: give the path of a file")
+    if os.path.isdir(path):
+        raise InputError(f"--{flag}: {path} is a folder: give a file")
     if not os.path.isfile(path):
         raise InputError(f"--{flag}: there is no file {path}: give an existing one")
     if not os.access(path, os.R_OK):
@@ -72,6 +79,8 @@ def check_folder(path, flag):
     """Refuses a path that is not a folder; an empty one means that the flag was forgotten."""
     if not path:
         raise InputError(f"--{flag} is needed: give the path of a folder")
+    if os.path.isfile(path):
+        raise InputError(f"--{flag}: {path} is a file: give a folder")
     if not os.path.isdir(path):
         raise InputError(f"--{flag}: there is no folder {path}: give an existing one")
 

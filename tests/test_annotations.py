@@ -169,6 +169,14 @@ def test_a_table_goes_through_prepare_unchanged(sample, tmp_path):
     assert rows_of(tmp_path / "out.csv") == rows_of(table)
 
 
+def test_a_table_that_is_there_is_not_written_over(sample, tmp_path):
+    name, path, _ = sample
+    (tmp_path / "out.csv").write_text("what was there")
+    with pytest.raises(InputError, match=r"^--out: .*out\.csv is there already"):
+        prepare(name, path, tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "what was there"
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_the_real_tables_come_back_to_the_byte(name, tmp_path, shared_csv, capsys):
     table = shared_csv / TABLES[name]
@@ -407,10 +415,9 @@ def test_a_wrong_json_is_one_line_that_says_where(name, content, complaint, tmp_
     with pytest.raises(InputError, match=rf"^--eval_csv: .*a\.json.*{complaint}") as caught:
         READERS[name](path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
-    (tmp_path / "out.csv").write_text("what was there")
     with pytest.raises(InputError, match=rf"^--annotations: .*a\.json.*{complaint}"):
         prepare(name, path, tmp_path / "out.csv")
-    assert (tmp_path / "out.csv").read_text() == "what was there"
+    assert not (tmp_path / "out.csv").exists()
 
 
 BAD_SPLITS = {
@@ -448,7 +455,7 @@ def test_wrong_split_files_are_refused(files, complaint, tmp_path):
 def test_a_folder_without_split_files_is_refused(tmp_path):
     with pytest.raises(InputError, match="no files such as"):
         hmdb_table(tmp_path)
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="is a folder: give a file"):
         youcook_table(tmp_path)
 
 

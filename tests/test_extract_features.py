@@ -233,6 +233,40 @@ def test_videos_that_cannot_be_used_are_listed_and_the_others_go_on(extract, tmp
     assert "failed.csv" not in written(tmp_path / "out")
 
 
+def test_features_that_lost_their_end_are_made_again(extract, whole, tmp_path):
+    for name in ("a.json", "a.npy"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    for kept in (0, 60, -4):
+        (tmp_path / "a.npy").write_bytes((whole / "a.npy").read_bytes()[:kept])
+        assert extract(tmp_path) == 0
+        assert_same_features(tmp_path, whole)
+
+
+def test_lists_of_failures_of_runs_before_do_not_stay(extract, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("failed.csv", "failed_1of3.csv", "failed_0of2.csv", "failed_1of2.csv"):
+        (tmp_path / "out" / name).touch()
+    write_csv(tmp_path / "list.csv", HEADER, ("short.mp4", "short.npy"))
+    listed = f"--feature_csv={tmp_path}/list.csv"
+    assert extract(tmp_path / "out", listed, "--shard=0/2") == 0
+    left = [
+        "failed_1of2.csv",
+        "short.json",
+        "short.npy",
+    ]  # of the other share, which may be at work
+    assert list(written(tmp_path / "out")) == left
+    assert extract(tmp_path / "out", listed) == 0
+    assert list(written(tmp_path / "out")) == left[1:]
+
+
+def test_a_list_of_failures_that_cannot_be_written_is_not_named(extract, tmp_path, capsys):
+    (tmp_path / "out/failed.csv").mkdir(parents=True)
+    write_csv(tmp_path / "list.csv", HEADER, ("absent.mp4", "x.npy"))
+    assert extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv") == 1
+    shown = capsys.readouterr().out
+    assert "could not be used: they are named above" in shown
+
+
 def test_a_full_disk_ends_the_run_with_a_line_and_whole_files(extract, tmp_path, monkeypatch):
     saved, save = [], np.save
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import write_csv
 
+import caption_source
 from caption_store import CaptionFolder, CaptionStore, open_captions
 from tables import read_table
 from utils import InputError
@@ -237,10 +238,10 @@ def test_a_json_file_without_captions_is_refused(tmp_path, source):
 def test_a_json_file_may_be_cut_into_chunks_anywhere(captions, monkeypatch, chunk):
     text = json.dumps(json.loads((captions / "all.json").read_text()), indent=2, ensure_ascii=False)
     text = f"\n {text}\r\n\t "
-    whole = list(prepare.json_members(io.StringIO(text)))
+    whole = list(caption_source.json_members(io.StringIO(text)))
     assert dict(whole) == json.loads(text) and len(whole) == len(ROWS)
-    monkeypatch.setattr(prepare, "CHUNK", chunk)
-    assert list(prepare.json_members(io.StringIO(text))) == whole
+    monkeypatch.setattr(caption_source, "CHUNK", chunk)
+    assert list(caption_source.json_members(io.StringIO(text))) == whole
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):
@@ -249,12 +250,12 @@ def test_a_byte_order_mark_is_passed_over(tmp_path):
 
 
 def test_of_a_json_file_one_video_at_a_time_is_in_memory(monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
+    monkeypatch.setattr(caption_source, "CHUNK", 1 << 16)
     value = {"start": [0.5] * 100, "end": [1.5] * 100, "text": ["one two three"] * 100}
     text = io.StringIO(json.dumps({f"video{i}": value for i in range(3000)}))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in prepare.json_members(text)) == 3000
+        assert sum(1 for _ in caption_source.json_members(text)) == 3000
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -262,11 +263,11 @@ def test_of_a_json_file_one_video_at_a_time_is_in_memory(monkeypatch):
 
 
 def test_a_fault_at_the_beginning_does_not_read_all_the_file(monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 1 << 10)
-    monkeypatch.setattr(prepare, "LARGEST_VIDEO", 1 << 12)
+    monkeypatch.setattr(caption_source, "CHUNK", 1 << 10)
+    monkeypatch.setattr(caption_source, "LARGEST_VIDEO", 1 << 12)
     file = io.StringIO('{"a": [1}' + " " * (1 << 20))
     with pytest.raises(ValueError, match="Expecting ',' delimiter, at character 8"):
-        list(prepare.json_members(file))
+        list(caption_source.json_members(file))
     assert file.tell() < 1 << 14
 
 
@@ -419,6 +420,7 @@ def test_a_wrong_call_is_one_line_that_names_the_flag_and_status_2(
     pairs, monkeypatch, capsys, fault
 ):
     monkeypatch.chdir(pairs)
+    (pairs / "data").mkdir()  # where the list goes by default
     flags, message = WRONG_CALLS[fault]
     before = written(pairs)
     monkeypatch.setattr("sys.argv", ["prepare.py", *(flag.format(pairs=pairs) for flag in flags)])
@@ -440,10 +442,10 @@ def test_the_script_runs_as_a_user_does(captions):
 
 
 def test_captions_of_many_files_are_read_in_parallel_in_order(tmp_path):
-    names = [f"{number:03d}" for number in range(3 * prepare.FILES + 5)]
+    names = [f"{number:03d}" for number in range(3 * caption_source.FILES + 5)]
     random.Random(1).shuffle(names)
     write_captions(tmp_path, *names)
-    read = list(prepare.read_folder(str(tmp_path), [(name, name) for name in names], 2))
+    read = list(caption_source.read_folder(str(tmp_path), [(name, name) for name in names], 2))
     assert [(name, texts) for name, (_, _, texts) in read] == [(name, [name]) for name in names]
 
 
@@ -462,8 +464,8 @@ def test_a_reading_process_that_is_killed_ends_the_packing_with_one_line(
     tmp_path, monkeypatch, kill, workers
 ):
     write_captions(tmp_path / "csv", *map(str, range(20)))
-    monkeypatch.setattr(prepare, "FILES", 1)
-    monkeypatch.setattr(prepare, "read_files", kill)
+    monkeypatch.setattr(caption_source, "FILES", 1)
+    monkeypatch.setattr(caption_source, "read_files", kill)
     before = set(psutil.Process().children())
     with pytest.raises(InputError, match="--num_workers: a process that reads was killed"):
         pack(tmp_path / "csv", tmp_path / "store", "--num_workers", str(workers))

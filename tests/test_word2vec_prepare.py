@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conftest import run_python, write_csv
 from gensim.models import KeyedVectors
 
+from caption_store import read_captions, write_store
 from s3dg import S3D, load_word_vectors, load_words
 from utils import InputError
 
@@ -166,14 +168,39 @@ def captions(tmp_path):
 def test_the_most_frequent_words_of_captions_are_a_vocabulary(
     prepare, files, captions, tmp_path, capsys
 ):
-    flags = ["--captions", captions, "--min_count", 2, "--num_words", 4, "--out", tmp_path / "out"]
+    flags = [
+        "--caption_root",
+        captions,
+        "--min_count=2",
+        "--num_words=4",
+        "--out",
+        tmp_path / "out",
+    ]
     run(prepare, "--vectors", files / "a.bin", *flags)
     assert list(pair(tmp_path / "out")) == ["the", "tomato", "cut"]  # aroma has no vector
     said = capsys.readouterr().out
-    assert "read 2 caption files with 17 words" in said
-    assert "left out: 1 caption files that cannot be read" in said and "broken.csv" in said
+    assert "read the captions of 2 videos, 17 words" in said
+    assert "left out: 1 videos without usable captions" in said and "broken.csv" in said
     assert "the vocabulary is 4 of the captions' 6 distinct words" in said
     assert "left out: 1 words without a vector, such as aroma" in said
+
+
+def test_folder_store_and_json_file_of_captions_have_the_same_words(prepare, captions, tmp_path):
+    (captions / "broken.csv").unlink()
+    videos = {name: read_captions(captions / f"{name}.csv") for name in ("a", "deep/b")}
+    write_store(tmp_path / "store", ((name, *found) for name, found in videos.items()))
+    columns = {
+        name: {"start": starts.tolist(), "end": ends.tolist(), "text": texts}
+        for name, (starts, ends, texts) in videos.items()
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(columns))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/to").symlink_to(captions)
+    counts = [prepare.count_words(source) for source in (captions, tmp_path / "store")]
+    counts.append(prepare.count_words(tmp_path / "captions.json"))
+    counts.append(prepare.count_words(tmp_path / "linked"))
+    assert counts[0][0]["the"] == 5 and counts[0][1] == ["read the captions of 2 videos, 17 words"]
+    assert counts == counts[:1] * 4
 
 
 def test_vectors_are_trained_on_captions(prepare, tmp_path, capsys):
@@ -184,7 +211,7 @@ def test_vectors_are_trained_on_captions(prepare, tmp_path, capsys):
     for n in range(60):
         rows = [(i, i + 1, " ".join(rng.choice(topics[n % 2], 8))) for i in range(25)]
         write_csv(folder / f"{n}.csv", ("start", "end", "text"), *rows)
-    run(prepare, "--train", "--captions", folder, "--out", tmp_path / "out")
+    run(prepare, "--train", "--caption_root", folder, "--out", tmp_path / "out")
     found = pair(tmp_path / "out")
     words = [*topics[0], *topics[1]]
     assert sorted(found) == sorted(words)
@@ -204,12 +231,15 @@ def test_captions_without_words_are_refused(prepare, files, source, captions, tm
     source = ["--train"] if source == "--train" else ["--vectors", files / "a.bin"]
     out = ["--out", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="--captions: no caption file with words"):
-        run(prepare, *source, "--captions", tmp_path / "empty", *out)
-    with pytest.raises(InputError, match="--captions: there is no folder"):
-        run(prepare, *source, "--captions", tmp_path / "absent", *out)
+    with pytest.raises(InputError, match="--caption_root: there is no caption file"):
+        run(prepare, *source, "--caption_root", tmp_path / "empty", *out)
+    write_csv(tmp_path / "empty/a.csv", ("start", "end", "text"), (0, 1, ""), (1, 2, "..."))
+    with pytest.raises(InputError, match=r"--caption_root: no caption in .* has words"):
+        run(prepare, *source, "--caption_root", tmp_path / "empty", *out)
+    with pytest.raises(InputError, match="--caption_root: there is no folder"):
+        run(prepare, *source, "--caption_root", tmp_path / "absent", *out)
     with pytest.raises(InputError, match=r"--min_count: no word .* 9 times"):
-        run(prepare, *source, "--captions", captions, "--min_count", 9, *out)
+        run(prepare, *source, "--caption_root", captions, "--min_count", 9, *out)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -377,10 +407,10 @@ def test_a_pair_that_is_there_is_never_written_over(prepare, files, tmp_path):
     [
         ([], "--zip"),
         (["--vectors", "v.bin"], "--vocabulary"),
-        (["--vectors", "v.bin", "--vocabulary", "w", "--captions", "c"], "--vocabulary"),
-        (["--train"], "--captions"),
+        (["--vectors", "v.bin", "--vocabulary", "w", "--caption_root", "c"], "--vocabulary"),
+        (["--train"], "--caption_root"),
         (["--train", "--check"], "--check"),
-        (["--train", "--captions", "c", "--num_words", "0"], "--num_words"),
+        (["--train", "--caption_root", "c", "--num_words", "0"], "--num_words"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(prepare, flags, named, tmp_path, capsys):

@@ -1,19 +1,21 @@
 """Word vectors for training: a word list, dict.npy, and its vectors, word2vec.pth.
 
     python data/word2vec/prepare.py --zip word2vec.zip
-    python data/word2vec/prepare.py --vectors GoogleNews-vectors-negative300.bin.gz --captions DIR
+    python data/word2vec/prepare.py --vectors FILE --caption_root CAPTIONS
     python data/word2vec/prepare.py --vectors FILE --vocabulary WORDS
-    python data/word2vec/prepare.py --train --captions DIR
+    python data/word2vec/prepare.py --train --caption_root CAPTIONS
     python data/word2vec/prepare.py --check
 
 --zip takes the pair that the HowTo100M authors hand out, which may as well be unzipped into --out.
---vectors picks words out of a file in word2vec's format, text or binary, also gzipped: those of a
-list (a text file with a word on each line, or a .npy word list) or the --num_words most frequent
-ones of a folder of captions. Sentences are lower-cased before words are looked up, so a word takes
-the entry without capitals; where there is none, the first that differs from it by capitals only.
-Words without a vector are left out. --train trains vectors on the captions instead (skip-gram; a
-video's captions, in order, are one text). --check only looks whether the two files in --out fit. A
-pair that is there is never written over: weights are of no use without the list they go with.
+--vectors picks words out of a file in word2vec's format, text or binary, also gzipped, such as
+GoogleNews-vectors-negative300.bin.gz: those of a list (a text file with a word on each line, or a
+.npy word list) or the --num_words most frequent ones of the captions (a folder of caption files, a
+caption store or the published JSON file). Sentences are lower-cased before words are looked up, so
+a word takes the entry without capitals; where there is none, the first that differs from it by
+capitals only. Words without a vector are left out. --train trains vectors on the captions instead
+(skip-gram; a video's captions, in order, are one text). --check only looks whether the two files in
+--out fit. A pair that is there is never written over: weights are of no use without the list they
+go with.
 """
 
 import argparse
@@ -22,7 +24,6 @@ import contextlib
 import gzip
 import os
 import re
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -36,12 +37,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from args import Parser, positive
-from caption_store import CaptionError, read_captions
+from caption_source import all_captions
+from caption_store import CaptionError
 from s3dg import VOCABULARY_ROWS, WORD_DIM, load_word_vectors, load_words, tokenize
 from utils import (
     InputError,
     check_file,
-    check_folder,
     check_words_fit,
     make_folder,
     one_line,
@@ -91,30 +92,27 @@ def read_vocabulary(path):
     return words, notes
 
 
-def count_words(folder, corpus=None):
-    """How often each word occurs in a folder's caption files: a Counter, and notes.
+def count_words(root, corpus=None):
+    """How often each word occurs in the captions of --caption_root: a Counter, and notes.
 
-    Also writes each file's words to `corpus`, a file for text, on a line of its own.
+    Also writes each video's words to `corpus`, a file for text, on a line of its own.
     """
-    check_folder(folder, "captions")
-    paths = sorted(Path(folder).rglob("*.csv"))
-    counts, faults = Counter(), []
-    for path in tqdm(paths, desc="captions", unit="file", disable=None):
-        try:
-            texts = read_captions(path)[2]
-        except CaptionError as error:
-            faults.append(str(error))
+    counts, videos, faults = Counter(), 0, []
+    for _, captions in all_captions(root, len(os.sched_getaffinity(0))):
+        if isinstance(captions, CaptionError):
+            faults.append(str(captions))
             continue
-        found = [word for text in texts if isinstance(text, str) for word in tokenize(text)]
+        videos += 1
+        found = [word for text in captions[2] for word in tokenize(text)]
         counts.update(found)
         if corpus and found:
             corpus.write(" ".join(found) + "\n")
     if not counts:
         reason = f" ({faults[0]})" if faults else ""
-        raise InputError(f"--captions: no caption file with words is in {folder}{reason}")
-    notes = [f"read {len(paths) - len(faults)} caption files with {counts.total()} words"]
+        raise InputError(f"--caption_root: no caption in {root} has words{reason}")
+    notes = [f"read the captions of {videos} videos, {counts.total()} words"]
     if faults:
-        notes.append(f"left out: {len(faults)} caption files that cannot be read ({faults[0]})")
+        notes.append(f"left out: {len(faults)} videos without usable captions ({faults[0]})")
     return counts, notes
 
 
@@ -348,6 +346,7 @@ def write_pair(folder, words, vectors):
 def unzip(path, folder):
     """The two files of the released archive, wherever in it they are."""
     check_file(path, "zip")
+    content = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for name in (VECTORS, WORDS):
@@ -358,13 +357,15 @@ def unzip(path, folder):
                 ]
                 if len(found) != 1:
                     raise InputError(f"--zip: {path} has {len(found)} files {name}: one is needed")
-                with archive.open(found[0]) as source, write_whole(folder / name) as file:
-                    shutil.copyfileobj(source, file, CHUNK)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+                content[name] = archive.read(found[0])
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise InputError(
             f"--zip: {path} is damaged, cut short or not a zip archive ({one_line(error)}): get it "
             "again"
         ) from None
+    for name, data in content.items():
+        with write_whole(folder / name) as file:
+            file.write(data)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -376,28 +377,30 @@ def parse_arguments(argv):
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--zip", help="the released archive of the two files")
     sources.add_argument("--vectors", help="a file of vectors in word2vec's format")
-    sources.add_argument("--train", action="store_true", help="train vectors on --captions")
+    sources.add_argument("--train", action="store_true", help="train vectors on --caption_root")
     sources.add_argument("--check", action="store_true", help="look at the pair in --out")
     parser.add_argument("--vocabulary", help="the words, for --vectors: a list, .txt or .npy")
-    parser.add_argument("--captions", help="folder of caption files, for --vectors or --train")
+    parser.add_argument(
+        "--caption_root", help="captions, for --vectors or --train: folder, store or JSON file"
+    )
     parser.add_argument(
         "--num_words",
         type=positive(int),
         default=VOCABULARY_ROWS - 1,
-        help="most words to take from --captions (default %(default)s, as the released list has)",
+        help="most words to take from captions (default %(default)s, as the released list has)",
     )
     parser.add_argument(
         "--min_count",
         type=positive(int),
         default=5,
-        help="how often a word of --captions must occur (default %(default)s)",
+        help="how often a word of --caption_root must occur (default %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder (default data)")
     args = parser.parse_args(argv)
-    if args.vectors and bool(args.vocabulary) == bool(args.captions):
-        parser.error("--vectors needs either --vocabulary or --captions: give one of them")
-    if args.train and not args.captions:
-        parser.error("--train needs --captions: give the folder of the caption files")
+    if args.vectors and bool(args.vocabulary) == bool(args.caption_root):
+        parser.error("--vectors needs either --vocabulary or --caption_root: give one of them")
+    if args.train and not args.caption_root:
+        parser.error("--train needs --caption_root: give the captions")
     return args
 
 
@@ -421,7 +424,7 @@ def selected(args):
     if args.vocabulary:
         words, notes = read_vocabulary(args.vocabulary)
     else:
-        counts, read = count_words(args.captions)
+        counts, read = count_words(args.caption_root)
         frequent, notes = most_frequent(counts, args.num_words, args.min_count)
         words, notes = list(frequent), read + notes
     for note in notes:
@@ -443,7 +446,7 @@ def trained(args, folder):
     """The words and vectors of --train. The folder is for the text, which can be large."""
     corpus = folder / "corpus.txt"
     with open(corpus, "w", encoding="utf-8") as file:
-        counts, read = count_words(args.captions, file)
+        counts, read = count_words(args.caption_root, file)
     frequent, notes = most_frequent(counts, args.num_words, args.min_count)
     for note in read + notes:
         print(note, flush=True)
