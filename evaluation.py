@@ -10,6 +10,14 @@ from tqdm import tqdm
 
 from annotations import SPLITS, TEST, TRAIN
 from checkpoint import load_model
+from report_page import (
+    SHOWN,
+    check_report,
+    evaluation_settings,
+    retrieval_data,
+    small_animation,
+    write_page,
+)
 from retrieval_loader import TEXT_WORDS
 from s3dg import Tokenizer, inference_copy
 from utils import (
@@ -228,19 +236,40 @@ def retrieval_script(args, dataset_class, default_csv):
     device = pick_device(args)
     if args.output:
         check_output(args.output)
+    if args.report:
+        check_report(args.report)
     words = read_words(args)
     dataset = retrieval_set(args, dataset_class, default_csv, words)
     model = inference_model(args, device)
     check_words_fit(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
-    figures = evaluate_retrieval(
+    settings = evaluation_settings(args, args.eval_csv or default_csv, flags=["fps"])
+    pictures = {}
+
+    def on_windows(index, windows):
+        if args.report:
+            pictures[index] = small_animation(windows)
+
+    scores, kept = retrieval_scores(
         model,
         dataset,
         device,
         batch_size=args.batch_size_val,
         workers=args.num_thread_reader,
         sample_timeout=args.sample_timeout,
+        on_windows=on_windows,
     )
+    figures = retrieval_figures(dataset, scores)
     report(dataset_class.__name__, figures, args.output)
+    if args.report:
+        data = retrieval_data(
+            [dataset.pairs[index] for index in kept],
+            args.eval_video_root,
+            [pictures[index] for index in kept],
+            scores,
+            right_ranks(scores),
+            best_videos(scores, SHOWN),
+        )
+        write_page(args.report, dataset_class.__name__, figures, settings, data)
 
 
 def linear_svm(features, labels, parts):
