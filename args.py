@@ -144,6 +144,7 @@ def get_args(description="MIL-NCE", argv=None):
         "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"
     )
     add("--output", default="", help="write the evaluation's figures to this JSON file")
+    add("--report", default="", help="write the results as a page, index.html, to this folder")
     add("--features", default="", help="keep HMDB-51's features in this .npz, or read them there")
 
     # Feature extraction; its videos are in --video_path

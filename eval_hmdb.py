@@ -10,6 +10,7 @@ from args import get_args
 from evaluation import evaluate_hmdb, hmdb_features, inference_model
 from feature_file import feature_settings, read_features, write_features
 from hmdb_loader import HMDB51
+from report_page import check_report, evaluation_settings, hmdb_data, write_page
 from utils import check_output, pick_device, report, run_script, setup_logging
 
 
@@ -46,13 +47,20 @@ def main():
     setup_logging(args.verbose)
     if args.output:
         check_output(args.output)
+    if args.report:
+        check_report(args.report)
     csv = args.eval_csv or "data/hmdb51.csv"
     if os.path.isfile(args.features):
         dataset = HMDB51(csv, video_root=None)
         features, left_out = read_features(args.features, feature_settings(args), dataset.names)
     else:
         dataset, features, left_out = make_features(args, csv)
-    report("HMDB-51", evaluate_hmdb(dataset, features, left_out), args.output)
+    figures, outcomes = evaluate_hmdb(dataset, features, left_out)
+    report("HMDB-51", figures, args.output)
+    if args.report:
+        counts = {"num_videos": len(features), "num_missing": len(left_out)}
+        settings = evaluation_settings(args, csv)
+        write_page(args.report, "HMDB-51", {**figures, **counts}, settings, hmdb_data(outcomes))
 
 
 if __name__ == "__main__":

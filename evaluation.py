@@ -10,6 +10,14 @@ from tqdm import tqdm
 
 from annotations import SPLITS, TEST, TRAIN
 from checkpoint import load_model
+from report_page import (
+    SHOWN,
+    check_report,
+    evaluation_settings,
+    retrieval_data,
+    small_animation,
+    write_page,
+)
 from retrieval_loader import TEXT_WORDS
 from s3dg import Tokenizer, inference_copy
 from utils import (
@@ -72,14 +80,16 @@ def video_features(
     rank=0,
     world_size=1,
     gather=lambda share: [share],
+    on_windows=lambda index, windows: None,
     on_video=lambda: False,
 ):
     """Features of each video's windows: a dict from index to float array [W, 512 or 1024].
 
     Videos that cannot be decoded are named in the log and have no entry. With several ranks each
     takes every world_size-th video, and all of them get the whole, by gather, which lists what
-    the ranks give it. on_video is called after each video; where it says True on any rank, the
-    evaluation is broken off, and None returned.
+    the ranks give it. on_windows gets the index and the windows, uint8 [W, 3, T, H, W], of each
+    video that this rank has decoded. on_video is called after each video; where it says True on any
+    rank, the evaluation is broken off, and None returned.
     """
     share = range(rank, len(dataset), world_size)
     videos = sample_batches(
@@ -98,7 +108,9 @@ def video_features(
             if error:
                 log.warning("left out of the evaluation: %s", described(error, dataset.path(index)))
             else:
-                yield index, video["video"][0].clone()  # its memory is used again
+                windows = video["video"][0].clone()  # its memory is used again
+                on_windows(index, windows)
+                yield index, windows
             nonlocal stopped
             stopped = on_video()
             if stopped:
@@ -127,14 +139,31 @@ def text_features(model, dataset, indices, device, batch_size=256):
     return torch.cat(embeddings).float().cpu().numpy()
 
 
-def retrieval_metrics(scores):
-    """scores [N, N], text i against video j, text i belonging to video i -> R1, R5, R10, MR.
+def right_ranks(scores):
+    """scores [N, N], text i against video j, text i belonging to video i -> the right videos' ranks
+    [N], from 1.
 
-    Recalls are fractions, MR is the median rank from 1. Ties count against the right video, so a
-    constant embedding scores no better than last; so does a score that is not a number.
+    Ties count against the right video, so a constant embedding scores no better than last; so does
+    a score that is not a number.
     """
     right = np.diag(scores)[:, None]
-    ranks = (~(scores < right)).sum(axis=1)  # the right one counts itself: from 1
+    return (~(scores < right)).sum(axis=1)  # the right one counts itself: from 1
+
+
+def best_videos(scores, count):
+    """The videos with the highest scores of each text, best first: int [N, min(count, N)].
+
+    They agree with right_ranks: all that counts against the right video comes before it.
+    """
+    right = np.diag(scores)[:, None]
+    place = np.where(scores < right, 2, 0)
+    np.fill_diagonal(place, 1)
+    return np.lexsort((-scores, place))[:, :count]
+
+
+def retrieval_metrics(scores):
+    """scores as right_ranks has them -> R1, R5, R10 (fractions) and MR, the median rank."""
+    ranks = right_ranks(scores)
     return {
         "R1": float(np.mean(ranks <= 1)),
         "R5": float(np.mean(ranks <= 5)),
@@ -143,11 +172,11 @@ def retrieval_metrics(scores):
     }
 
 
-def evaluate_retrieval(model, dataset, device, **decoding):
-    """Zero-shot text-to-video retrieval (paper, section 4): R1, R5, R10, MR and counts.
+def retrieval_scores(model, dataset, device, **decoding):
+    """Scores of texts against videos, [N, N], and the indices of these N items of the data set.
 
-    A video is the mean of its windows' embeddings. Absent and undecodable ones leave both sides.
-    None where it was broken off. For the keyword arguments see video_features.
+    A video is the mean of its windows' embeddings. Undecodable ones leave both sides. None where it
+    was broken off. For the keyword arguments see video_features.
     """
     videos = video_features(model, dataset, device, **decoding)
     if videos is None:
@@ -156,9 +185,21 @@ def evaluate_retrieval(model, dataset, device, **decoding):
         raise InputError("--eval_video_root: none of the videos there can be decoded")
     texts = text_features(model, dataset, list(videos), device)
     means = np.stack([windows.mean(axis=0) for windows in videos.values()])
-    figures = retrieval_metrics(texts @ means.T)
-    missing = dataset.num_missing + len(dataset) - len(videos)
-    return {**figures, "num_videos": len(videos), "num_missing": missing}
+    return texts @ means.T, list(videos)
+
+
+def retrieval_figures(dataset, scores):
+    """R1, R5, R10, MR and counts, of retrieval_scores' scores."""
+    missing = dataset.num_missing + len(dataset) - len(scores)
+    return {**retrieval_metrics(scores), "num_videos": len(scores), "num_missing": missing}
+
+
+def evaluate_retrieval(model, dataset, device, **decoding):
+    """Zero-shot text-to-video retrieval (paper, section 4): see retrieval_scores and
+    retrieval_figures. None where it was broken off.
+    """
+    found = retrieval_scores(model, dataset, device, **decoding)
+    return None if found is None else retrieval_figures(dataset, found[0])
 
 
 def inference_model(args, device):
@@ -195,26 +236,48 @@ def retrieval_script(args, dataset_class, default_csv):
     device = pick_device(args)
     if args.output:
         check_output(args.output)
+    if args.report:
+        check_report(args.report)
     words = read_words(args)
     dataset = retrieval_set(args, dataset_class, default_csv, words)
     model = inference_model(args, device)
     check_words_fit(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
-    figures = evaluate_retrieval(
+    settings = evaluation_settings(args, args.eval_csv or default_csv, flags=["fps"])
+    pictures = {}
+
+    def on_windows(index, windows):
+        if args.report:
+            pictures[index] = small_animation(windows)
+
+    scores, kept = retrieval_scores(
         model,
         dataset,
         device,
         batch_size=args.batch_size_val,
         workers=args.num_thread_reader,
         sample_timeout=args.sample_timeout,
+        on_windows=on_windows,
     )
+    figures = retrieval_figures(dataset, scores)
     report(dataset_class.__name__, figures, args.output)
+    if args.report:
+        data = retrieval_data(
+            [dataset.pairs[index] for index in kept],
+            args.eval_video_root,
+            [pictures[index] for index in kept],
+            scores,
+            right_ranks(scores),
+            best_videos(scores, SHOWN),
+        )
+        write_page(args.report, dataset_class.__name__, figures, settings, data)
 
 
-def linear_svm_accuracy(features, labels, parts):
-    """Top-1 of a linear SVM on frozen features, one split (paper, section 4).
+def linear_svm(features, labels, parts):
+    """What a linear SVM on frozen features takes one split's test videos for (paper, section 4).
 
     features [N, W, D]: W windows a video, each a training sample of its own; a test video's score
-    is the sum of its windows' decision values. labels [N], parts [N]: 1 train, 2 test.
+    is the sum of its windows' decision values. labels [N], parts [N]: 1 train, 2 test. Returns
+    labels, as many as there are test videos.
     """
     train, test = parts == TRAIN, parts == TEST
     windows, dim = features.shape[1:]
@@ -224,7 +287,7 @@ def linear_svm_accuracy(features, labels, parts):
     if scores.ndim == 1:  # two classes have one score, of the second
         scores = np.stack([-scores, scores], axis=1)
     scores = scores.reshape(test.sum(), windows, -1).sum(axis=1)
-    return float(np.mean(svm.classes_[scores.argmax(axis=1)] == labels[test]))
+    return svm.classes_[scores.argmax(axis=1)]
 
 
 def check_splits(labels, splits):
@@ -257,7 +320,8 @@ def hmdb_features(model, dataset, device, **decoding):
 def evaluate_hmdb(dataset, features, left_out):
     """Linear classification of HMDB-51 (paper, section 4): top-1 of each split, mean.
 
-    The dataset's labels and splits are scored on what hmdb_features gave.
+    The dataset's labels and splits are scored on what hmdb_features gave. Returns the figures, and
+    for each split the labels of its test videos and what they were taken for: a pair of arrays.
     """
     kept = [index for index, name in enumerate(dataset.names) if name in features]
     labels, splits = dataset.labels[kept], dataset.splits[kept]
@@ -268,7 +332,11 @@ def evaluate_hmdb(dataset, features, left_out):
         log.info("left out: %d absent videos, %d undecodable", absent, undecodable)
     windows = np.stack([features[dataset.names[index]] for index in kept])
     # Processes: threads would share liblinear's random numbers, and no two runs would agree.
-    accuracies = joblib.Parallel(n_jobs=len(SPLITS), initializer=die_with_parent)(
-        joblib.delayed(linear_svm_accuracy)(windows, labels, part) for part in splits.T
+    predictions = joblib.Parallel(n_jobs=len(SPLITS), initializer=die_with_parent)(
+        joblib.delayed(linear_svm)(windows, labels, part) for part in splits.T
     )
-    return {**dict(zip(SPLITS, accuracies, strict=True)), "mean": float(np.mean(accuracies))}
+    truths = [labels[part == TEST] for part in splits.T]
+    outcomes = list(zip(truths, predictions, strict=True))
+    accuracies = [float(np.mean(truth == predicted)) for truth, predicted in outcomes]
+    figures = {**dict(zip(SPLITS, accuracies, strict=True)), "mean": float(np.mean(accuracies))}
+    return figures, outcomes

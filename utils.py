@@ -264,9 +264,14 @@ def files_below(root, flag, extensions):
         raise InputError(f"--{flag}: {error.filename} cannot be read: {error.strerror}") from None
 
 
+def figure_text(value):
+    """A figure as people read it."""
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
 def report(title, figures, output=""):
     """Prints an evaluation's figures, and writes them to a JSON file where --output names one."""
-    shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in figures.items())
+    shown = (f"{name} {figure_text(value)}" for name, value in figures.items())
     print(f"{title}: {'  '.join(shown)}")
     if output:
         Path(output).write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From an empty clone to figures: toy data, a training with two processes, three evaluations, a
-# table. About ten minutes on two cores besides the install; --quick: about four. What an earlier
+# table, and a page of results each. About ten minutes on two cores besides the install; --quick: about four. What an earlier
 # run left in data/toy, checkpoint/ and log/ is used again.
 set -euo pipefail
 name=demo epochs=70
@@ -23,11 +23,11 @@ python main_distributed.py --nproc_per_node=2 --resume --checkpoint_dir=$name --
 weights=$(ls checkpoint/$name/epoch*.pth.tar | tail -n 1)
 evaluate="--pretrain_cnn_path=$weights --token_to_word_path=$data/dict.npy $clips --verbose=0"
 python eval_youcook.py $evaluate --eval_csv=$data/validation_youcook.csv \
-    --eval_video_root=$data/youcook --output=log/$name.youcook.json
+    --eval_video_root=$data/youcook --output=log/$name.youcook.json --report=log/$name.youcook
 python eval_msrvtt.py $evaluate --eval_csv=$data/msrvtt_test.csv \
-    --eval_video_root=$data/msrvtt --output=log/$name.msrvtt.json
+    --eval_video_root=$data/msrvtt --output=log/$name.msrvtt.json --report=log/$name.msrvtt
 python eval_hmdb.py $evaluate --eval_csv=$data/hmdb51.csv \
-    --eval_video_root=$data/hmdb --output=log/$name.hmdb.json
+    --eval_video_root=$data/hmdb --output=log/$name.hmdb.json --report=log/$name.hmdb
 
 python - $name $data "$weights" <<'PYTHON'
 import json
@@ -48,4 +48,6 @@ for task, title in (("youcook", "YouCook2-like"), ("msrvtt", "MSR-VTT-like")):
 with open(f"log/{name}.hmdb.json") as file:
     print(f"{'HMDB-51-like top-1':<28}{json.load(file)['mean']:>8.3f}{1 / classes:>8.3f}")
 print(f"\ncheckpoint: {weights}\nlog:        log/{name}.txt, log/{name}.jsonl")
+for task in ("youcook", "msrvtt", "hmdb"):
+    print(f"report:     log/{name}.{task}/index.html")
 PYTHON

@@ -1,5 +1,6 @@
 """The three evaluation scripts, run as a user runs them."""
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -105,6 +106,50 @@ def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
     assert figures == {"split1": 1, "split2": 1, "split3": 1, "mean": 1}  # trained on the same clip
 
 
+def page_data(folder):
+    """The JSON object in a page of --report."""
+    page = (folder / "index.html").read_text()
+    return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+
+
+def test_the_page_of_a_retrieval_agrees_with_the_figures(toy, weights, tmp_path):
+    flags = [*small(weights, toy), *toy_set("eval_youcook.py", toy)]
+    run = run_python(
+        "eval_youcook.py", *flags, f"--output={tmp_path}/out.json", f"--report={tmp_path}/a/page"
+    )
+    assert run.stdout.splitlines()[-1] == f"report: {tmp_path}/a/page/index.html"
+    figures = json.loads((tmp_path / "out.json").read_text())
+    data = page_data(tmp_path / "a/page")
+    ranks = np.array([query["rank"] for query in data["queries"]])
+    assert len(ranks) == len(data["videos"]) == figures["num_videos"]
+    assert figures["R5"] == np.mean(ranks <= 5) and figures["MR"] == np.median(ranks)
+    in_page = [[v for v, _ in query["best"]].index(text) + 1
+               for text, query in enumerate(data["queries"]) if query["rank"] <= 5]  # fmt: skip
+    assert in_page == ranks[ranks <= 5].tolist()
+    assert len({video["picture"] for video in data["videos"]}) > len(ranks) / 2
+    assert dict(data["settings"])["weights"] == weights.name
+    assert str(tmp_path) not in (tmp_path / "a/page/index.html").read_text()
+
+
+def test_figures_are_told_also_where_the_page_cannot_be_written(
+    toy, weights, tmp_path, monkeypatch, capsys
+):
+    @contextlib.contextmanager
+    def full(path):
+        raise OSError("No space left on device")
+        yield
+
+    monkeypatch.setattr("report_page.write_whole", full)
+    flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy), f"--report={tmp_path}"]
+    with pytest.raises(SystemExit) as stopped:
+        run_main("eval_msrvtt.py", [*flags, f"--output={tmp_path}/out.json"], monkeypatch)
+    told = capsys.readouterr()
+    assert stopped.value.code == 2 and told.err.count("\n") == 1
+    assert "--report" in told.err and "No space left" in told.err
+    assert told.out.splitlines()[-1].startswith("MSRVTT: R1 ")
+    assert json.loads((tmp_path / "out.json").read_text())["num_videos"] > 0
+
+
 @pytest.fixture(scope="module")
 def kept(toy, weights, tmp_path_factory):
     """A run of eval_hmdb.py with --features over a table of which one clip is broken and one is
@@ -166,6 +211,18 @@ def test_a_second_run_scores_the_tables_splits(kept, tmp_path, monkeypatch):
     assert set(figures.values()) <= {0, 1}  # one video is tested
 
 
+def test_the_page_of_hmdb_agrees_with_the_figures_and_needs_no_video(kept, tmp_path, monkeypatch):
+    _, flags, figures, _ = kept
+    run_main("eval_hmdb.py", [*flags, "--pretrain_cnn_path=", f"--report={tmp_path}"], monkeypatch)
+    data = page_data(tmp_path)
+    assert dict(data["settings"])["features"] == "features.npz"
+    assert dict(data["figures"])["num_missing"] == "2"
+    confusion = np.array(data["confusion"])
+    assert sorted(row[0] for row in data["classes"]) == data["names"]
+    # The toy set's splits test nearly as many videos each: the mean of all is near that of splits.
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(figures["mean"], abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -197,6 +254,8 @@ BAD_INPUTS = {
     "missing videos": (["--eval_video_root=absent"], "absent"),
     "no video found at all": (["--eval_video_root={toy}/captions"], "--eval_video_root"),
     "unwritable output": (["--output=absent/out.json"], "--output"),
+    "report that is a file": (["--report={toy}/dict.npy"], "--report"),
+    "report below a file": (["--report={toy}/dict.npy/page"], "--report"),
     "unknown backend": (["--decoder=gstreamer"], "--decoder"),
 }
 BAD_TEXT_INPUTS = {

@@ -13,13 +13,15 @@ import torch
 from conftest import golden_json
 
 from evaluation import (
+    best_videos,
     check_splits,
     clip_batches,
     evaluate_hmdb,
     evaluate_retrieval,
     hmdb_features,
-    linear_svm_accuracy,
+    linear_svm,
     retrieval_metrics,
+    right_ranks,
     video_features,
 )
 from s3dg import Tokenizer
@@ -43,6 +45,20 @@ def test_ties_count_against_the_right_video():
 
 def test_scores_that_are_not_numbers_win_nothing():
     assert retrieval_metrics(np.full((20, 20), np.nan))["MR"] == 20
+
+
+def test_the_best_videos_agree_with_the_right_ones_ranks():
+    """Where the rank says that k videos count against the right one, k come before it."""
+    scores = np.random.default_rng(0).integers(0, 4, (30, 30)).astype(float)  # most are ties
+    scores[3, 3] = scores[5, 6] = np.nan
+    order = best_videos(scores, 30)
+    places = [list(row).index(text) + 1 for text, row in enumerate(order)]
+    assert places == right_ranks(scores).tolist()
+    assert all(sorted(row) == list(range(30)) for row in order)
+    first = scores[0, order[0]]
+    assert (first[1:] <= first[:-1]).all()
+    np.testing.assert_array_equal(best_videos(scores, 5), order[:, :5])
+    assert best_videos(scores[:3, :3], 5).shape == (3, 3)
 
 
 def test_windows_are_batched_across_videos_and_none_is_lost():
@@ -136,6 +152,21 @@ def test_a_video_that_crashes_or_hangs_its_worker_is_left_out_and_named(milnce_l
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_the_windows_of_each_decoded_video_are_shown_once(workers):
+    """And as they are, whatever is decoded after them."""
+    videos, shown = primaries(7, broken=[1]), {}
+
+    def on_windows(index, windows):
+        assert index not in shown
+        shown[index] = windows
+
+    video_features(Brightness(), videos, CPU, **decoding(workers), on_windows=on_windows)
+    assert list(shown) == [0, 2, 3, 4, 5, 6]
+    for index, windows in shown.items():
+        assert torch.equal(windows, videos[index]["video"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_no_batch_is_larger_than_batch_size_val(workers):
     model = Brightness()
     features = video_features(model, primaries(7), CPU, **decoding(workers, batch_size=6))
@@ -181,18 +212,18 @@ def test_linear_svm_sums_a_videos_windows(classes):
     centres = 3 * rng.standard_normal((classes, 8))
     features = centres[np.arange(60) % classes][:, None] + rng.standard_normal((60, 4, 8))
     parts = np.where(np.arange(60) < 40, 1, 2)
-    assert linear_svm_accuracy(features, labels, parts) == 1
+    assert (linear_svm(features, labels, parts) == labels[40:]).all()
     # One window far on the wrong side outweighs three that are right: a sum, not a vote.
     outvoted = features.copy()
     outvoted[parts == 2, 0] = 50 * centres[(np.arange(60)[parts == 2] + 1) % classes]
-    assert linear_svm_accuracy(outvoted, labels, parts) < 0.5
+    assert np.mean(linear_svm(outvoted, labels, parts) == labels[40:]) < 0.5
 
 
 def test_unused_clips_neither_train_nor_test():
     labels = np.array(["a", "b", "a", "b", "a"])
     features = np.array([0.0, 1, 0, 1, 100])[:, None, None]
     parts = np.array([1, 1, 2, 2, 0])
-    assert linear_svm_accuracy(features, labels, parts) == 1
+    assert linear_svm(features, labels, parts).tolist() == ["a", "b"]
 
 
 def test_a_split_without_training_classes_or_test_videos_is_refused():
@@ -222,10 +253,13 @@ def hard_clips(n=300, dim=512, used=8):
 def test_splits_fitted_at_the_same_time_have_the_figures_of_one_after_the_other():
     dataset, features = hard_clips()
     windows = np.stack(list(features.values()))
-    one_by_one = [linear_svm_accuracy(windows, dataset.labels, part) for part in dataset.splits.T]
-    figures = evaluate_hmdb(dataset, features, {})
+    figures, outcomes = evaluate_hmdb(dataset, features, {})
+    for part, (truth, predicted) in zip(dataset.splits.T, outcomes, strict=True):
+        np.testing.assert_array_equal(truth, dataset.labels[part == 2])
+        np.testing.assert_array_equal(predicted, linear_svm(windows, dataset.labels, part))
+    accuracies = [np.mean(truth == predicted) for truth, predicted in outcomes]
     assert list(figures) == ["split1", "split2", "split3", "mean"]
-    assert list(figures.values()) == [*one_by_one, np.mean(one_by_one)]
+    assert list(figures.values()) == [*accuracies, np.mean(accuracies)]
 
 
 FITS_AND_WAITS = """
@@ -267,11 +301,11 @@ def test_labels_and_splits_are_the_data_sets_and_clips_without_features_are_left
         labels=np.array([name[0] for name in names]),
         splits=np.array([[1] * 3, [1] * 3, [2] * 3, [2] * 3, [0] * 3, [2] * 3]),
     )
-    figures = evaluate_hmdb(dataset, features, {"b/3": "undecodable", "b/4": "absent"})
+    figures, _ = evaluate_hmdb(dataset, features, {"b/3": "undecodable", "b/4": "absent"})
     assert figures == {"split1": 1, "split2": 1, "split3": 1, "mean": 1}
     assert "left out: 1 absent videos, 1 undecodable" in milnce_log.text
     dataset.labels[3] = "a"
-    assert evaluate_hmdb(dataset, features, {})["mean"] == 0.5
+    assert evaluate_hmdb(dataset, features, {})[0]["mean"] == 0.5
     dataset.splits[2:] = 0
     with pytest.raises(InputError, match="split1"):
         evaluate_hmdb(dataset, features, {})
