@@ -47,8 +47,7 @@ def youcook_table(path, flag="eval_csv"):
     """
     if not is_json(path):
         names = ["task", "video_id"]
-        table = read_table(path, YOUCOOK, numbers=["start", "end"], names=names, flag=flag)
-        return filled(table, names, path, flag), []
+        return read_ours(path, flag, YOUCOOK, names, numbers=["start", "end"]), []
     where = f"--{flag}: {path}"
     content = read_json(path, flag)
     database = get(content, "database", dict, where)
@@ -85,8 +84,8 @@ def msrvtt_table(path, ids=None, flag="eval_csv"):
     if not is_json(path):
         if ids:
             raise InputError(f"--ids goes with a JSON of annotations: {path} has its own videos")
-        table = read_table(path, MSRVTT, names=["video_id"], flag=flag)
-        return unique(filled(table, ["video_id"], path, flag), ["video_id"], path, flag), []
+        table = read_ours(path, flag, MSRVTT, ["video_id"])
+        return unique(table, ["video_id"], path, flag), []
     where = f"--{flag}: {path}"
     content = read_json(path, flag)
     splits = {}
@@ -150,6 +149,14 @@ def msrvtt_table(path, ids=None, flag="eval_csv"):
     return table, notes + empty_notes(table["sentence"])
 
 
+def read_ours(path, flag, columns, names, numbers=()):
+    """A table of ours, which has rows; `names` are the columns that no row may leave empty."""
+    table = read_table(path, columns, numbers=numbers, names=names, flag=flag)
+    if table.empty:
+        raise InputError(f"--{flag}: {path} has no rows: give the whole table")
+    return filled(table, names, path, flag)
+
+
 def read_ids(path):
     """The videos of a list, in its order: a dict from id to its sentence there, or None.
 
@@ -184,10 +191,10 @@ def hmdb_table(path, flag="eval_csv"):
     Sorted by the files' names and the clips', as the table is.
     """
     if not os.path.isdir(path):
-        table = read_table(path, HMDB, numbers=SPLITS, names=["video_id"], flag=flag)
-        filled(table, ["video_id", "label"], path, flag)
-        classes = table.assign(label=table["label"].str.removesuffix("_test"))
+        table = read_ours(path, flag, HMDB, ["video_id", "label"], numbers=SPLITS)
+        classes = table.assign(label=table["label"].str.removesuffix("_test").replace("", None))
         check_names(classes, ["label"], path, flag)  # ".._test" leads out only without its suffix
+        filled(classes, ["label"], path, flag)  # as "_test" would: a clip's path would start at /
         if not table[SPLITS].isin((UNUSED, TRAIN, TEST)).all(axis=None):
             raise InputError(f"--{flag}: {path}: splits are 0 (unused), 1 (train) or 2 (test)")
         return unique(table, ["label", "video_id"], path, flag), []

@@ -56,7 +56,9 @@ def load_words(path):
     try:
         words = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy has many ways to say that a file is not one of its own
-        raise ValueError(f"{path} is not a word list (a numpy array of strings): {error}") from None
+        raise ValueError(
+            f"{path} is not a word list, a numpy array of strings ({type(error).__name__})"
+        ) from None
     if not isinstance(words, np.ndarray) or words.ndim != 1 or words.dtype.kind != "U":
         raise ValueError(f"{path} is not a word list: a one-dimensional array of strings is needed")
     return words

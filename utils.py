@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -41,7 +42,7 @@ def shorten(value):
 
 def shown(name):
     """A file's name, whatever bytes it has, in a message."""
-    return one_line(name.encode(errors="backslashreplace").decode())
+    return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
 
 def run_script(main):
@@ -51,6 +52,16 @@ def run_script(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_stoppable_script(main):
+    """run_script for one that leaves nothing half done behind where it is stopped by a signal."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C
+    try:
+        run_script(main)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 def die_with_parent():
@@ -184,7 +195,8 @@ def make_folder(path, flag):
 def write_whole(path):
     """Opens a file for bytes. It has its name only once it is whole and on the disk."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.tmp")
+    # A name of its own: another run may be writing the same file.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(partial, "wb") as file:
             yield file

@@ -469,6 +469,21 @@ COLUMNS = {
 }
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_without_rows_is_refused(name, tmp_path):
+    write_csv(tmp_path / "t.csv", SAMPLE[name][0])
+    with pytest.raises(InputError, match=r"^--eval_csv: .* has no rows"):
+        READERS[name](tmp_path / "t.csv")
+
+
+def test_a_class_without_a_name_is_refused(tmp_path):
+    """Its clips would be looked for at the root of the file system."""
+    row = {**SAMPLE["hmdb"][0], "label": "_test"}
+    write_csv(tmp_path / "t.csv", row, row.values())
+    with pytest.raises(InputError, match="line 2, column label: an empty cell names nothing"):
+        hmdb_table(tmp_path / "t.csv")
+
+
 @pytest.mark.parametrize(
     ("name", "column", "form"),
     [(name, *column) for name, columns in COLUMNS.items() for column in columns],

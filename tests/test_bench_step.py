@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import ways
 
+SMALL = ("--frames=4", "--size=32", "--rounds=1")
 CPU = torch.device("cpu")
 
 
@@ -82,7 +83,7 @@ def test_a_step_has_the_same_gradients_both_ways(model):
 
 @pytest.mark.slow
 def test_the_benchmark_prints_every_way_of_every_table():
-    printed = run_python("benchmarks/bench_step.py", "--frames=4", "--size=32", "--rounds=1").stdout
+    printed = run_python("benchmarks/bench_step.py", *SMALL, timeout=900).stdout
     tables = re.findall(
         r"^(.+): [\d.]+ GFLOP a clip\n\n\| way .*\n.*\n((?:\|.*\n)+)", printed, re.M
     )

@@ -19,7 +19,7 @@ from conftest import write_csv
 import caption_source
 from caption_store import CaptionFolder, CaptionStore, open_captions
 from tables import read_table
-from utils import InputError
+from utils import InputError, run_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "howto100m" / "prepare.py"
 sys.path.insert(0, str(SCRIPT.parent))  # of transcode.py
@@ -142,7 +142,7 @@ def test_unreadable_caption_files_are_told_and_left_out(captions, capsys):
     assert len(pack(captions / "csv", captions / "store", "--num_workers", "2")) == 2
     printed = capsys.readouterr()
     assert "4 videos have no usable caption" in printed.out
-    for named in ("latin.csv", "empty.csv", "none.csv", r"caf\udce9.csv"):
+    for named in ("latin.csv", "empty.csv", "none.csv", r"caf\xe9.csv"):
         assert named in printed.err
     assert printed.err.count("left out: ") == 4
 
@@ -426,7 +426,7 @@ def test_a_wrong_call_is_one_line_that_names_the_flag_and_status_2(
     monkeypatch.setattr("sys.argv", ["prepare.py", *(flag.format(pairs=pairs) for flag in flags)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        prepare.run_script(prepare.main)
+        run_script(prepare.main)
     assert stopped.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1 and message in lines[0]

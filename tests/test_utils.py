@@ -93,3 +93,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match="--out"):  # of a shell variable that is not set
         check_output("", "out")
     check_output(str(tmp_path / "out.json"))
+
+
+def test_two_writers_of_a_file_leave_it_whole(tmp_path):
+    path = tmp_path / "file"
+    with write_whole(path) as first, write_whole(path) as second:
+        first.write(b"one")
+        second.write(b"another")
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]

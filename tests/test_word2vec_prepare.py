@@ -185,6 +185,14 @@ def test_the_most_frequent_words_of_captions_are_a_vocabulary(
     assert "left out: 1 words without a vector, such as aroma" in said
 
 
+def test_a_wrong_file_of_vectors_is_found_before_the_captions_are_read(prepare, tmp_path, capsys):
+    (tmp_path / "v.txt").write_text("1 100\nword 1\n")
+    for vectors, named in (("v.txt", "vectors of 100 numbers"), ("no.bin", "there is no file")):
+        with pytest.raises(InputError, match=f"--vectors: .*{named}"):
+            flags = ["--vectors", tmp_path / vectors, "--caption_root", tmp_path / "absent"]
+            run(prepare, *flags, "--out", tmp_path / "out")
+
+
 def test_folder_store_and_json_file_of_captions_have_the_same_words(prepare, captions, tmp_path):
     (captions / "broken.csv").unlink()
     videos = {name: read_captions(captions / f"{name}.csv") for name in ("a", "deep/b")}

@@ -18,7 +18,6 @@ import argparse
 import csv
 import io
 import os
-import signal
 import sys
 from contextlib import closing
 from pathlib import Path, PurePosixPath
@@ -40,7 +39,7 @@ from utils import (
     check_folder,
     check_output,
     files_below,
-    run_script,
+    run_stoppable_script,
     shown,
     write_whole,
 )
@@ -214,9 +213,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C
-    try:
-        run_script(main)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    run_stoppable_script(main)

@@ -46,7 +46,7 @@ from utils import (
     check_words_fit,
     make_folder,
     one_line,
-    run_script,
+    run_stoppable_script,
     shorten,
     write_whole,
 )
@@ -138,37 +138,41 @@ def most_frequent(counts, num_words, min_count):
 def select_vectors(path, words):
     """The vectors of these words: float32 [words, 300], and for each what was found (an array of
     NOT_FOUND, OTHER_CASE, EXACT)."""
-    check_file(path, "vectors")
     places = {word: place for place, word in enumerate(words)}
     vectors = np.zeros((len(words), WORD_DIM), np.float32)
     found = np.zeros(len(words), np.int8)
+    with open_vectors(path) as file:
+        count = read_header(file, path)
+        entries, parse = (
+            (text_entries, parse_text) if is_text(file) else (binary_entries, parse_binary)
+        )
+        entries = entries(file, count, path)
+        for entry, numbers in tqdm(entries, total=count, unit="word", disable=None):
+            word, kind = entry.decode("utf-8", "replace"), EXACT
+            if word not in places:
+                word, kind = word.lower(), OTHER_CASE
+            place = places.get(word)
+            if place is not None and found[place] < kind:
+                vectors[place], found[place] = parse(numbers, word, path), kind
+    return vectors, found
+
+
+@contextlib.contextmanager
+def open_vectors(path):
+    """The file's content, unpacked. What cannot be read of it is an InputError."""
+    check_file(path, "vectors")
     try:
-        with open_vectors(path) as file:
-            count = read_header(file, path)
-            entries, parse = (
-                (text_entries, parse_text) if is_text(file) else (binary_entries, parse_binary)
-            )
-            entries = entries(file, count, path)
-            for entry, numbers in tqdm(entries, total=count, unit="word", disable=None):
-                word, kind = entry.decode("utf-8", "replace"), EXACT
-                if word not in places:
-                    word, kind = word.lower(), OTHER_CASE
-                place = places.get(word)
-                if place is not None and found[place] < kind:
-                    vectors[place], found[place] = parse(numbers, word, path), kind
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic == b"PK\x03\x04":
+            raise InputError(f"--vectors: {path} is a zip archive: give the file that is in it")
+        packed = magic.startswith(b"\x1f\x8b")
+        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:  # gzip has three ways to say that it is cut
         raise InputError(
             f"--vectors: {path} is damaged or cut short ({error}): get it again"
         ) from None
-    return vectors, found
-
-
-def open_vectors(path):
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic == b"PK\x03\x04":
-        raise InputError(f"--vectors: {path} is a zip archive: give the file that is in it")
-    return gzip.open(path, "rb") if magic.startswith(b"\x1f\x8b") else open(path, "rb")
 
 
 def read_header(file, path):
@@ -286,6 +290,8 @@ def train(corpus, counts, documents):
 
 def check_pair(folder, flag="out"):
     """Refuses a pair that a training would; returns its size and notes on what else is odd."""
+    for name in (WORDS, VECTORS):
+        check_file(folder / name, flag)
     try:
         words = load_words(folder / WORDS)
         vectors = load_word_vectors(folder / VECTORS)
@@ -421,6 +427,8 @@ def main(argv=None):
 
 def selected(args):
     """The words and vectors of --vectors."""
+    with open_vectors(args.vectors) as file:
+        read_header(file, args.vectors)  # before the hours of reading captions
     if args.vocabulary:
         words, notes = read_vocabulary(args.vocabulary)
     else:
@@ -456,4 +464,4 @@ def trained(args, folder):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_stoppable_script(main)
