@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import math
+import threading
 import time
 from itertools import chain
 from pathlib import Path
@@ -58,6 +59,9 @@ class Reporter:
         self.process = process
         self.records = log_path(args, "jsonl")
         self.hidden = True if process.rank > 0 or not args.verbose else None  # None: no terminal
+        # By default bars of all processes share a semaphore, which a rank that is spawned would
+        # leave behind (see distributed.end_with).
+        tqdm.set_lock(threading.RLock())
         self.bar = tqdm(disable=True)
         self.events = None
         if args.tensorboard and process.rank == 0:

@@ -1,12 +1,15 @@
 """What several test modules share: golden values, the shared clips, golden weights."""
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import zlib
 from pathlib import Path
@@ -134,6 +137,8 @@ def run_python(script, *flags, cwd=None, timeout=300):
 def run_at_terminal(*command):
     """Runs a command with a terminal for stdout and stderr; returns what the terminal was sent."""
     terminal, end = pty.openpty()
+    rows_columns = struct.pack("HHHH", 24, 120, 0, 0)
+    fcntl.ioctl(end, termios.TIOCSWINSZ, rows_columns)
     received = []
 
     def receive():
