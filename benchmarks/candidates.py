@@ -1,8 +1,8 @@
 """What several candidate captions bring: held-out retrieval after trainings with 1 and with 4.
 
     python data/toy/prepare.py --out data/toy
-    python benchmarks/candidates.py --out candidates          # about 50 minutes on two quiet cores
-    python benchmarks/candidates.py --out bf16 -- --amp=bf16  # the rest goes to main_distributed.py
+    python benchmarks/candidates.py --out log/candidates    # about 50 minutes on two quiet cores
+    python benchmarks/candidates.py --out log/bf16 -- --amp=bf16    # passed to main_distributed.py
 
 The paper's claim is that captions which are off in time are better learned from as a bag of
 candidates (section 3.1, table 2). Here the toy set's narration is taken as it is, displaced by a
@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "toy")]
 import prepare  # noqa: E402
 
 from args import Parser, not_negative, positive  # noqa: E402
-from utils import InputError, make_folder, run_script, write_whole  # noqa: E402
+from utils import InputError, die_with_parent, make_folder, run_script, write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -51,9 +51,12 @@ RECALLS = {"R1": 1, "R5": 5, "R10": 10}
 
 
 def run(script, *flags):
-    """Runs a script of the project; where it fails, so does this one, after what it said."""
+    """Runs a script of the project. Where it fails, so does this one, after what it said; where
+    this one is killed, it does not train on.
+    """
     command = [sys.executable, ROOT / script, *map(str, flags)]
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    quiet = {"stdout": subprocess.DEVNULL, "preexec_fn": die_with_parent}
+    status = subprocess.run(command, **quiet).returncode
     if status:
         sys.exit(status)
 
@@ -164,9 +167,8 @@ def draw(runs, path):
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
         panels[0][column].set_title(f"{SETS[task]}, {videos} clips", fontsize=10)
-        names = [f"captions {described(drift)}" for drift in drifts]
-        names = [f"captions {described(drift)}" for drift in drifts]
-        panels[1][column].set_xticks(range(len(drifts)), names)
+        panels[1][column].set_xticks(range(len(drifts)), [described(drift) for drift in drifts])
+        panels[1][column].set_xlabel("captions")
     panels[0][0].set_ylabel("R@10 (%), higher is better")
     panels[1][0].set_ylabel("median rank, lower is better")
     handles, labels = panels[0][0].get_legend_handles_labels()
