@@ -173,6 +173,7 @@ def get_args(description="MIL-NCE", argv=None):
     )
     add("--log_root", default="log", help="folder of the logs")
     add("--n_display", type=positive(int), default=10, help="steps between log lines")
+    add("--tensorboard", action="store_true", help="event files, too, in <the log>.tensorboard/")
     add("--verbose", type=int, choices=(0, 1), default=1, help="log to the terminal too")
 
     # Machine

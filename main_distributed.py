@@ -4,6 +4,7 @@ One process a GPU, or a few on the CPU; plain python, torchrun or SLURM: see REA
 """
 
 import contextlib
+import importlib.util
 import logging
 import sys
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ import distributed
 from args import get_args
 from evaluation import evaluate_retrieval, retrieval_set
 from s3dg import S3D, Tokenizer, inference_copy
-from training_log import BadSamples, Window, append_record, log_path, read_records, show
+from training_log import BadSamples, Reporter, Window, log_path, read_records
 from training_step import Averages, TrainingStep, autocast_dtype, build_optimizer
 from utils import (
     PRECISIONS,
@@ -125,6 +126,10 @@ def prepare(args, processes, device):
         )
     make_folder(log_path(args, "txt").parent, "log_root")
     make_folder(folder, "checkpoint_root")
+    if args.tensorboard:
+        if not importlib.util.find_spec("tensorboard"):
+            raise InputError("--tensorboard: the package tensorboard is not here: pip install it")
+        make_folder(log_path(args, "tensorboard"), "tensorboard")
     progress = first_progress(args, resumed, dataset, batch_size)
     optimizer, scheduler = build_optimizer(args, model, progress.step, total_steps, resumed)
     return Job(
@@ -256,16 +261,18 @@ def train(args, process):
         pin_memory=process.device.type == "cuda",
         on_sample=process.on_sample,
     )
-    with contextlib.closing(batches):
+    reporter = Reporter(args, process, progress.step)
+    with contextlib.closing(batches), contextlib.closing(reporter):
         if job.validation and lacks_validation(args, process, job):
-            validate(args, process, job)
+            validate(args, process, job, reporter)
         for _ in range(progress.epoch, args.epochs):
-            train_epoch(args, process, job, step, batches, bad)
+            with reporter.epoch(job):
+                train_epoch(args, process, job, step, batches, bad, reporter)
             progress.epoch += 1
             progress.bad_in_epoch = 0
             save(args, process, job, step)
             if job.validation:
-                validate(args, process, job)
+                validate(args, process, job, reporter)
 
 
 def check_alike(args, process, job):
@@ -333,7 +340,7 @@ def settle(args, process, step):
     averages.write(before)
 
 
-def train_epoch(args, process, job, step, batches, bad):
+def train_epoch(args, process, job, step, batches, bad, reporter):
     """Runs the steps that are left of an epoch. A signal ends the process, after a checkpoint."""
     progress, last_step = job.progress, job.steps_before(job.progress.epoch + 1)
     step.network.train()
@@ -360,6 +367,7 @@ def train_epoch(args, process, job, step, batches, bad):
         job.scheduler.step()
         progress.step += 1
         window.count(job.batch_size)
+        reporter.bar.update()
 
         too_bad = progress.bad_in_epoch > args.max_bad_fraction * len(job.dataset)
         due = args.checkpoint_every and progress.step % args.checkpoint_every == 0
@@ -379,7 +387,7 @@ def train_epoch(args, process, job, step, batches, bad):
                 f"{args.max_bad_fraction:g} of them: see {bad.path}"
             )
         if shown:
-            show(args, process, job, window, loss.item(), lr)
+            reporter.show(job, window, loss.item(), lr)
             window = window.next()
         if signalled or (due and progress.step < last_step):
             save(args, process, job, step, within_epoch=True)
@@ -440,7 +448,7 @@ def stop(process):
     sys.exit(distributed.STOPPED)
 
 
-def validate(args, process, job):
+def validate(args, process, job, reporter):
     """Retrieval figures of the model as rank 0 has it; the ranks share the videos."""
     process.at("validation")
 
@@ -465,9 +473,7 @@ def validate(args, process, job):
     )
     if figures is None:  # nothing is lost: the checkpoint is written, and a restart validates
         stop(process)
-    log.info("epoch %d, YouCook2: %s", job.progress.epoch, figures)
-    if process.rank == 0:
-        append_record(log_path(args, "jsonl"), {"epoch": job.progress.epoch, **figures})
+    reporter.show_validation(job.progress, figures)
 
 
 def lacks_validation(args, process, job):

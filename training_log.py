@@ -1,4 +1,4 @@
-"""What a training writes about itself: lines for people, JSON for programs, its bad samples."""
+"""What a training says of itself: lines and a bar for people, JSON and TensorBoard, bad samples."""
 
 import contextlib
 import csv
@@ -6,11 +6,14 @@ import datetime
 import io
 import json
 import math
+import threading
 import time
 from itertools import chain
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils import append, log, one_line
 from video_loader import QUARANTINE
@@ -44,32 +47,110 @@ class Window:
         self.steps += 1
 
 
-def show(args, process, job, window, loss, lr):
-    """Logs how the training stands; `loss` is a number, so the device has done the steps."""
-    progress, now = job.progress, time.perf_counter()
-    elapsed = now - window.since
-    record = {
-        "epoch": progress.epoch + 1,
-        "step": progress.step,
-        "loss": loss,
-        "lr": lr,
-        "clips_per_second": window.clips / elapsed,
-        "data_wait": window.waited / elapsed,
-        "seconds_left": (now - window.began) / window.steps * (job.total_steps - progress.step),
-        "bad_samples": progress.bad_samples,
-        "skipped_steps": progress.skipped_steps,
-    }
-    line = (
-        "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} clips/s, "
-        "{data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} bad samples"
-    )
-    if process.device.type == "cuda":
-        record["gpu_gib"] = torch.cuda.max_memory_allocated(process.device) / 2**30
-        line += ", {gpu_gib:.1f} GiB of GPU memory"
-    left = datetime.timedelta(seconds=round(record["seconds_left"]))
-    log.info(line.format(**record, left=left))
-    if process.rank == 0:
-        append_record(log_path(args, "jsonl"), record)
+class Reporter:
+    """Says how the training stands: in the log, and on rank 0 to the .jsonl, to TensorBoard
+    (--tensorboard) and, where stderr is a terminal, by a bar of the epoch's steps.
+
+    step: at which this process starts. What TensorBoard has of later ones, from a run that was
+    killed and is resumed before them, it is told to forget.
+    """
+
+    def __init__(self, args, process, step):
+        self.process = process
+        self.records = log_path(args, "jsonl")
+        self.hidden = True if process.rank > 0 or not args.verbose else None  # None: no terminal
+        # By default bars of all processes share a semaphore, which a rank that is spawned would
+        # leave behind (see distributed.end_with).
+        tqdm.set_lock(threading.RLock())
+        self.bar = tqdm(disable=True)
+        self.events = None
+        if args.tensorboard and process.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter  # seconds; not all have the package
+
+            with self.going_on():
+                folder = log_path(args, "tensorboard")
+                self.events = SummaryWriter(folder, purge_step=step + 1)
+
+    @contextlib.contextmanager
+    def epoch(self, job):
+        """Shows the bar of the epoch that is to be trained, or gone on with."""
+        epoch, step = job.progress.epoch, job.progress.step
+        first = job.steps_before(epoch)
+        bar = tqdm(
+            desc=f"epoch {epoch + 1}",
+            total=job.steps_before(epoch + 1) - first,
+            initial=step - first,
+            unit="step",
+            leave=False,  # the log has its lines
+            dynamic_ncols=True,
+            disable=self.hidden,
+        )
+        above = contextlib.nullcontext() if bar.disable else logging_redirect_tqdm([log])
+        with bar, above:
+            self.bar = bar
+            yield
+
+    def show(self, job, window, loss, lr):
+        """How the training stands; `loss` is a number, so the device has done the steps."""
+        progress, now = job.progress, time.perf_counter()
+        elapsed = now - window.since
+        record = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "loss": loss,
+            "lr": lr,
+            "clips_per_second": window.clips / elapsed,
+            "data_wait": window.waited / elapsed,
+            "seconds_left": (now - window.began) / window.steps * (job.total_steps - progress.step),
+            "bad_samples": progress.bad_samples,
+            "skipped_steps": progress.skipped_steps,
+        }
+        line = (
+            "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} "
+            "clips/s, {data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} "
+            "bad samples"
+        )
+        if self.process.device.type == "cuda":
+            record["gpu_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
+            line += ", {gpu_gib:.1f} GiB of GPU memory"
+        left = datetime.timedelta(seconds=round(record["seconds_left"]))
+        log.info(line.format(**record, left=left))
+        shown = {"loss": f"{loss:.4f}", "clips/s": f"{record['clips_per_second']:.1f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.write("training", record)
+
+    def show_validation(self, progress, figures):
+        """What evaluate_retrieval found after an epoch."""
+        log.info("epoch %d, YouCook2: %s", progress.epoch, figures)
+        record = {"epoch": progress.epoch, "step": progress.step, **figures}
+        self.write("validation", record)
+
+    def write(self, kind, record):
+        if self.process.rank > 0:
+            return
+        append_record(self.records, record)
+        if self.events:
+            with self.going_on():
+                for name, value in record.items():
+                    if name != "step":
+                        self.events.add_scalar(f"{kind}/{name}", value, record["step"])
+                self.events.flush()  # what a killed run has said stays said
+
+    def close(self):
+        if self.events:
+            with self.going_on():
+                self.events.close()
+
+    @contextlib.contextmanager
+    def going_on(self):
+        """A full disk is no reason to end a training. (The writer's thread raises what it met from
+        the call that comes next, and is of no use after it.)
+        """
+        try:
+            yield
+        except Exception as error:  # each file system that it can write to has its own
+            log.error("going on without TensorBoard, could not write: %s", one_line(error))
+            self.events = None
 
 
 class BadSamples:
@@ -117,4 +198,4 @@ def read_records(path):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]

@@ -1,18 +1,24 @@
 """What several test modules share: golden values, the shared clips, golden weights."""
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from s3dg import S3D
 from utils import log
@@ -127,6 +133,41 @@ def run_python(script, *flags, cwd=None, timeout=300):
         cwd=cwd,
         timeout=timeout,
     )
+
+
+def run_at_terminal(*command):
+    """Runs a command with a terminal for stdout and stderr; returns what the terminal was sent."""
+    terminal, end = pty.openpty()
+    rows_columns = struct.pack("HHHH", 24, 120, 0, 0)
+    fcntl.ioctl(end, termios.TIOCSWINSZ, rows_columns)
+    received = []
+
+    def receive():
+        with open(terminal, "rb", buffering=0) as file:
+            while True:
+                try:
+                    received.append(file.read(1 << 16))
+                except OSError:  # how Linux says that nobody has the other end any more
+                    return
+
+    reader = threading.Thread(target=receive)
+    reader.start()
+    try:
+        subprocess.run(list(map(str, command)), check=True, stdout=end, stderr=end, timeout=300)
+    finally:
+        os.close(end)
+        reader.join()
+    return b"".join(received).decode()
+
+
+def scalars(folder):
+    """What TensorBoard shows of a folder of event files: {tag: {step: value}}."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    for tag, values in shown.items():
+        assert len(values) == len(dict(values)), f"{tag} has a step twice: {values}"
+    return {tag: dict(values) for tag, values in shown.items()}
 
 
 def golden_frames(kind):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python, toy_flags, write_csv
+from conftest import run_python, scalars, toy_flags, write_csv
 
 import main_distributed
 from checkpoint import load_model, read_checkpoint
@@ -67,6 +67,7 @@ def two_epochs(toy, weights, tmp_path_factory):
         f"--eval_video_root={toy}/youcook",
         f"--eval_csv={toy}/validation_youcook.csv",
         "--num_windows_test=1",
+        "--tensorboard",
     ]
     run_python("main_distributed.py", *flags)
     return folder, flags
@@ -83,6 +84,19 @@ def test_two_processes_train_write_logs_and_validate_every_video_once(two_epochs
         (1, 25, 0),
         (2, 25, 0),
     ]
+
+
+def test_event_files_have_what_the_log_has(two_epochs):
+    folder, _ = two_epochs
+    steps = [r for r in records(folder) if "loss" in r]
+    validations = [r for r in records(folder) if "R10" in r]
+    assert [r["step"] for r in validations] == [2, 4]
+    shown = scalars(folder / "log/run.tensorboard")
+    for name in ("loss", "lr", "clips_per_second", "data_wait"):
+        assert shown[f"training/{name}"] == {r["step"]: pytest.approx(r[name]) for r in steps}
+    for name in ("R1", "R5", "R10", "MR"):
+        expected = {r["step"]: pytest.approx(r[name]) for r in validations}
+        assert shown[f"validation/{name}"] == expected
 
 
 def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, toy, tmp_path):
@@ -230,6 +244,18 @@ def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
     elif fault.startswith("a first epoch"):
         culprit = "--start_epoch"
     assert culprit in error
+
+
+def test_a_file_where_the_event_files_go_is_refused(toy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.tensorboard").write_text("in the way")
+    flags = [f"--log_root={tmp_path}", f"--checkpoint_root={tmp_path}", "--checkpoint_dir=run"]
+    monkeypatch.setattr(
+        "sys.argv", ["main_distributed.py", *toy_flags(toy), *flags, "--tensorboard"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main_distributed.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "--tensorboard" in error
 
 
 def test_a_checkpoint_of_other_batches_is_gone_on_from_at_the_same_video():

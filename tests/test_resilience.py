@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import toy_flags
+from conftest import scalars, toy_flags
 
 from checkpoint import numbered, read_checkpoint
 from training_log import read_records
@@ -180,7 +180,7 @@ def test_a_signal_in_validation_ends_it_and_a_resumed_run_validates_again(toy, w
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
     number, uninterrupted, toy, weights, tmp_path
 ):
-    flags = [*LONG, "--checkpoint_every=0"]
+    flags = [*LONG, "--checkpoint_every=0", "--tensorboard"]
     run = Run(toy, weights, tmp_path, *flags)
     run.wait_for_step(21)
     family = run.family()
@@ -194,6 +194,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
     assert step == run.steps()[-1] >= 21, path
     assert Run(toy, weights, tmp_path, *flags, "--resume").wait() == 0, text(tmp_path)
     assert_same_end(uninterrupted, tmp_path)
+    assert scalars(tmp_path / "log/run.tensorboard")["training/loss"].keys() == set(range(1, 41))
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(uninterrupted, toy, weights, tmp_path):

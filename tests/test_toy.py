@@ -215,6 +215,27 @@ def test_captions_are_displaced_yet_mostly_right(script):
     assert 40 < idle < 40 * 7
 
 
+def test_drift_moves_captions_and_changes_nothing_else(script, tmp_path):
+    plans = {drift: script.plan_training(tmp_path / str(drift), 1, 3, drift) for drift in (0, 1, 3)}
+    assert len({repr([item[1:] for item in plan]) for plan in plans.values()}) == 1  # the videos
+    off, said = {}, []
+    for drift, plan in plans.items():
+        rows = [pd.read_csv(path) for path in sorted((tmp_path / str(drift)).glob("captions/*"))]
+        said.append([sorted(table.text) for table in rows])
+        off[drift] = []
+        for table, (_, steps, _, _) in zip(rows, plan, strict=True):
+            talk = table[~table.text.isin(script.FILLERS)]
+            for step in steps:
+                saying = [script.sentence(step, template) for template in script.NARRATIONS]
+                heard = talk[talk.text.isin(saying)]
+                if len(heard) == 1:
+                    middle = (heard.start.iloc[0] + heard.end.iloc[0]) / 2
+                    off[drift].append(middle - (step.start + step.end) / 2)
+    assert said[0] == said[1] == said[2]
+    assert np.abs(off[0]).max() < 0.02  # whole hundredths of a second
+    assert 0.5 < np.std(off[1]) < np.std(off[3])
+
+
 def test_shapes_and_actions_look_different(script):
     """One still per shape, and one clip per action, drawn alike otherwise."""
 

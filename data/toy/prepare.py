@@ -102,6 +102,8 @@ HMDB_TRAIN, HMDB_TEST, HMDB_UNUSED = 20, 8, 2  # clips per label in each split
 YOUCOOK_VIDEOS, YOUCOOK_STEPS = 25, 4
 MSRVTT_CLIPS = 80
 
+DRIFT = 1.0  # standard deviation of the seconds that a caption is off its step, cut off at 4
+
 SETTINGS = "settings.json"  # the stamp: what the files beside it were made with
 PARTIAL = ".partial"  # where they are made; they move to their places when all of them exist
 OUTPUTS = (
@@ -152,13 +154,16 @@ def random_steps(rng, count):
     return steps
 
 
-def narrate(rng, steps, seconds):
-    """Captions [(start, end, text)] in order of time: one per step, displaced, and idle talk."""
+def narrate(rng, steps, seconds, drift=DRIFT):
+    """Captions [(start, end, text)] in order of time: one per step, displaced, and idle talk.
+
+    Another drift moves the same sentences to other times.
+    """
     captions = []
     for step in steps:
         text = sentence(step, pick(rng, NARRATIONS))
         duration = rng.uniform(1.5, 3.5)
-        middle = (step.start + step.end) / 2 + np.clip(rng.normal(0, 1.0), -4, 4)
+        middle = (step.start + step.end) / 2 + np.clip(rng.normal(0, drift), -4, 4)
         captions.append((middle - duration / 2, text, duration))
         if rng.random() < 0.4:
             captions.append((step.end + rng.uniform(-1, 1), pick(rng, FILLERS), duration))
@@ -324,14 +329,14 @@ def write_table(path, columns, rows):
         writer.writerows(rows)
 
 
-def plan_training(root, seed, num_videos):
+def plan_training(root, seed, num_videos, drift=DRIFT):
     plan, names = [], []
     for i in range(num_videos):
         rng = np.random.default_rng([seed, 0, i])
         name = f"toy{i:05d}"
         steps = random_steps(rng, rng.integers(6, 9))
         seconds = math.ceil(steps[-1].end + 0.5)
-        captions = narrate(rng, steps, seconds)
+        captions = narrate(rng, steps, seconds, drift)
         write_table(root / "captions" / f"{name}.csv", ("start", "end", "text"), captions)
         names.append((f"{name}.mp4",))
         plan.append((root / "videos" / f"{name}.mp4", steps, seconds, FPS))
