@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -165,3 +167,51 @@ def milnce_log(caplog, monkeypatch):
     """The project's log, which otherwise does not reach pytest's."""
     monkeypatch.setattr(log, "propagate", True)
     return caplog
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium: a selenium driver. Whatever is not on this machine, it cannot reach.
+
+    A skip where Chromium or its driver is absent, or with MILNCE_REQUIRE_CHROMIUM a failure.
+    """
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(programs):
+        why = "chromium and chromedriver are not installed"
+        if os.environ.get("MILNCE_REQUIRE_CHROMIUM"):
+            pytest.fail(why)
+        pytest.skip(why)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    options.add_argument("--headless=new")
+    options.add_argument("--no-sandbox")  # which it does not start with as root
+    options.add_argument("--disable-dev-shm-usage")  # /dev/shm of a container is small
+    options.add_argument("--window-size=1280,900")
+    here = "EXCLUDE 127.0.0.1, EXCLUDE localhost"
+    options.add_argument(f"--host-resolver-rules=MAP * ~NOTFOUND, {here}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()
+
+
+def open_page(browser, address):
+    """Has the browser load a page, and forgets what its logs say of those before."""
+    browser.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(address)
+
+
+def page_errors(browser):
+    """What the browser's console has had of errors since open_page or the last call."""
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def requests_of(browser):
+    """The addresses that were asked for since open_page or the last call."""
+    events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    sent = (event["params"] for event in events if event["method"] == "Network.requestWillBeSent")
+    return [params["request"]["url"] for params in sent]
