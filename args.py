@@ -50,6 +50,50 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
+def spelled(argv=None):
+    """The command line (default: the process's) with `_` for each `-` in the names of flags."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = argv.index("--") if "--" in argv else len(argv)
+
+    def underscores(token):
+        return re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), token)
+
+    return [*map(underscores, argv[:flags]), *argv[flags:]]
+
+
+def add_clip_flags(add):
+    """What a clip is, and how it is decoded."""
+    add("--num_frames", type=positive(int), default=16, help="frames a clip")
+    add("--video_size", type=positive(int), default=224, help="height and width, pixels")
+    add("--fps", type=positive(int), default=5, help="frames a second of a clip")
+    add("--decoder", choices=BACKENDS, default="pyav", help="decoder backend; same pixels")
+
+
+def add_inference_flags(add):
+    """What a model needs to embed videos, training or not."""
+    add(
+        "--amp",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="type of convolutions and matrix products; auto: training in bf16 where the processor "
+        "computes in it, evaluation in float32",
+    )
+    add("--channels_last", type=int, choices=(0, 1), default=1, help="keep channels innermost")
+    add("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
+    add(
+        "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"
+    )
+    add("--num_thread_reader", type=not_negative(int), default=20, help="data workers of a node")
+    add(
+        "--sample_timeout",
+        type=positive(float),
+        default=180.0,
+        help="seconds after which a sample that is still being decoded is given up",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--gpu", type=int, default=None, help="use this GPU only")
+
+
 def get_args(description="MIL-NCE", argv=None):
     """Parses argv (default: the process's). Flags may be spelled with `-` or `_`."""
     parser = Parser(
@@ -68,12 +112,9 @@ def get_args(description="MIL-NCE", argv=None):
     add("--random_flip", type=int, choices=(0, 1), default=1, help="flip half of the clips")
 
     # Clips
-    add("--num_frames", type=positive(int), default=16, help="frames a clip")
-    add("--video_size", type=positive(int), default=224, help="height and width, pixels")
-    add("--fps", type=positive(int), default=5, help="frames a second of a clip")
+    add_clip_flags(add)
     add("--crop_only", type=int, choices=(0, 1), default=1, help="crop; 0: largest square, scaled")
     add("--centercrop", type=int, choices=(0, 1), default=0, help="crop the centre, not at random")
-    add("--decoder", choices=BACKENDS, default="pyav", help="decoder backend; same pixels")
 
     # Model
     add("--num_class", type=positive(int), default=512, help="size of the joint embedding")
@@ -99,16 +140,8 @@ def get_args(description="MIL-NCE", argv=None):
     add("--seed", type=not_negative(int), default=1, help="of weights, data order and samples")
 
     # Speed and memory
-    add(
-        "--amp",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="type of convolutions and matrix products; auto: training in bf16 where the processor "
-        "computes in it, evaluation in float32",
-    )
-    add("--channels_last", type=int, choices=(0, 1), default=1, help="keep channels innermost")
+    add_inference_flags(add)
     add("--fused_optimizer", type=int, choices=(0, 1), default=1, help="one kernel for all weights")
-    add("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
     add(
         "--grad_checkpoint",
         action="store_true",
@@ -128,21 +161,12 @@ def get_args(description="MIL-NCE", argv=None):
         default=10,
         help="steps in a row that may have a loss or gradient that is not finite",
     )
-    add(
-        "--sample_timeout",
-        type=positive(float),
-        default=180.0,
-        help="seconds after which a sample that is still being decoded is given up",
-    )
 
     # Evaluation
     add("-e", "--evaluate", action="store_true", help="score YouCook2 retrieval each epoch")
     add("--eval_video_root", default="", help="folder of the evaluation videos")
     add("--eval_csv", default="", help="annotation table or official file (default: in data/)")
     add("--num_windows_test", type=positive(int), default=4, help="windows an evaluation video")
-    add(
-        "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"
-    )
     add("--output", default="", help="write the evaluation's figures to this JSON file")
     add("--report", default="", help="write the results as a page, index.html, to this folder")
     add("--features", default="", help="keep HMDB-51's features in this .npz, or read them there")
@@ -177,10 +201,7 @@ def get_args(description="MIL-NCE", argv=None):
     add("--verbose", type=int, choices=(0, 1), default=1, help="log to the terminal too")
 
     # Machine
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--gpu", type=int, default=None, help="use this GPU only")
     add("--nproc_per_node", type=positive(int), default=None, help="processes (default: GPUs or 1)")
-    add("--num_thread_reader", type=not_negative(int), default=20, help="data workers of a node")
     add("--pin_memory", action="store_true", help="page-locked batches; on a GPU they always are")
     add("--cudnn_benchmark", type=int, choices=(0, 1), default=0, help="let cuDNN try algorithms")
     add("--world_size", type=int, default=-1, help="nodes, where no launcher says so")
@@ -210,8 +231,4 @@ def get_args(description="MIL-NCE", argv=None):
     )
     add("--pretrained", action="store_true", help=argparse.SUPPRESS)
 
-    def underscores(token):
-        return re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), token)
-
-    argv = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([underscores(token) for token in argv])
+    return parser.parse_args(spelled(argv))

@@ -202,11 +202,11 @@ def evaluate_retrieval(model, dataset, device, **decoding):
     return None if found is None else retrieval_figures(dataset, found[0])
 
 
-def inference_model(args, device):
-    """The model of --pretrain_cnn_path as the evaluations use it."""
+def inference_model(args, device, weights="pretrain_cnn_path"):
+    """The model of --pretrain_cnn_path, or of another flag, as the evaluations use it."""
     if args.compile:
         check_compiler()
-    model = load_model(args.pretrain_cnn_path)
+    model = load_model(getattr(args, weights), flag=weights)
     check_clip_size(args, model)
     if args.channels_last:
         model.to(memory_format=torch.channels_last_3d)

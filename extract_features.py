@@ -10,18 +10,15 @@ where it was stopped. Started several times, by torchrun, srun, as a SLURM job a
 
 import contextlib
 import csv
-import datetime
 import io
 import json
 import posixpath
 import re
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from args import get_args
 from distributed import plan_share, workers_of
@@ -42,10 +39,9 @@ from utils import (
     write_whole,
 )
 from video_decoder import EXTENSIONS
-from video_windows import strided_features
+from video_windows import strided_features, with_progress
 
 COLUMNS = ["video_path", "feature_path"]
-LOG_EVERY = 60  # seconds, where there is no terminal for a progress bar
 
 
 def video_list(args):
@@ -151,21 +147,6 @@ def new_failures(root, share):
     with contextlib.suppress(OSError):
         (root / name).unlink()
     return root / name
-
-
-def with_progress(outcomes, total):
-    """Passes on the outcomes, a video each, and shows how many are done and the time left."""
-    bar = tqdm(total=total, desc="features", unit="video", disable=None)
-    began = shown = time.monotonic()
-    for done, outcome in enumerate(outcomes, 1):
-        yield outcome
-        bar.update()
-        now = time.monotonic()
-        if bar.disable and now > shown + LOG_EVERY:
-            shown = now
-            left = datetime.timedelta(seconds=round((now - began) / done * (total - done)))
-            log.info("%d of %d videos, %s left", done, total, left)
-    bar.close()
 
 
 def main():

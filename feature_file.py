@@ -18,17 +18,21 @@ import numpy as np
 from utils import InputError, check_file, inference_amp, log, one_line, write_whole
 
 
-def feature_settings(args, flags=("num_windows_test",)):
+def checksum(path, flag):
+    """The SHA-256 of a file that a flag names, as settings have it."""
+    check_file(path, flag)
+    return "sha256:" + hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def feature_settings(args, flags=("num_windows_test",), weights="pretrain_cnn_path"):
     """All that changes the features, by flag; the weights as their file's SHA-256, or None.
 
     flags: those that say which windows and which features, besides what all features depend on.
+    weights: the flag that names the file of weights.
     """
-    weights = None
-    if args.pretrain_cnn_path:
-        check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
-        weights = "sha256:" + hashlib.sha256(Path(args.pretrain_cnn_path).read_bytes()).hexdigest()
+    path = getattr(args, weights)
     return {
-        "pretrain_cnn_path": weights,
+        weights: checksum(path, weights) if path else None,
         "num_frames": args.num_frames,
         "video_size": args.video_size,
         **{flag: getattr(args, flag) for flag in flags},

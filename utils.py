@@ -74,26 +74,31 @@ def die_with_parent():
         os._exit(1)  # it went before
 
 
+def named(flag):
+    """A flag as a message names it; one in capitals is an argument, which has its place only."""
+    return flag if flag.isupper() else f"--{flag}"
+
+
 def check_file(path, flag):
     """Refuses a path that is not a readable file; `flag` is the flag it came from."""
     if not path:
-        raise InputError(f"--{flag} is needed: give the path of a file")
+        raise InputError(f"{named(flag)} is needed: give the path of a file")
     if os.path.isdir(path):
-        raise InputError(f"--{flag}: {path} is a folder: give a file")
+        raise InputError(f"{named(flag)}: {path} is a folder: give a file")
     if not os.path.isfile(path):
-        raise InputError(f"--{flag}: there is no file {path}: give an existing one")
+        raise InputError(f"{named(flag)}: there is no file {path}: give an existing one")
     if not os.access(path, os.R_OK):
-        raise InputError(f"--{flag}: {path} cannot be read: change its permissions")
+        raise InputError(f"{named(flag)}: {path} cannot be read: change its permissions")
 
 
 def check_folder(path, flag):
     """Refuses a path that is not a folder; an empty one means that the flag was forgotten."""
     if not path:
-        raise InputError(f"--{flag} is needed: give the path of a folder")
+        raise InputError(f"{named(flag)} is needed: give the path of a folder")
     if os.path.isfile(path):
-        raise InputError(f"--{flag}: {path} is a file: give a folder")
+        raise InputError(f"{named(flag)}: {path} is a file: give a folder")
     if not os.path.isdir(path):
-        raise InputError(f"--{flag}: there is no folder {path}: give an existing one")
+        raise InputError(f"{named(flag)}: there is no folder {path}: give an existing one")
 
 
 def read_words(args):
@@ -271,9 +276,11 @@ def files_below(root, flag, extensions):
     """The files that find_files finds, in order. Raises InputError."""
     check_folder(root, flag)
     try:
-        return sorted(tqdm(find_files(root, extensions), f"--{flag}", unit="file", disable=None))
+        return sorted(tqdm(find_files(root, extensions), named(flag), unit="file", disable=None))
     except OSError as error:
-        raise InputError(f"--{flag}: {error.filename} cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"{named(flag)}: {error.filename} cannot be read: {error.strerror}"
+        ) from None
 
 
 def figure_text(value):

@@ -8,20 +8,25 @@ window with black frames at its end, as in training.
 """
 
 import contextlib
+import datetime
+import time
 from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from evaluation import window_features
+from utils import log
 from video_decoder import DecodeError, decode_clips, probe_duration
 from workers import described, sample_batches
 
 # Windows that are decoded at once: what a worker holds, however long the video. Each group opens
 # the file anew and decodes from the keyframe before it, so fewer would cost time.
 CHUNK = 16
+LOG_EVERY = 60  # seconds, where there is no terminal for a progress bar
 
 
 def strided_starts(duration, *, num_frames, fps, stride):
@@ -159,3 +164,18 @@ def strided_features(
             if len(video.features) == len(video.starts):
                 yield index, work.pop(index)._replace(features=np.stack(video.features))
         yield from failed
+
+
+def with_progress(outcomes, total):
+    """Passes on the outcomes, a video each, and shows how many are done and the time left."""
+    bar = tqdm(total=total, desc="features", unit="video", disable=None)
+    began = shown = time.monotonic()
+    for done, outcome in enumerate(outcomes, 1):
+        yield outcome
+        bar.update()
+        now = time.monotonic()
+        if bar.disable and now > shown + LOG_EVERY:
+            shown = now
+            left = datetime.timedelta(seconds=round((now - began) / done * (total - done)))
+            log.info("%d of %d videos, %s left", done, total, left)
+    bar.close()
