@@ -77,41 +77,47 @@ def index_videos(options):
         os.path.abspath(options.token_to_word_path),
     )
     with only_writer(options.out):
-        listed = videos_there_are(options.folder)
-        old = read_index(options.out, "out") if os.path.lexists(options.out) else None
-        before = {video.path: video for video in old.videos} if old else {}
-        videos = {
-            path: video
-            for path, video in before.items()
-            if listed.get(path) == (video.size, video.mtime_ns)
-            and not (video.reason and options.retry_failed)
-        }
-        if old:
-            check_continues(options.out, old.about, about, bool(before) and not videos)
-        to_do = [path for path in listed if path not in videos]
-        changed, gone = sum(path in before for path in to_do), len(before.keys() - listed.keys())
-        log.info(
-            "%d videos: %d are indexed, %d have changed, %d are new; %d are gone",
-            *(len(listed), len(videos), changed, len(to_do) - changed, gone),
-        )
-        failed_before = sum(bool(video.reason) for video in videos.values())
-        if failed_before:
-            log.info("%d could not be used before: --retry_failed tries again", failed_before)
+        videos, to_do, outdated = plan(options, about)
         failed = 0
         if to_do:
             model = inference_model(options, device, weights="weights")
             rows = model.text_module.word_embd.num_embeddings
             check_words_fit(words, rows, options.token_to_word_path)
-            failed = add_videos(
-                options, about, videos, {p: listed[p] for p in to_do}, model, device
-            )
-        elif gone or about != old.about:
+            failed = add_videos(options, about, videos, to_do, model, device)
+        elif outdated:
             write_index(options.out, about, videos.values())
     index = read_index(options.out, "out")
     log.info("%s has %d windows of %d videos", options.out, len(index.starts), len(index.videos))
     if failed:
         log.error("%d videos could not be used", failed)
         sys.exit(1)
+
+
+def plan(options, about):
+    """The indexed videos that stay, by path; those to embed, as videos_there_are has them; and
+    whether the file is out of date even if there are none.
+    """
+    listed = videos_there_are(options.folder)
+    old = read_index(options.out, "out") if os.path.lexists(options.out) else None
+    before = {video.path: video for video in old.videos} if old else {}
+    videos = {
+        path: video
+        for path, video in before.items()
+        if listed.get(path) == (video.size, video.mtime_ns)
+        and not (video.reason and options.retry_failed)
+    }
+    if old:
+        check_continues(options.out, old.about, about, bool(before) and not videos)
+    to_do = {path: status for path, status in listed.items() if path not in videos}
+    again, gone = len(to_do.keys() & before), len(before.keys() - listed)
+    log.info(
+        "%d videos: %d are done, %d to do again, %d are new; %d are gone",
+        *(len(listed), len(videos), again, len(to_do) - again, gone),
+    )
+    failed = sum(bool(video.reason) for video in videos.values())
+    if failed:
+        log.info("%d could not be used before: --retry_failed tries them again", failed)
+    return videos, to_do, bool(gone) or not old or about != old.about
 
 
 def videos_there_are(folder):
@@ -159,16 +165,16 @@ def only_writer(path):
 def add_videos(options, about, videos, to_do, model, device):
     """Embeds videos and writes the index now and then, and at the end however that comes.
 
-    videos: those that stay, by path; to_do: as videos_there_are. Returns how many failed.
+    videos: those that stay, by path, which the others are added to. Returns how many failed.
     """
     paths, failed, written, pause = list(to_do), 0, time.monotonic(), SAVE_EVERY
 
     def save():
-        nonlocal videos, written, pause
+        nonlocal written, pause
         began = time.monotonic()
         write_index(options.out, about, videos.values())
         # As they are in the file: they need no memory.
-        videos = {video.path: video for video in read_index(options.out, "out").videos}
+        videos.update((video.path, video) for video in read_index(options.out, "out").videos)
         written = time.monotonic()
         pause = max(SAVE_EVERY, (written - began) / SAVE_SHARE)
 
