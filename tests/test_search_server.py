@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 import search_server
 from search_index import About, Video, read_index, write_index
-from search_server import create_app, is_loopback, serve_index
+from search_server import THREADS, create_app, is_loopback, serve_index
 from utils import InputError
 
 SETTINGS = {"num_frames": 4, "fps": 5, "video_size": 32}
@@ -249,7 +249,7 @@ def test_a_port_that_is_taken_is_a_line(index, folder):
 def address(index, folder):
     """A server that runs."""
     app = create_app(index, embed, str(folder))
-    server = waitress.create_server(app, host="127.0.0.1", port=0)
+    server = waitress.create_server(app, host="127.0.0.1", port=0, threads=THREADS)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.effective_port}/"
@@ -280,8 +280,10 @@ def test_in_a_browser_typing_shows_moments_and_a_click_plays_from_there(browser,
             "const picture = document.images[0]; return picture.complete && picture.naturalWidth"
         )
     )
-    open_errors = [error for error in page_errors(browser) if "thumbnail/5" not in error]
-    assert open_errors == []  # but for the video that is none
+    wait(lambda _: "no picture" in found()[7].text)
+    assert found()[7].text.split("\n")[1] == "c.mp4"
+    (told,) = page_errors(browser)  # of the video that is none
+    assert "thumbnail/5" in told and "404" in told
 
     found()[0].click()
     wait(lambda _: browser.execute_script("return document.querySelector('video').currentTime > 6"))
