@@ -8,11 +8,11 @@ An index is made of random embeddings in a temporary folder (TMPDIR), windows of
     plain     numpy.load, all scores, numpy.argsort of them, the first 24 windows: they may overlap
     ours      read_index, which maps the file, and best_moments: 24 moments that do not overlap
 
-The first query is cold for the process only: the file has just been written, so most of it is still
-in the system's memory. Warm are the queries after it. Memory is the peak of the resident set (VmHWM)
-less what it was before loading; the last column is how much of the resident set is pages of files,
-libraries included (RssFile), which the system may take back. At the end the moments are compared
-with those that the sorted scores give.
+The first query is cold for the process only: the file has just been written, so most of it is
+still in the system's memory. Warm are the queries after it. Memory is the peak of the resident set
+(VmHWM) less what it was before loading; the last column is how much of the resident set is pages
+of files, libraries included (RssFile), which the system may take back. At the end the moments are
+compared with those that the sorted scores give.
 """
 
 import argparse
