@@ -1,0 +1,133 @@
+"""What a query costs: search_index.best_moments beside a plain product and sort, in one run.
+
+    python benchmarks/bench_search.py          # a million windows of 512 numbers: 2 GB of disk
+
+An index is made of random embeddings in a temporary folder (TMPDIR), windows of 3.2 seconds each
+1.6, 500 to a video. Each way has a fresh process, which first loads the index or the array:
+
+    plain     numpy.load, all scores, numpy.argsort of them, the first 24 windows: they may overlap
+    ours      read_index, which maps the file, and best_moments: 24 moments that do not overlap
+
+The first query is cold for the process only: the file has just been written, so most of it is
+still in the system's memory. Warm are the queries after it. Memory is the peak of the resident set
+(VmHWM) less what it was before loading; the last column is how much of the resident set is pages
+of files, libraries included (RssFile), which the system may take back. At the end the moments are
+compared with those that the sorted scores give.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_decode import processor
+from bench_loss import resident
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from search_index import About, Video, best_moments, read_index, window_length, write_index
+
+COUNT = 24  # moments, as the page has them
+A_VIDEO = 500  # windows
+STRIDE = 1.6  # seconds
+ABOUT = About("/", {"num_frames": 16, "fps": 5}, "", "")
+
+
+def make(folder, windows, dim):
+    """Writes folder/index and folder/array.npy of the same embeddings."""
+    array = np.lib.format.open_memmap(folder / "array.npy", "w+", np.float32, (windows, dim))
+    generator = np.random.default_rng(1)
+    videos = []
+    for begin in range(0, windows, A_VIDEO):
+        part = array[begin : begin + A_VIDEO]
+        part[:] = generator.standard_normal(part.shape, np.float32)
+        starts = torch.arange(len(part)).double() * STRIDE
+        videos.append(Video(f"{begin:09d}.mp4", 0, 0, "", starts, torch.from_numpy(part)))
+    write_index(folder / "index", ABOUT, videos)
+
+
+def queries(dim, count):
+    return np.random.default_rng(2).standard_normal((count, dim), np.float32)
+
+
+# --- ways: folder -> a function from a query to rows, best first ---------------------------------
+
+
+def plain(folder):
+    array = np.load(folder / "array.npy")
+    return lambda query: np.argsort(-(array @ query))[:COUNT].tolist()
+
+
+def ours(folder):
+    index = read_index(folder / "index")
+    return lambda query: [
+        found.row for found in best_moments(index, torch.from_numpy(query), COUNT)
+    ]
+
+
+def measure(way, folder, asked):
+    """Seconds to load, of each query; MiB of memory, of which files; the rows of each query."""
+    before, began = resident("VmRSS"), time.perf_counter()
+    search = way(folder)
+    load, seconds, rows = time.perf_counter() - began, [], []
+    for query in asked:
+        began = time.perf_counter()
+        rows.append(search(query))
+        seconds.append(time.perf_counter() - began)
+    return load, seconds, resident("VmHWM") - before, resident("RssFile"), rows
+
+
+def expected(folder, query):
+    """The rows that best_moments is to find, from all scores in order."""
+    length = window_length(ABOUT)
+    scores = np.load(folder / "array.npy", mmap_mode="r") @ query
+    found = []
+    for row in np.argsort(-scores, kind="stable")[: 100 * COUNT].tolist():
+        near = (
+            abs(row - o) * STRIDE < length - 1e-6 for o in found if row // A_VIDEO == o // A_VIDEO
+        )
+        if not any(near):
+            found.append(row)
+    return found[:COUNT]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--windows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512, help="of the embeddings")
+    parser.add_argument("--queries", type=int, default=20)
+    options = parser.parse_args()
+    print(
+        f"{processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; torch "
+        f"{torch.__version__}\n{options.windows:,} windows x {options.dim} float32\n"
+    )
+    asked = queries(options.dim, options.queries)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make(folder, options.windows, options.dim)
+        print("| way | load s | first query s | median s | slowest s | MiB | of files |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for way in (plain, ours):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                load, (cold, *warm), memory, files, rows = pool.submit(
+                    measure, way, folder, asked
+                ).result()
+            print(
+                f"| {way.__name__} | {load:.3f} | {cold:.3f} | {statistics.median(warm):.3f} | "
+                f"{max(warm):.3f} | {memory:.0f} | {files:.0f} |"
+            )
+        wrong = sum(rows[k] != expected(folder, query) for k, query in enumerate(asked))
+        print(f"\nours: {wrong} of {len(asked)} queries have other moments than all scores sorted")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
