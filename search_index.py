@@ -147,9 +147,9 @@ def checked(content):
         raise ValueError("numbers of another type")
     if starts.shape != (sum(windows),) or embeddings.shape[:-1] != starts.shape:
         raise ValueError("the windows do not add up")
-    for value in (about.folder, about.weights, about.words):
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is no path")
+    texts = (about.folder, about.weights, about.words, *reasons)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("no texts where there should be")
     for name in paths:
         if leads_outside(name) or os.path.splitext(name)[1].lower() not in EXTENSIONS:
             raise ValueError(f"{name!r} is not a video in the folder")

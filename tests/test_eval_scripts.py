@@ -55,6 +55,7 @@ def test_hmdb_figures_are_written(toy, weights, tmp_path):
     assert figures["mean"] == pytest.approx(sum(splits) / 3)
 
 
+@pytest.mark.slow
 def test_the_ffmpeg_backend_gives_the_same_figures(toy, weights, tmp_path):
     flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy)]
     ours = evaluate("eval_msrvtt.py", tmp_path, *flags)

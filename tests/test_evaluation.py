@@ -270,6 +270,7 @@ input()
 """
 
 
+@pytest.mark.slow
 def test_the_processes_that_fit_do_not_outlive_a_run_that_is_killed():
     here = Path(__file__).parent
     run = subprocess.Popen(

@@ -196,6 +196,7 @@ def test_what_is_done_is_passed_over(extract, whole, tmp_path, monkeypatch):
     assert extract(tmp_path) == 0 and asked == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(weights, videos, whole, tmp_path):
     script = HERE.parent / "extract_features.py"
     command = [sys.executable, script, *flags(weights, videos, tmp_path)]
@@ -212,6 +213,8 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(weights, videos, wh
         assert np.load(path).shape == np.load(whole / path.relative_to(tmp_path)).shape
         assert json.loads(path.with_suffix(".json").read_text())
     subprocess.run(command, check=True, capture_output=True)
+    for path in tmp_path.rglob("*.tmp"):
+        path.unlink()  # what a kill may leave
     assert_same_features(tmp_path, whole)
     assert all(written(tmp_path)[n] == c for n, c in left.items() if n.endswith(".npy"))
 

@@ -284,6 +284,7 @@ def test_resuming_a_finished_run_trains_no_further(two_epochs, tmp_path):
     assert "after epoch 2" in (tmp_path / "run.txt").read_text()
 
 
+@pytest.mark.slow
 def test_more_epochs_and_another_learning_rate_take_effect_when_resuming(two_epochs, tmp_path):
     folder, flags = two_epochs
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
