@@ -157,9 +157,7 @@ def test_only_what_is_new_or_has_changed_is_embedded(index, videos, tmp_path, em
     (videos / "sub/b.mkv").unlink()
     capsys.readouterr()
     assert index(videos) == 0 and sorted(embedded) == ["new.mp4", "short.mp4"]
-    assert (
-        "3 videos: 1 are indexed, 1 have changed, 1 are new; 1 are gone" in capsys.readouterr().out
-    )
+    assert "3 videos: 1 are done, 1 to do again, 1 are new; 1 are gone" in capsys.readouterr().out
     after = contents(tmp_path / "index")
     assert list(after) == ["a.mp4", "new.mp4", "short.mp4"]
     assert after["a.mp4"][0] == before["a.mp4"][0]
@@ -191,7 +189,7 @@ def test_a_video_that_cannot_be_used_is_listed_and_tried_again_only_when_asked(
     embedded.clear()
     capsys.readouterr()
     assert index(videos) == 0 and embedded == []
-    assert "1 could not be used before: --retry_failed tries again" in capsys.readouterr().out
+    assert "1 could not be used before: --retry_failed tries them again" in capsys.readouterr().out
     assert index(videos, "--retry_failed") == 1 and embedded == ["broken.mp4"]
     embedded.clear()
     make_video(videos / "broken.mp4", 1)  # mended: it has changed
