@@ -68,6 +68,7 @@ def test_forward_and_evaluation_embed_alike_both_ways(model, batch):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_step_has_the_same_gradients_both_ways(model):
     pair = draw_batch(2, 4, 64)
     batch = {name: torch.cat((t, t)) for name, t in pair.items()}  # halves of the same statistics

@@ -315,6 +315,7 @@ def test_old_checkpoints_are_not_overwritten_or_misused(
     assert len(list((folder / "checkpoint/run").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_what_any_process_cannot_read_is_named_once(toy, tmp_path):
     """Two of the eight videos are absent, a text file stands in for a validation video."""
     videos = shutil.copytree(toy / "videos", tmp_path / "videos")
@@ -343,6 +344,7 @@ def test_what_any_process_cannot_read_is_named_once(toy, tmp_path):
     assert records(tmp_path)[-1]["num_missing"] >= 1
 
 
+@pytest.mark.slow
 def test_a_space_to_depth_run_resumes_with_its_stem(released_run, toy):
     flags = [*toy_flags(toy), *run_flags(released_run), "--epochs=2", "--resume"]
     run_python("main_distributed.py", *flags)

@@ -317,6 +317,7 @@ def test_grad_checkpoint_changes_neither_gradients_nor_running_averages():
     assert checkpointed.conv1.bn1.momentum == 0.1
 
 
+@pytest.mark.slow
 def test_the_model_compiles_as_one_graph():
     """With the compiler's front alone: --compile needs a C++ compiler, and minutes."""
     model = float32_model("std").train()
