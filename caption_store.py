@@ -25,8 +25,8 @@ from itertools import compress, pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import pandas as pd
 
+from tables import read_cells
 from utils import InputError, check_absent, check_folder, make_folder, one_line, sync_folder
 
 MAX_SECONDS = 1e6  # a caption's time beyond is a slip
@@ -53,9 +53,7 @@ def read_captions(path):
     where the file is absent, is no table of captions or has no caption.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
-            raise ValueError("its rows have more cells than its first line")
+        table = read_cells(path)
         # From text to the nearest number, as a JSON reader does it: older pandas only come close.
         starts, ends = table["start"].to_numpy(float), table["end"].to_numpy(float)
         texts = table["text"].fillna("").tolist()

@@ -12,6 +12,17 @@ LARGEST_NUMBER = 1e7  # of a table: seconds, in practice; the decoder takes no t
 OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # what a path must not have to stay in its folder
 
 
+def read_cells(path):
+    """A CSV file's table, all strings; an empty cell is missing, "null" or "NA" is a word.
+
+    Raises ValueError where it is no table: pandas' parser errors and undecodable bytes are one.
+    """
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
+        raise ValueError("its rows have more cells than its first line")
+    return table
+
+
 def read_table(path, columns, numbers=(), names=(), flag="eval_csv"):
     """Reads a CSV file's columns. All are strings but `numbers`, which are 0 or above; an empty
     cell is a missing text. `names` are columns of paths, see check_names.
@@ -21,13 +32,10 @@ def read_table(path, columns, numbers=(), names=(), flag="eval_csv"):
     check_file(path, flag)
     needed = f"give one with {', '.join(columns)}"
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-    except ValueError as error:  # pandas' parser errors and undecodable bytes are ValueErrors
+        table = read_cells(path)
+    except ValueError as error:
         reason = one_line(error)
         raise InputError(f"--{flag}: {path} is not a CSV table ({reason}): {needed}") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
-        reason = "its rows have more cells than its first line"
-        raise InputError(f"--{flag}: {path} is not a CSV table ({reason}): {needed}")
     missing = [column for column in columns if column not in table.columns]
     if missing:
         have = shorten(", ".join(map(str, table.columns)))

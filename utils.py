@@ -238,6 +238,12 @@ def check_absent(path, flag):
         raise InputError(f"--{flag}: {path} is there already: remove it or give another")
 
 
+def check_new_output(path, flag):
+    """Refuses, before the work, a file that could not be written after it, or is there already."""
+    check_absent(path, flag)
+    check_output(path, flag)
+
+
 def sync_folder(folder):
     """Has the disk know of a renamed file, too."""
     handle = os.open(folder, os.O_RDONLY)

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations import SPLITS, TEST, TRAIN, hmdb_table, write_table
 from args import Parser
-from utils import check_absent, check_output, run_script
+from utils import check_new_output, run_script
 
 
 def main(argv=None):
@@ -17,8 +17,7 @@ def main(argv=None):
     parser.add_argument("--annotations", required=True, help="the folder of the split files")
     parser.add_argument("--out", default="data/hmdb51.csv", help="(default %(default)s)")
     args = parser.parse_args(argv)
-    check_absent(args.out, "out")
-    check_output(args.out, "out")
+    check_new_output(args.out, "out")
     table, notes = hmdb_table(args.annotations, "annotations")
     for split in SPLITS:
         train, test = ((table[split] == part).sum() for part in (TRAIN, TEST))

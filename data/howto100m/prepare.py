@@ -37,7 +37,7 @@ from utils import (
     InputError,
     check_absent,
     check_folder,
-    check_output,
+    check_new_output,
     files_below,
     run_stoppable_script,
     shown,
@@ -94,8 +94,7 @@ def files_by_id(paths):
 
 
 def make_list(options):
-    check_absent(options.out, "out")
-    check_output(options.out, "out")
+    check_new_output(options.out, "out")
     videos = files_below(options.video_path, "video_path", EXTENSIONS)
     if not videos:
         raise InputError(f"--video_path: there is no video in {options.video_path}")

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations import msrvtt_table, write_table
 from args import Parser
-from utils import check_absent, check_output, run_script
+from utils import check_new_output, run_script
 
 
 def main(argv=None):
@@ -27,8 +27,7 @@ def main(argv=None):
     parser.add_argument("--ids", default="", help="of a JSON: the file that lists the videos")
     parser.add_argument("--out", default="data/msrvtt_test.csv", help="(default %(default)s)")
     args = parser.parse_args(argv)
-    check_absent(args.out, "out")
-    check_output(args.out, "out")
+    check_new_output(args.out, "out")
     table, notes = msrvtt_table(args.annotations, args.ids, "annotations")
     write_table(args.out, table, f"{len(table)} videos with a sentence each", notes)
 

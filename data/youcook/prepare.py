@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations import write_table, youcook_table
 from args import Parser
-from utils import check_absent, check_output, run_script
+from utils import check_new_output, run_script
 
 
 def main(argv=None):
@@ -21,8 +21,7 @@ def main(argv=None):
         "--out", default="data/validation_youcook.csv", help="(default %(default)s)"
     )
     args = parser.parse_args(argv)
-    check_absent(args.out, "out")
-    check_output(args.out, "out")
+    check_new_output(args.out, "out")
     table, notes = youcook_table(args.annotations, "annotations")
     summary = f"{len(table)} segments of {table['video_id'].nunique()} validation videos"
     write_table(args.out, table, summary, notes)
