@@ -29,6 +29,7 @@ from utils import (
     check_words_fit,
     die_with_parent,
     inference_amp,
+    lines_above,
     log,
     pick_device,
     read_words,
@@ -103,18 +104,19 @@ def video_features(
         # No bar where there is no terminal: a log is not for it, and may be on a full disk.
         hidden = True if rank > 0 else None
         bar = tqdm(share, desc=type(dataset).__name__, unit="video", disable=hidden)
-        for index, video in zip(bar, videos, strict=True):
-            error = video["errors"][0]
-            if error:
-                log.warning("left out of the evaluation: %s", described(error, dataset.path(index)))
-            else:
-                windows = video["video"][0].clone()  # its memory is used again
-                on_windows(index, windows)
-                yield index, windows
-            nonlocal stopped
-            stopped = on_video()
-            if stopped:
-                return
+        with bar, lines_above(bar):
+            for index, video in zip(bar, videos, strict=True):
+                if error := video["errors"][0]:
+                    reason = described(error, dataset.path(index))
+                    log.warning("left out of the evaluation: %s", reason)
+                else:
+                    windows = video["video"][0].clone()  # its memory is used again
+                    on_windows(index, windows)
+                    yield index, windows
+                nonlocal stopped
+                stopped = on_video()
+                if stopped:
+                    return
 
     was_training = model.training
     model.eval()

@@ -193,10 +193,6 @@ def main():
                 csv.writer(text, lineterminator="\n").writerows(rows)
                 unlisted += not append(failures, text.getvalue())
                 continue
-            if found.black:
-                log.warning(
-                    "%s: %d of %d windows are black", video, len(found.black), len(found.starts)
-                )
             write_pair(path, video, settings, found)
     log.info("features of %d videos written to %s", len(to_do) - failed, root)
     if failed:

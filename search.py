@@ -49,6 +49,7 @@ from utils import (
     read_words,
     run_script,
     setup_logging,
+    shown,
 )
 from video_decoder import EXTENSIONS
 from video_windows import strided_features, with_progress
@@ -108,6 +109,7 @@ def plan(options, about):
     }
     if old:
         check_continues(options.out, old.about, about, bool(before) and not videos)
+        check_gone(options.folder, sorted(before.keys() - listed))
     to_do = {path: status for path, status in listed.items() if path not in videos}
     again, gone = len(to_do.keys() & before), len(before.keys() - listed)
     log.info(
@@ -124,12 +126,33 @@ def videos_there_are(folder):
     """The videos below a folder: {path below it: (bytes, time of change in nanoseconds)}."""
     found = {}
     for path in files_below(folder, "FOLDER", EXTENSIONS):
-        with contextlib.suppress(OSError):  # gone since
+        try:
             status = os.stat(os.path.join(folder, path))
-            found[path] = status.st_size, status.st_mtime_ns
+        except FileNotFoundError:  # gone since
+            continue
+        except OSError as error:
+            raise InputError(f"FOLDER: {shown(path)} cannot be read: {error.strerror}") from None
+        found[path] = status.st_size, status.st_mtime_ns
     if not found:  # a disk that is not mounted must not empty an index
         raise InputError(f"FOLDER: there are no videos in {folder}: give another")
     return found
+
+
+def check_gone(folder, gone):
+    """Refuses to take out videos whose folder is empty: that is how a disk looks that is not
+    mounted.
+    """
+    for path in gone:
+        place = os.path.join(folder, path)
+        while not os.path.isdir(place):
+            place = os.path.dirname(place)
+        with os.scandir(place) as entries:
+            empty = not any(entries)
+        if empty:
+            raise InputError(
+                f"FOLDER: {shown(place)} is empty, but the index has videos of it: mount its disk, "
+                "or, to take them out, remove it"
+            )
 
 
 def check_continues(path, made, about, nothing_kept):
@@ -137,7 +160,10 @@ def check_continues(path, made, about, nothing_kept):
     mend = "name another file to keep both, or delete it"
     if differ := difference(made.settings, about.settings):
         raise InputError(f"--out: {path} was made with {differ}: {mend}")
-    if made.folder != about.folder and (os.path.isdir(made.folder) or nothing_kept):
+    moved = not os.path.isdir(made.folder)
+    if not moved and os.path.samefile(made.folder, about.folder):
+        return  # by another name, perhaps
+    if nothing_kept or not moved:
         raise InputError(f"--out: {path} is of the videos in {made.folder}: {mend}")
 
 
@@ -145,7 +171,11 @@ def check_continues(path, made, about, nothing_kept):
 def only_writer(path):
     """Refuses to bring an index up to date while another process does, on this machine."""
     lock = f"{path}.lock"
-    with open(lock, "a") as file:
+    try:
+        file = open(lock, "a")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--out: cannot write {lock}: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
@@ -159,7 +189,8 @@ def only_writer(path):
         try:
             yield
         finally:
-            os.unlink(lock)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(lock)
 
 
 def add_videos(options, about, videos, to_do, model, device):
@@ -216,8 +247,6 @@ def indexed(path, size, mtime_ns, found, dim):
     if isinstance(found, str):
         empty = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dim)
         return Video(path, size, mtime_ns, one_line(found), *empty)
-    if found.black:
-        log.warning("%s: %d of %d windows are black", path, len(found.black), len(found.starts))
     seen = torch.ones(len(found.starts), dtype=torch.bool)
     seen[found.black] = False
     starts = torch.tensor(found.starts, dtype=torch.float64)
@@ -274,18 +303,21 @@ def query(options):
     moments = best_moments(index, vector, options.top)
     if not moments:
         print(f"there are no moments in {options.index}")
-    for found in moments:
-        path = os.path.join(index.about.folder, index.videos[found.video].path)
-        times = f"{clock(int(found.start))}-{clock(math.ceil(found.end))}"
-        print(f"{found.score:8.3f}  {times:>15}  {one_line(path)}")
+    try:
+        for found in moments:
+            path = os.path.join(index.about.folder, index.videos[found.video].path)
+            times = f"{clock(int(found.start))}-{clock(math.ceil(found.end))}"
+            print(f"{found.score:8.3f}  {times:>15}  {one_line(path)}")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def serve(options):
     """Shows the page until it is stopped."""
     index = read_index(options.index)
     folder = options.video_path or index.about.folder
-    if options.video_path:
-        check_folder(folder, "video_path")
+    check_folder(folder, "video_path")
     serve_index(index, text_embedder(options, index.about), folder, options.host, options.port)
 
 

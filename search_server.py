@@ -1,16 +1,18 @@
 """The page of a search: a small web server for the browser of the person who runs it.
 
 It gives out the page, moments, thumbnails and the indexed videos, which are asked for by their
-number in the index: no request names a path. At a loopback address, the default, it answers only to
-requests that call it so: a foreign page cannot have its own name lead here and read the answers.
+number in the index: no request names a path. The addresses of pictures and videos are of one run of
+the server: with another index they would lead to others. At a loopback address, the default, it
+answers only to requests that call it so: a foreign page cannot have its own name lead here and read
+the answers.
 """
 
 import functools
 import ipaddress
 import math
-import mimetypes
 import os
 import secrets
+import socket
 import stat
 import threading
 from urllib.parse import urlsplit
@@ -20,7 +22,7 @@ from flask import Flask, Response, abort, g, jsonify, render_template, request, 
 
 from search_index import best_moments, clock, moment
 from thumbnails import thumbnail
-from utils import InputError, log, one_line
+from utils import InputError, one_line, shown
 from video_decoder import DecodeError, decode_clips
 
 MOMENTS = 24  # on the page
@@ -28,17 +30,29 @@ THUMBNAIL = 192  # pixels
 KEPT = 2000  # thumbnails in memory, some 10 KB each
 PIECE = 4 << 20  # bytes of a video in one answer: a player that pauses holds up no thread
 THREADS = 16
+KINDS = {  # as what browsers try to play the containers that some of them know
+    **dict.fromkeys((".m4v", ".mov", ".mp4"), "video/mp4"),
+    **dict.fromkeys((".mkv", ".webm"), "video/webm"),
+    ".ogv": "video/ogg",
+}
 
 
-def create_app(index, embed, folder, loopback=True):
-    """The Flask application. embed: from a text to its embedding and notes, or an InputError."""
+def create_app(index, embed, folder, host="localhost"):
+    """The Flask application. embed: from a text to its embedding and notes, or an InputError.
+
+    host: a name of this machine to itself, by which it may be called besides localhost; None where
+    all who ask by whatever name are answered.
+    """
+    folder = os.path.abspath(folder)  # Flask's own idea of a relative path is another
+    run = secrets.token_hex(4)
     app = Flask(__name__, static_folder=None, template_folder=os.path.dirname(__file__) or ".")
     app.json.sort_keys = False
     decoding = threading.Semaphore(len(os.sched_getaffinity(0)))
 
     @app.before_request
     def check_host():
-        if loopback and not is_loopback(host_name(request.host)):
+        name = host_name(request.host)
+        if host and name != host.lower() and not is_loopback(name):
             abort(403, "This server is for this machine only: call it localhost.")
         g.nonce = secrets.token_urlsafe()
 
@@ -57,6 +71,7 @@ def create_app(index, embed, folder, loopback=True):
 
     @app.errorhandler(403)
     @app.errorhandler(404)
+    @app.errorhandler(500)
     def in_words(error):
         return Response(error.description, error.code, mimetype="text/plain")
 
@@ -76,10 +91,15 @@ def create_app(index, embed, folder, loopback=True):
         except InputError as error:
             return jsonify(error=str(error))
         found = best_moments(index, vector, MOMENTS)
-        return jsonify(notes=notes, moments=[described(index, one) for one in found])
+        return jsonify(notes=notes, moments=[described(index, one, run) for one in found])
 
-    @app.get("/thumbnail/<row>")
-    def picture(row):
+    def check_run(asked):
+        if asked != run:
+            abort(404, "The server has been started again since: search again.")
+
+    @app.get("/thumbnail/<asked>/<row>")
+    def picture(asked, row):
+        check_run(asked)
         try:
             data = draw(numbered(row, len(index.starts)))
         except DecodeError as error:
@@ -103,15 +123,16 @@ def create_app(index, embed, folder, loopback=True):
             )
             return thumbnail(clips[0], size=THUMBNAIL, quality=50)
 
-    @app.get("/video/<number>")
-    def video(number):
+    @app.get("/video/<asked>/<number>")
+    def video(asked, number):
+        check_run(asked)
         path = video_file(folder, index.videos[numbered(number, len(index.videos))])
         ask_for_a_piece()
-        kind = mimetypes.guess_type(path)[0] or ""
-        if not kind.startswith("video/"):  # .ts is not one everywhere
-            kind = "application/octet-stream"
-        name = f"video{number}{os.path.splitext(path)[1]}"  # its own may not fit into a header
-        return send_file(path, mimetype=kind, download_name=name, conditional=True)
+        ending = os.path.splitext(path)[1].lower()
+        kind = KINDS.get(ending, "application/octet-stream")
+        # Its own name may have bytes that fit neither into a header nor into an ETag.
+        name = f"video{number}{ending}"
+        return send_file(path, mimetype=kind, download_name=name, conditional=True, etag=False)
 
     return app
 
@@ -141,12 +162,14 @@ def numbered(text, count):
 
 def video_file(folder, video):
     """The path of an indexed video's file, which is still as it was."""
+    if video.reason:
+        abort(404, f"{shown(video.path)} could not be used: {video.reason}")
     path = os.path.join(folder, video.path)
     try:
         status = os.stat(path)
     except OSError:
         status = None
-    if video.reason or not status or not stat.S_ISREG(status.st_mode):
+    if not status or not stat.S_ISREG(status.st_mode):
         abort(404, f"{shown(video.path)} is gone: index the videos again.")
     if status.st_size != video.size:
         abort(404, f"{shown(video.path)} has changed: index the videos again.")
@@ -162,11 +185,11 @@ def ask_for_a_piece():
             request.environ["HTTP_RANGE"] = f"bytes={begin}-{begin + PIECE - 1}"
 
 
-def described(index, found):
+def described(index, found, run):
     """A Moment as the page has it."""
     return {
-        "row": found.row,
-        "video": found.video,
+        "thumbnail": f"thumbnail/{run}/{found.row}",
+        "video": f"video/{run}/{found.video}",
         "path": shown(index.videos[found.video].path),
         "start": found.start,
         "from": clock(int(found.start)),
@@ -175,16 +198,12 @@ def described(index, found):
     }
 
 
-def shown(path):
-    """A path that has bytes which are not UTF-8, so that it can be sent."""
-    return os.fsencode(path).decode(errors="replace")
-
-
 def serve_index(index, embed, folder, host, port):
     """Serves the page until Ctrl-C. Raises InputError where it cannot listen there."""
-    local = is_loopback(host)
-    app = create_app(index, embed, folder, local)
     try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        local = all(is_loopback(address[0]) for *_, address in found)
+        app = create_app(index, embed, folder, host if local else None)
         server = waitress.create_server(app, host=host, port=port, threads=THREADS, ident=None)
     except (OSError, ValueError) as error:
         raise InputError(
@@ -200,4 +219,3 @@ def serve_index(index, embed, folder, host, port):
         flush=True,
     )
     server.run()
-    log.info("ended")

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils import append, log, one_line
+from utils import append, lines_above, log, one_line
 from video_loader import QUARANTINE
 
 
@@ -85,8 +84,7 @@ class Reporter:
             dynamic_ncols=True,
             disable=self.hidden,
         )
-        above = contextlib.nullcontext() if bar.disable else logging_redirect_tqdm([log])
-        with bar, above:
+        with bar, lines_above(bar):
             self.bar = bar
             yield
 

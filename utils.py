@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import s3dg
 
@@ -179,10 +180,16 @@ def setup_logging(verbose, path=None, level=logging.INFO):
     log.handlers = handlers or [logging.NullHandler()]
 
 
+def lines_above(bar):
+    """A context in which log lines come above a bar, where there is one, and not into it."""
+    return contextlib.nullcontext() if bar.disable else logging_redirect_tqdm([log])
+
+
 def check_output(path, flag="output"):
     """Refuses, before the work, a file that could not be written after it."""
     folder = Path(path).resolve().parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
+    other = Path(path).exists() and not Path(path).is_file()  # a folder, /dev/null
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) or other:
         raise InputError(f"--{flag}: {path} cannot be written: give a file in an existing folder")
 
 
@@ -299,4 +306,5 @@ def report(title, figures, output=""):
     shown = (f"{name} {figure_text(value)}" for name, value in figures.items())
     print(f"{title}: {'  '.join(shown)}")
     if output:
-        Path(output).write_text(json.dumps(figures, indent=2) + "\n")
+        with write_whole(output) as file:
+            file.write((json.dumps(figures, indent=2) + "\n").encode())

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evaluation import window_features
-from utils import log
+from utils import lines_above, log
 from video_decoder import DecodeError, decode_clips, probe_duration
 from workers import described, sample_batches
 
@@ -162,6 +162,9 @@ def strided_features(
             video = work[index]
             video.features.append(feature)
             if len(video.features) == len(video.starts):
+                if video.black:
+                    counts = len(video.black), len(video.starts)
+                    log.warning("%s: %d of %d windows are black", paths[index], *counts)
                 yield index, work.pop(index)._replace(features=np.stack(video.features))
         yield from failed
 
@@ -170,12 +173,12 @@ def with_progress(outcomes, total):
     """Passes on the outcomes, a video each, and shows how many are done and the time left."""
     bar = tqdm(total=total, desc="features", unit="video", disable=None)
     began = shown = time.monotonic()
-    for done, outcome in enumerate(outcomes, 1):
-        yield outcome
-        bar.update()
-        now = time.monotonic()
-        if bar.disable and now > shown + LOG_EVERY:
-            shown = now
-            left = datetime.timedelta(seconds=round((now - began) / done * (total - done)))
-            log.info("%d of %d videos, %s left", done, total, left)
-    bar.close()
+    with bar, lines_above(bar):
+        for done, outcome in enumerate(outcomes, 1):
+            yield outcome
+            bar.update()
+            now = time.monotonic()
+            if bar.disable and now > shown + LOG_EVERY:
+                shown = now
+                left = datetime.timedelta(seconds=round((now - began) / done * (total - done)))
+                log.info("%d of %d videos, %s left", done, total, left)

@@ -63,9 +63,7 @@ def run(script, *flags):
 
 def captions_of(options, drift):
     """A folder of the toy set's captions with this drift."""
-    stamp = prepare.read_stamp(Path(options.toy)) or {}
-    if "num_videos" not in stamp:
-        raise InputError(f"--toy: {options.toy} is no toy data set: make it with prepare.py")
+    stamp = prepare.read_stamp(Path(options.toy))
     folder = options.out / f"drift{drift:g}"
     prepare.plan_training(folder, stamp["seed"], stamp["num_videos"], drift)
     return folder / "captions"
@@ -103,9 +101,12 @@ def figures_of(options, candidates, drift, seed):
 
 def check_settings(options):
     """Runs of one folder are to be compared: they have the same settings."""
+    stamp = prepare.read_stamp(Path(options.toy)) or {}
+    if "num_videos" not in stamp:
+        raise InputError(f"--toy: {options.toy} is no toy data set: make it with prepare.py")
     make_folder(options.out, "out")
     settings = {
-        "toy": prepare.read_stamp(Path(options.toy)),
+        "toy": stamp,
         "training": [*CLIPS, *TRAINING, *options.flags],
         "epochs": options.epochs,
     }

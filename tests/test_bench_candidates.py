@@ -10,6 +10,8 @@ import pytest
 from conftest import HERE, run_python
 from PIL import Image
 
+from utils import InputError
+
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import candidates
 
@@ -45,6 +47,13 @@ def test_captions_displaced_as_the_toy_sets_are_its_own_and_aligned_ones_are_not
     }
     assert told[1.0] == [path.read_text() for path in sorted((toy / "captions").glob("*.csv"))]
     assert len(told[0.0]) == len(told[1.0]) and told[0.0] != told[1.0]
+
+
+def test_without_the_toy_set_there_is_nothing_to_compare(tmp_path):
+    options = SimpleNamespace(toy=tmp_path / "toy", out=tmp_path / "out", flags=[], epochs=1)
+    with pytest.raises(InputError, match=r"--toy: .* is no toy data set"):
+        candidates.check_settings(options)
+    assert not options.out.exists()
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_only_what_is_new_or_has_changed_is_embedded(index, videos, tmp_path, em
 
     make_video(videos / "new.mp4", 1)
     make_video(videos / "short.mp4", 1.2)
-    (videos / "sub/b.mkv").unlink()
+    shutil.rmtree(videos / "sub")
     capsys.readouterr()
     assert index(videos) == 0 and sorted(embedded) == ["new.mp4", "short.mp4"]
     assert "3 videos: 1 are done, 1 to do again, 1 are new; 1 are gone" in capsys.readouterr().out
@@ -284,6 +284,24 @@ def test_a_folder_that_was_moved_is_gone_on_with(index, videos, tmp_path, embedd
     assert read_index(tmp_path / "index").about.folder == str(tmp_path / "moved")
 
 
+def test_a_folder_by_another_name_is_gone_on_with(index, videos, tmp_path, embedded):
+    assert index(videos) == 0
+    embedded.clear()
+    (tmp_path / "link").symlink_to(videos)
+    assert index(tmp_path / "link") == 0 and embedded == []
+
+
+def test_a_disk_that_is_not_mounted_does_not_take_its_videos_out(index, videos, tmp_path):
+    assert index(videos) == 0
+    (videos / "sub/b.mkv").rename(tmp_path / "b.mkv")
+    with pytest.raises(InputError, match=r"FOLDER: .*sub is empty, but the index has videos of it"):
+        index(videos)
+    assert list(contents(tmp_path / "index")) == NAMES
+    (videos / "sub").rmdir()
+    assert index(videos) == 0
+    assert list(contents(tmp_path / "index")) == ["a.mp4", "short.mp4"]
+
+
 def test_what_cannot_be_indexed_is_a_line(index, run, weights, films, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="FOLDER: there are no videos in"):
@@ -375,14 +393,17 @@ def test_a_text_that_nothing_is_found_by_is_a_line(run, made, text, named):
     assert "\n" not in str(refused.value)
 
 
-def test_a_mistake_ends_the_script_with_a_line_and_status_2(made):
+def test_a_mistake_ends_the_script_with_a_line_and_status_2(made, weights, films, tmp_path):
+    out = tmp_path / "index"
     for given, named in (
         (("query", made, "zebra"), "none of the words is in the word list (zebra)"),
         (("serve", made, "--host=no such host"), "--host, --port: cannot listen at"),
+        (flags(weights.with_name("dict.npy"), films, out), "dict.npy"),
     ):
         ended = script(*given)
-        assert ended.returncode == 2 and named in ended.stderr and not ended.stdout
+        assert ended.returncode == 2 and named in ended.stderr
         assert ended.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # neither an index nor a lock
 
 
 @pytest.mark.parametrize(
@@ -406,6 +427,20 @@ def test_files_that_are_not_there_are_named(run, made, tmp_path):
         run("query", tmp_path / "absent", "stir")
     with pytest.raises(InputError, match="--video_path: there is no folder"):
         run("serve", made, f"--video_path={tmp_path}/absent")
+
+
+def test_a_folder_that_is_gone_is_asked_for(run, index, videos, tmp_path):
+    assert index(videos) == 0
+    videos.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=f"--video_path: there is no folder {videos}"):
+        run("serve", tmp_path / "index")
+
+
+def test_a_reader_that_has_enough_ends_the_list(made):
+    command = [sys.executable, HERE.parent / "search.py", "query", made, "stir"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait() == 0 and process.stderr.read() == b""
 
 
 def test_weights_and_words_may_have_moved_but_not_changed(run, made, weights, tmp_path, capsys):
@@ -433,7 +468,7 @@ def test_the_server_says_where_it_is_answers_and_ends_at_ctrl_c(made):
         match = re.match(r"(http://127\.0\.0\.1:\d+/) shows \d+ windows; Ctrl-C ends it", told)
         assert match, process.stderr.read()
         with urllib.request.urlopen(f"{match[1]}moments?text=stir") as answer:
-            assert b'"row"' in answer.read()
+            assert b'"thumbnail"' in answer.read()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()

@@ -92,6 +92,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
         check_output(str(tmp_path / "absent" / "out.json"))
     with pytest.raises(InputError, match="--out"):  # of a shell variable that is not set
         check_output("", "out")
+    with pytest.raises(InputError, match="--out"):
+        check_output("/dev/null", "out")  # a file that is written whole would take its place
     check_output(str(tmp_path / "out.json"))
 
 
