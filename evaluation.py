@@ -2,10 +2,8 @@
 
 import contextlib
 
-import joblib
 import numpy as np
 import torch
-from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 from annotations import SPLITS, TEST, TRAIN
@@ -281,6 +279,8 @@ def linear_svm(features, labels, parts):
     is the sum of its windows' decision values. labels [N], parts [N]: 1 train, 2 test. Returns
     labels, as many as there are test videos.
     """
+    from sklearn.svm import LinearSVC  # takes as long as torch, and trainings have no use for it
+
     train, test = parts == TRAIN, parts == TEST
     windows, dim = features.shape[1:]
     svm = LinearSVC(C=100, random_state=0)
@@ -325,6 +325,8 @@ def evaluate_hmdb(dataset, features, left_out):
     The dataset's labels and splits are scored on what hmdb_features gave. Returns the figures, and
     for each split the labels of its test videos and what they were taken for: a pair of arrays.
     """
+    import joblib  # see linear_svm
+
     kept = [index for index, name in enumerate(dataset.names) if name in features]
     labels, splits = dataset.labels[kept], dataset.splits[kept]
     check_splits(labels, splits)

@@ -1,7 +1,7 @@
 """Features all along videos: videos per minute of a core, ours against an ffmpeg process a window.
 
     python benchmarks/bench_extract.py            # about ten minutes on two cores
-    python benchmarks/bench_extract.py --quick    # a minute or two: that it runs, rough figures
+    python benchmarks/bench_extract.py --quick    # less than a minute: that it runs
 
 Makes its own files (see bench_decode.py): videos of 40 s, 340x256, 30 frames a second, x264 medium,
 GOP 250. Both ways decode the same windows, 16 frames of 224x224 at 5 a second, and give the same
@@ -73,15 +73,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer videos")
-    count = 2 if parser.parse_args().quick else 6
+    parser.add_argument("--quick", action="store_true", help="one video, one turn")
+    quick = parser.parse_args().quick
+    count, turns = (1, 1) if quick else (6, 2)
     model = inference_copy(S3D(space_to_depth=True).to(memory_format=torch.channels_last_3d))
     version = subprocess.run(
         [video_decoder.ffmpeg_program(), "-version"], capture_output=True, text=True
     ).stdout.split()[2]
     print(f"{bench_decode.processor()}; torch {torch.__version__}; ffmpeg {version}")
     with tempfile.TemporaryDirectory() as folder:
-        long, *_ = bench_decode.make_files(Path(folder), 4 if count == 6 else 2)
+        long, *_ = bench_decode.make_files(Path(folder), 1 if quick else 4)
         paths = [Path(folder, f"{number}.mp4") for number in range(count)]
         for number, path in enumerate(paths):
             cut = ["-ss", str(number * SECONDS), "-t", str(SECONDS), "-i", str(long)]
@@ -97,7 +98,7 @@ def main():
                         videos_per_minute(paths, network, way, stride)
                         for way in (a_process_each, None)
                     ]
-                    for _ in range(2)
+                    for _ in range(turns)
                 ]
                 old, new = map(max, zip(*rates, strict=True))
                 print(f"| {stride} s | {name} | {old:.1f} | {new:.1f} | {new / old:.1f}x |")
