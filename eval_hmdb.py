@@ -7,9 +7,10 @@ weights are needed, while labels and splits are those of --eval_csv in every run
 import os
 
 from args import get_args
-from evaluation import evaluate_hmdb, hmdb_features, inference_model
+from evaluation import inference_model
 from feature_file import feature_settings, read_features, write_features
 from hmdb_loader import HMDB51
+from linear_probe import evaluate_hmdb, hmdb_features
 from report_page import check_report, evaluation_settings, hmdb_data, write_page
 from utils import check_output, pick_device, report, run_script, setup_logging
 

@@ -126,7 +126,7 @@ def rank_histogram(ranks):
 
 
 def hmdb_data(outcomes):
-    """What a page shows of an action recognition; outcomes: of evaluate_hmdb.
+    """What a page shows of an action recognition; outcomes: of linear_probe.evaluate_hmdb.
 
     "classes": a row for each class that has test videos, the worst first: its name, its top-1 in
     each split, where it has test videos there, and the mean of these. "confusion": how many videos,

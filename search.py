@@ -139,19 +139,21 @@ def videos_there_are(folder):
 
 
 def check_gone(folder, gone):
-    """Refuses to take out videos whose folder is empty: that is how a disk looks that is not
-    mounted.
+    """Refuses to take out videos of which an empty folder or a link to nothing is left: that is
+    how a disk looks that is not mounted.
     """
     for path in gone:
         place = os.path.join(folder, path)
-        while not os.path.isdir(place):
+        while not os.path.lexists(place):
             place = os.path.dirname(place)
-        with os.scandir(place) as entries:
-            empty = not any(entries)
-        if empty:
+        nothing = not os.path.exists(place)
+        if os.path.isdir(place):
+            with os.scandir(place) as entries:
+                nothing = not any(entries)
+        if nothing:
             raise InputError(
-                f"FOLDER: {shown(place)} is empty, but the index has videos of it: mount its disk, "
-                "or, to take them out, remove it"
+                f"FOLDER: nothing is in {shown(place)}, but the index has videos of it: mount its "
+                "disk, or, to take them out, remove it"
             )
 
 
@@ -160,17 +162,17 @@ def check_continues(path, made, about, nothing_kept):
     mend = "name another file to keep both, or delete it"
     if differ := difference(made.settings, about.settings):
         raise InputError(f"--out: {path} was made with {differ}: {mend}")
-    moved = not os.path.isdir(made.folder)
-    if not moved and os.path.samefile(made.folder, about.folder):
-        return  # by another name, perhaps
-    if nothing_kept or not moved:
+    there = os.path.isdir(made.folder)
+    if there and os.path.realpath(made.folder) == os.path.realpath(about.folder):
+        return
+    if there or nothing_kept:
         raise InputError(f"--out: {path} is of the videos in {made.folder}: {mend}")
 
 
 @contextlib.contextmanager
 def only_writer(path):
     """Refuses to bring an index up to date while another process does, on this machine."""
-    lock = f"{path}.lock"
+    lock = f"{os.path.realpath(path)}.lock"
     try:
         file = open(lock, "a")  # noqa: SIM115
     except OSError as error:
@@ -298,12 +300,12 @@ def query(options):
     """Prints the best moments: score, from-to, file."""
     index = read_index(options.index)
     vector, notes = text_embedder(options, index.about)(options.text)
-    for note in notes:
-        print(note)
     moments = best_moments(index, vector, options.top)
-    if not moments:
-        print(f"there are no moments in {options.index}")
     try:
+        for note in notes:
+            print(note)
+        if not moments:
+            print(f"there are no moments in {options.index}")
         for found in moments:
             path = os.path.join(index.about.folder, index.videos[found.video].path)
             times = f"{clock(int(found.start))}-{clock(math.ceil(found.end))}"

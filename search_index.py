@@ -78,6 +78,7 @@ class Moment(NamedTuple):
 
 def write_index(path, about, videos):
     """Writes an index, whole or not at all. Raises InputError where the disk does not take it."""
+    folder = Path(path).resolve().parent
     videos = sorted(videos, key=lambda video: video.path)
     used = [video for video in videos if len(video.starts)]
     try:
@@ -91,7 +92,7 @@ def write_index(path, about, videos):
             "reasons": [video.reason for video in videos],
             "windows": torch.tensor([len(video.starts) for video in videos], dtype=torch.int64),
             "starts": torch.cat([torch.zeros(0).double(), *(video.starts for video in used)]),
-            "embeddings": stacked([video.embeddings for video in used], Path(path).parent),
+            "embeddings": stacked([video.embeddings for video in used], folder),
         }
         with write_whole(path) as file:
             torch.save(content, file)

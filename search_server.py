@@ -12,7 +12,6 @@ import ipaddress
 import math
 import os
 import secrets
-import socket
 import stat
 import threading
 from urllib.parse import urlsplit
@@ -103,7 +102,7 @@ def create_app(index, embed, folder, host="localhost"):
         try:
             data = draw(numbered(row, len(index.starts)))
         except DecodeError as error:
-            abort(404, one_line(error))
+            abort(404, shown(str(error)))
         response = Response(data, mimetype="image/webp")
         response.headers["Cache-Control"] = "private, max-age=3600"
         return response
@@ -163,7 +162,7 @@ def numbered(text, count):
 def video_file(folder, video):
     """The path of an indexed video's file, which is still as it was."""
     if video.reason:
-        abort(404, f"{shown(video.path)} could not be used: {video.reason}")
+        abort(404, f"It could not be indexed: {shown(video.reason)}")
     path = os.path.join(folder, video.path)
     try:
         status = os.stat(path)
@@ -201,18 +200,21 @@ def described(index, found, run):
 def serve_index(index, embed, folder, host, port):
     """Serves the page until Ctrl-C. Raises InputError where it cannot listen there."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        local = all(is_loopback(address[0]) for *_, address in found)
-        app = create_app(index, embed, folder, host if local else None)
-        server = waitress.create_server(app, host=host, port=port, threads=THREADS, ident=None)
+        server = waitress.create_server(
+            lambda *call: app(*call), host=host, port=port, threads=THREADS, ident=None
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"--host, --port: cannot listen at {host}, port {port} ({one_line(error)}): choose "
             "others"
         ) from None
+    listening = getattr(server, "effective_listen", None) or [
+        (server.effective_host, server.effective_port)
+    ]
+    local = all(is_loopback(address) for address, _ in listening)  # what the name has led to
+    app = create_app(index, embed, folder, host if local else None)
     if not local:
         print(f"everybody who can reach {host} can search these videos and see them")
-    listening = getattr(server, "effective_listen", None) or [(host, server.effective_port)]
     name = f"[{host}]" if ":" in host else host
     print(
         f"http://{name}:{listening[0][1]}/ shows {len(index.starts)} windows; Ctrl-C ends it",

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import math
@@ -181,15 +182,15 @@ def setup_logging(verbose, path=None, level=logging.INFO):
 
 
 def lines_above(bar):
-    """A context in which log lines come above a bar, where there is one, and not into it."""
-    return contextlib.nullcontext() if bar.disable else logging_redirect_tqdm([log])
+    """A context in which log lines on the terminal come above a bar there, and not into it."""
+    shows = any(getattr(to, "stream", None) in (sys.stdout, sys.stderr) for to in log.handlers)
+    return logging_redirect_tqdm([log]) if shows and not bar.disable else contextlib.nullcontext()
 
 
 def check_output(path, flag="output"):
     """Refuses, before the work, a file that could not be written after it."""
     folder = Path(path).resolve().parent
-    other = Path(path).exists() and not Path(path).is_file()  # a folder, /dev/null
-    if not (folder.is_dir() and os.access(folder, os.W_OK)) or other:
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
         raise InputError(f"--{flag}: {path} cannot be written: give a file in an existing folder")
 
 
@@ -205,8 +206,13 @@ def make_folder(path, flag):
 
 @contextlib.contextmanager
 def write_whole(path):
-    """Opens a file for bytes. It has its name only once it is whole and on the disk."""
-    path = Path(path)
+    """Opens a file for bytes. It has its name only once it is whole and on the disk.
+
+    A link is followed. Raises OSError where it cannot be written, or is a device.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():  # it would be replaced by a file
+        raise OSError(errno.EINVAL, "not a file", str(path))
     # A name of its own: another run may be writing the same file.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -306,5 +312,4 @@ def report(title, figures, output=""):
     shown = (f"{name} {figure_text(value)}" for name, value in figures.items())
     print(f"{title}: {'  '.join(shown)}")
     if output:
-        with write_whole(output) as file:
-            file.write((json.dumps(figures, indent=2) + "\n").encode())
+        Path(output).write_text(json.dumps(figures, indent=2) + "\n")

@@ -294,10 +294,14 @@ def test_a_folder_by_another_name_is_gone_on_with(index, videos, tmp_path, embed
 def test_a_disk_that_is_not_mounted_does_not_take_its_videos_out(index, videos, tmp_path):
     assert index(videos) == 0
     (videos / "sub/b.mkv").rename(tmp_path / "b.mkv")
-    with pytest.raises(InputError, match=r"FOLDER: .*sub is empty, but the index has videos of it"):
+    with pytest.raises(InputError, match=r"FOLDER: nothing is in .*sub, but the index has videos"):
+        index(videos)
+    (videos / "sub").rmdir()
+    (videos / "sub").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(InputError, match=r"FOLDER: nothing is in .*sub, but the index has videos"):
         index(videos)
     assert list(contents(tmp_path / "index")) == NAMES
-    (videos / "sub").rmdir()
+    (videos / "sub").unlink()
     assert index(videos) == 0
     assert list(contents(tmp_path / "index")) == ["a.mp4", "short.mp4"]
 
@@ -436,9 +440,12 @@ def test_a_folder_that_is_gone_is_asked_for(run, index, videos, tmp_path):
         run("serve", tmp_path / "index")
 
 
-def test_a_reader_that_has_enough_ends_the_list(made):
-    command = [sys.executable, HERE.parent / "search.py", "query", made, "stir"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough_ends_the_list(made, unbuffered):
+    command = [sys.executable, HERE.parent / "search.py", "query", made, "stir zebra"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, **pipes, env=environment) as process:
         process.stdout.close()
         assert process.wait() == 0 and process.stderr.read() == b""
 

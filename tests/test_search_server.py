@@ -55,7 +55,7 @@ def index(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("index") / "index"
     videos = [
         video("a.webm", [0, 2, 4, 6, 8], [1, 2, 3, 9, 4]),
-        video("broken.mp4", [], [], "moov atom not found"),
+        video("broken.mp4", [], [], os.fsdecode(b"films/\xff.mp4: moov atom not found")),
         video("c.mp4", [0], [-5]),
         video("sub/b & <b>.mp4", [0, 1.5], [8, 7]),
     ]
@@ -160,7 +160,7 @@ def test_numbers_that_are_not_in_the_index_are_not_found(client, at, number):
 def test_what_cannot_be_shown_is_told(client, at):
     unused, broken = client.get(at("video", 1)), client.get(at("thumbnail", 5))
     assert unused.status_code == 404
-    assert unused.text == "broken.mp4 could not be used: moov atom not found"
+    assert unused.text == "It could not be indexed: films/\\xff.mp4: moov atom not found"
     assert broken.status_code == 404 and "Invalid data" in broken.text
     assert "\n" not in broken.text and broken.mimetype == "text/plain"
 
@@ -280,6 +280,22 @@ def test_the_pages_scripts_are_those_that_its_policy_names(client):
 def test_what_is_loopback():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1")))
     assert not any(map(is_loopback, ("", "0.0.0.0", "10.0.0.1", "example.org", "localhost.evil")))
+
+
+@pytest.mark.parametrize(
+    ("host", "only"),
+    [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("*", None), ("0.0.0.0", None)],
+)
+def test_the_addresses_that_are_listened_at_decide_who_is_answered(
+    index, folder, monkeypatch, capsys, host, only
+):
+    names = []
+    monkeypatch.setattr(search_server, "create_app", lambda *given: names.append(given[-1]))
+    for server in (waitress.server.TcpWSGIServer, waitress.server.MultiSocketServer):
+        monkeypatch.setattr(server, "run", lambda self: self.close())
+    serve_index(index, embed, str(folder), host, 0)
+    assert names == [only]
+    assert ("everybody who can reach" in capsys.readouterr().out) == (only is None)
 
 
 @pytest.mark.parametrize("host", ["no such host", "203.0.113.1", "::g"])

@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -92,9 +94,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
         check_output(str(tmp_path / "absent" / "out.json"))
     with pytest.raises(InputError, match="--out"):  # of a shell variable that is not set
         check_output("", "out")
-    with pytest.raises(InputError, match="--out"):
-        check_output("/dev/null", "out")  # a file that is written whole would take its place
     check_output(str(tmp_path / "out.json"))
+
+
+def test_a_link_is_written_through_and_a_device_is_not_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    with write_whole(tmp_path / "link") as file:
+        file.write(b"whole")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"whole"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a file"), write_whole(tmp_path / "pipe"):
+        pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_two_writers_of_a_file_leave_it_whole(tmp_path):
