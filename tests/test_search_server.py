@@ -11,6 +11,7 @@ import torch
 import waitress
 from conftest import make_video, open_page, page_errors
 from PIL import Image
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import search_server
@@ -353,6 +354,12 @@ def test_in_a_browser_typing_shows_moments_and_a_click_plays_from_there(browser,
     assert found()[7].text.split("\n")[1] == "c.mp4"
     (told,) = page_errors(browser)  # of the video that is none
     assert re.search("thumbnail/[0-9a-f]{8}/5", told) and "404" in told
+
+    before = found()[0]
+    box.send_keys(Keys.ENTER)  # the same text again, as after the server was started again
+    wait(lambda _: len(found()) == 8 and found()[0] != before)
+    wait(lambda _: "no picture" in found()[7].text)
+    assert len(page_errors(browser)) == 1  # of that picture again
 
     found()[0].click()
     wait(lambda _: browser.execute_script("return document.querySelector('video').currentTime > 6"))
