@@ -1,7 +1,7 @@
 """What several candidate captions bring: held-out retrieval after trainings with 1 and with 4.
 
     python data/toy/prepare.py --out data/toy
-    python benchmarks/candidates.py --out log/candidates    # about 50 minutes on two quiet cores
+    python benchmarks/candidates.py --out log/candidates    # about 45 minutes on two quiet cores
     python benchmarks/candidates.py --out log/bf16 -- --amp=bf16    # passed to main_distributed.py
 
 The paper's claim is that captions which are off in time are better learned from as a bag of
