@@ -19,11 +19,11 @@ BUDGET = [
 
 
 @pytest.fixture(scope="module")
-def whole_toy(tmp_path_factory):
-    """The toy data set as the demo makes it."""
-    folder = tmp_path_factory.mktemp("whole_toy")
-    script = HERE.parent / "data" / "toy" / "prepare.py"
-    subprocess.run([sys.executable, script, "--out", folder], check=True, capture_output=True)
+def whole_toy():
+    """The toy data set as the demo makes it and where it does: it is drawn once for both."""
+    folder = HERE.parent / "data" / "toy"
+    command = [sys.executable, folder / "prepare.py", "--out", folder]
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 

@@ -388,6 +388,7 @@ def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights,
     (tmp_path / "videos.csv").write_text("\n".join(["video_path", *videos * 25]))
     flags = ["--batch_size=2", "--num_frames=2", "--video_size=16", "--n_display=20"]
     flags += [f"--train_csv={tmp_path}/videos.csv", "--epochs=21", "--checkpoint_every=0"]
+    flags += ["--amp=none", "--channels_last=0"]  # the quickest at this size
     run = Run(toy, weights, tmp_path, *flags, processes=1)
     samples = []
     for step in range(250, 2051, 200):  # between two checkpoints, which are open files
@@ -401,4 +402,5 @@ def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights,
     run.wait()
     _, memory, files, processes = zip(*samples, strict=True)
     assert max(memory[-3:]) < memory[1] + 25, samples
-    assert len(set(files)) == len(set(processes)) == 1, samples
+    assert max(files[-3:]) <= max(files[:3]) + 4, samples  # a worker may have a video open
+    assert len(set(processes)) == 1, samples
