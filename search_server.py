@@ -200,6 +200,7 @@ def described(index, found, run):
 def serve_index(index, embed, folder, host, port):
     """Serves the page until Ctrl-C. Raises InputError where it cannot listen there."""
     try:
+        # Who is to be answered is known when it listens: the application comes after.
         server = waitress.create_server(
             lambda *call: app(*call), host=host, port=port, threads=THREADS, ident=None
         )

@@ -74,7 +74,8 @@ def test_a_setting_that_the_file_does_not_know_of_is_refused(path):
 
 
 def test_a_setting_that_is_not_given_may_be_any(path):
-    read_features(path, {**SETTINGS, "pretrain_cnn_path": None}, NAMES)
+    features, left_out = read_features(path, {**SETTINGS, "pretrain_cnn_path": None}, NAMES)
+    assert (list(features), left_out) == (NAMES[:2], LEFT_OUT)
 
 
 def test_a_table_with_other_videos_is_refused(path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import HERE, run_python
 
-# In float32 on every processor: the bounds below were found with it. One candidate, because with
+# In float32, so that it is the same training on every processor. One candidate, because with
 # four a training of this length had anything from a median rank of 20 to one of 35, with the
 # processor it ran on; with one, 160 steps ended between 8 and 10 (see benchmarks/RESULTS.md).
 BUDGET = [

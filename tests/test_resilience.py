@@ -383,7 +383,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(
 
 
 def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights, tmp_path):
-    # Epochs of 100 steps: what takes time is the checkpoint after each.
+    # Epochs of 100 steps leave time between two checkpoints, which are open files.
     _, *videos = (toy / "howto100m_videos.csv").read_text().split()
     (tmp_path / "videos.csv").write_text("\n".join(["video_path", *videos * 25]))
     flags = ["--batch_size=2", "--num_frames=2", "--video_size=16", "--n_display=20"]
@@ -391,16 +391,19 @@ def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights,
     flags += ["--amp=none", "--channels_last=0"]  # the quickest at this size
     run = Run(toy, weights, tmp_path, *flags, processes=1)
     samples = []
-    for step in range(250, 2051, 200):  # between two checkpoints, which are open files
+    for step in range(250, 2051, 200):
         run.wait_for_step(step)
         family = run.family()
         assert all(p.status() != psutil.STATUS_ZOMBIE for p in family)
         memory = sum(p.memory_full_info().uss for p in family)
-        samples.append((step, memory / 2**20, sum(p.num_fds() for p in family), len(family)))
+        looks = []
+        for _ in range(50):  # now and then a worker has a video open
+            looks.append(sum(p.num_fds() for p in family))
+            time.sleep(0.01)
+        samples.append((step, memory / 2**20, min(looks), len(family)))
         print("step {}: {:.0f} MiB, {} open files, {} processes".format(*samples[-1]))
     run.process.terminate()
     run.wait()
     _, memory, files, processes = zip(*samples, strict=True)
     assert max(memory[-3:]) < memory[1] + 25, samples
-    assert max(files[-3:]) <= max(files[:3]) + 4, samples  # a worker may have a video open
-    assert len(set(processes)) == 1, samples
+    assert len(set(files)) == len(set(processes)) == 1, samples

@@ -406,6 +406,7 @@ def test_a_mistake_ends_the_script_with_a_line_and_status_2(made, weights, films
     ):
         ended = script(*given)
         assert ended.returncode == 2 and named in ended.stderr
+        assert not ended.stdout or given[0] == "index"  # which says what is to do
         assert ended.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())  # neither an index nor a lock
 
