@@ -5,7 +5,7 @@ import math
 import re
 import sys
 
-from utils import PRECISIONS
+from distributed.device import PRECISIONS
 from video_decoder import BACKENDS
 
 
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def spelled(argv=None):
+def normalize_flags(argv=None):
     """The command line (default: the process's) with `_` for each `-` in the names of flags."""
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = argv.index("--") if "--" in argv else len(argv)
@@ -95,7 +95,7 @@ def add_inference_flags(add):
 
 
 def get_args(description="MIL-NCE", argv=None):
-    """Parses argv (default: the process's). Flags may be spelled with `-` or `_`."""
+    """Parses argv (default: the process's). Flags may be normalize_flags with `-` or `_`."""
     parser = Parser(
         description=description,
         allow_abbrev=False,
@@ -231,4 +231,4 @@ def get_args(description="MIL-NCE", argv=None):
     )
     add("--pretrained", action="store_true", help=argparse.SUPPRESS)
 
-    return parser.parse_args(spelled(argv))
+    return parser.parse_args(normalize_flags(argv))

@@ -7,12 +7,13 @@ weights are needed, while labels and splits are those of --eval_csv in every run
 import os
 
 from args import get_args
-from evaluation import inference_model
-from feature_file import feature_settings, read_features, write_features
+from distributed.device import pick_device
+from evaluation.feature_file import feature_settings, read_features, write_features
+from evaluation.features import inference_model
+from evaluation.linear_probe import evaluate_hmdb, hmdb_features
+from evaluation.report import check_report, evaluation_settings, hmdb_data, write_page
 from hmdb_loader import HMDB51
-from linear_probe import evaluate_hmdb, hmdb_features
-from report_page import check_report, evaluation_settings, hmdb_data, write_page
-from utils import check_output, pick_device, report, run_script, setup_logging
+from utils import check_output, print_metrics, run_script, setup_logging
 
 
 def make_features(args, csv):
@@ -57,7 +58,7 @@ def main():
     else:
         dataset, features, left_out = make_features(args, csv)
     figures, outcomes = evaluate_hmdb(dataset, features, left_out)
-    report("HMDB-51", figures, args.output)
+    print_metrics("HMDB-51", figures, args.output)
     if args.report:
         counts = {"num_videos": len(features), "num_missing": len(left_out)}
         settings = evaluation_settings(args, csv)

@@ -1,7 +1,7 @@
 """Zero-shot text-to-video retrieval on MSR-VTT: python eval_msrvtt.py --pretrain_cnn_path FILE"""
 
 from args import get_args
-from evaluation import retrieval_script
+from evaluation.retrieval import retrieval_script
 from msrvtt_loader import MSRVTT
 from utils import run_script
 

@@ -1,7 +1,7 @@
 """Zero-shot text-to-video retrieval on YouCook2: python eval_youcook.py --pretrain_cnn_path FILE"""
 
 from args import get_args
-from evaluation import retrieval_script
+from evaluation.retrieval import retrieval_script
 from utils import run_script
 from youcook_loader import YouCook2
 

@@ -20,26 +20,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from annotations.tables import cell_error, read_table, require_non_empty, require_unique
 from args import get_args
-from distributed import plan_share, workers_of
-from evaluation import inference_model
-from feature_file import difference, feature_settings
-from tables import cell_error, filled, read_table, unique
+from distributed.device import pick_device
+from distributed.launch import detect_shard, workers_per_rank
+from evaluation.feature_file import difference, feature_settings
+from evaluation.features import inference_model, strided_features, with_progress
 from utils import (
     InputError,
     append,
+    atomic_write,
     check_folder,
     files_below,
     log,
     make_folder,
     one_line,
-    pick_device,
     run_script,
     setup_logging,
-    write_whole,
 )
 from video_decoder import EXTENSIONS
-from video_windows import strided_features, with_progress
 
 COLUMNS = ["video_path", "feature_path"]
 
@@ -52,13 +51,13 @@ def video_list(args):
     check_folder(args.video_path, "video_path")
     if args.feature_csv:
         table = read_table(args.feature_csv, COLUMNS, names=COLUMNS, flag="feature_csv")
-        filled(table, COLUMNS, args.feature_csv, "feature_csv")
+        require_non_empty(table, COLUMNS, args.feature_csv, "feature_csv")
         for row, name in enumerate(table["feature_path"]):
             if not name.endswith(".npy"):
                 fault = "is not the name of a .npy file: end it with .npy"
                 raise cell_error(args.feature_csv, "feature_csv", row, "feature_path", name, fault)
         table["feature_path"] = table["feature_path"].map(posixpath.normpath)
-        unique(table, ["feature_path"], args.feature_csv, "feature_csv")
+        require_unique(table, ["feature_path"], args.feature_csv, "feature_csv")
         videos = list(zip(table["video_path"], table["feature_path"], strict=True))
     else:
         found = {}
@@ -121,9 +120,9 @@ def write_pair(path, video, settings, found):
     }
     make_folder(path.parent, "feature_root")
     try:
-        with write_whole(path.with_suffix(".json")) as file:
+        with atomic_write(path.with_suffix(".json")) as file:
             file.write(json.dumps(side).encode())
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             np.save(file, found.features, allow_pickle=False)
     except OSError as error:
         raise InputError(
@@ -152,7 +151,7 @@ def new_failures(root, share):
 def main():
     args = get_args(__doc__)
     setup_logging(args.verbose)
-    share = plan_share(args)
+    share = detect_shard(args)
     device = pick_device(args, share.local_rank % max(1, torch.cuda.device_count()))
     videos = video_list(args)[share.index :: share.count]
     if not args.feature_root:
@@ -177,7 +176,7 @@ def main():
         fps=args.fps,
         stride=args.stride,
         batch_size=args.batch_size_val,
-        workers=workers_of(args, share),
+        workers=workers_per_rank(args, share),
         sample_timeout=args.sample_timeout,
         decoder=args.decoder,
         mixed5c=args.layer == "mixed_5c",

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from annotations import SPLITS, hmdb_table, log_notes
+from annotations.hmdb import SPLITS, hmdb_table
+from annotations.tables import log_notes
 from utils import InputError, check_folder
 from video_decoder import DecodeError, decode_frames
 
@@ -44,7 +45,7 @@ class HMDB51(Dataset):
         self.splits = present[SPLITS].to_numpy(dtype=np.int64)
         self.num_frames, self.size = num_frames, size
         self.num_windows, self.decoder = num_windows, decoder
-        self.fields = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
+        self.item_spec = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
 
     def __len__(self):
         return len(self.names)

@@ -15,7 +15,7 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather(local):
+def all_gather_batch(local):
     """[b, ...], of one shape on every rank -> [world_size * b, ...] on all, in rank order."""
     if world_size() == 1:
         return local
@@ -24,7 +24,7 @@ def gather(local):
     return gathered
 
 
-class Denominators(torch.autograd.Function):
+class DistributedLogSumExp(torch.autograd.Function):
     """video [b, D], text [b*K, D] -> lse [b]: lse_i = logsumexp{x_ijk, x_jik for all j, k}.
 
     j runs over all ranks' batches; x_ijk = v_i . t_jk. Backward gives a rank the gradient of every
@@ -34,7 +34,7 @@ class Denominators(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, video, text):
-        videos, texts = gather(video), gather(text)  # [B, D], [B*K, D]
+        videos, texts = all_gather_batch(video), all_gather_batch(text)  # [B, D], [B*K, D]
         rows = video @ texts.t()  # [b, B*K]: x_ijk of own i
         columns = videos @ text.t()  # [B, b*K]: x_ijk of own j
         by_candidate = columns.view(videos.shape[0], video.shape[0], -1)  # [B, b, K]
@@ -48,7 +48,7 @@ class Denominators(torch.autograd.Function):
         videos, texts, rows, columns, lse = ctx.saved_tensors
         candidates = texts.shape[0] // videos.shape[0]
         own = torch.stack((gradient, lse), dim=1)  # [b, 2]
-        union = gather(own)  # [B, 2]
+        union = all_gather_batch(own)  # [B, 2]
         of_own_texts, of_texts = (x.repeat_interleave(candidates, 0) for x in (own, union))
         return (
             score_gradient(rows, own, of_texts) @ texts,
@@ -84,7 +84,7 @@ class MILNCELoss(nn.Module):
     def loss(self, video_embd, text_embd):
         own_texts = text_embd.view(video_embd.shape[0], -1, text_embd.shape[1])  # [b, K, D]
         positives = torch.einsum("bd,bkd->bk", video_embd, own_texts).logsumexp(dim=1)
-        loss = (Denominators.apply(video_embd, text_embd) - positives).mean()
+        loss = (DistributedLogSumExp.apply(video_embd, text_embd) - positives).mean()
 
         if world_size() > 1:
             # Show the union's value and keep the gradient of the rank's own mean.

@@ -6,6 +6,7 @@ One process a GPU, or a few on the CPU; plain python, torchrun or SLURM: see REA
 import contextlib
 import importlib.util
 import logging
+import os
 import sys
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -15,21 +16,23 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import distributed
 from args import get_args
-from evaluation import evaluate_retrieval, retrieval_set
-from s3dg import S3D, Tokenizer, inference_copy
-from training_log import BadSamples, Reporter, Window, log_path, read_records
-from training_step import Averages, TrainingStep, autocast_dtype, build_optimizer
+from distributed.device import PRECISIONS, inference_amp
+from distributed.launch import detect_launch, workers_per_rank
+from distributed.process import start
+from distributed.workers import prefetch_depth
+from evaluation.retrieval import evaluate_retrieval, retrieval_set
+from s3dg import S3D, Tokenizer, fuse_for_inference
+from training import checkpoint
+from training.log import BadSamples, MetricLogger, ThroughputMeter, log_path, read_records
+from training.optimizer import build_optimizer
+from training.step import BatchNormBuffers, TrainingStep, autocast_dtype
 from utils import (
-    PRECISIONS,
     InputError,
     check_clip_size,
     check_compiler,
     check_file,
     check_words_fit,
-    inference_amp,
     log,
     make_folder,
     read_words,
@@ -37,18 +40,17 @@ from utils import (
     setup_logging,
 )
 from video_loader import TEXT_WORDS, HowTo100M, StepSampler, training_batches
-from workers import batches_ahead
 from youcook_loader import YouCook2
 
 
 def main():
     args = get_args(__doc__)
-    launch = distributed.plan_launch(args)
+    launch = detect_launch(args)
     if launch.spawn > 1:
         args.resume = args.resume or launch.restarts > 0
         setup_logging(verbose=False)
-        prepare(args, launch, torch.device("cpu"))  # what is wrong is said once, not by each
-    distributed.start(train, args, launch)
+        setup(args, launch, torch.device("cpu"))  # what is wrong is said once, not by each
+    start(train, args, launch)
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Progress:
 
 
 @dataclass
-class Job:
+class TrainState:
     """What a process trains with, all of it checked."""
 
     dataset: HowTo100M
@@ -82,9 +84,9 @@ class Job:
         return steps_before(epoch, self.dataset, self.batch_size)
 
 
-def prepare(args, processes, device):
-    """Reads all input and builds the Job; refuses, in the first seconds, what would fail in the
-    first hour. `processes` is a Launch or a Process. Raises InputError.
+def setup(args, processes, device):
+    """Reads all input and builds the TrainState; refuses, in the first seconds, what would fail in
+    the first hour. `processes` is a Launch or a RankContext. Raises InputError.
     """
     if args.batch_size % processes.nproc_per_node:
         raise InputError(
@@ -111,7 +113,7 @@ def prepare(args, processes, device):
             f"do not fill one batch of {batch_size}"
         )
     validation = validation_set(args, words) if args.evaluate else None
-    model, resumed = starting_point(args, words)
+    model, resumed = build_model(args, words)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last_3d)
@@ -132,7 +134,7 @@ def prepare(args, processes, device):
         make_folder(log_path(args, "tensorboard"), "tensorboard")
     progress = first_progress(args, resumed, dataset, batch_size)
     optimizer, scheduler = build_optimizer(args, model, progress.step, total_steps, resumed)
-    return Job(
+    return TrainState(
         dataset=dataset,
         validation=validation,
         model=model,
@@ -190,7 +192,7 @@ def validation_set(args, words):
     return retrieval_set(args, YouCook2, "data/validation_youcook.csv", words)
 
 
-def starting_point(args, words):
+def build_model(args, words):
     """The S3D to start from, on the CPU, and the checkpoint that is resumed, or None.
 
     It is that of the newest checkpoint (--resume), of given weights (--pretrain_cnn_path), or the
@@ -224,7 +226,7 @@ def train(args, process):
     setup_logging(args.verbose, log_path(args, "txt"), level)
     torch.backends.cudnn.benchmark = bool(args.cudnn_benchmark)
     args.resume = args.resume or process.is_restarted()
-    job = prepare(args, process, process.device)
+    job = setup(args, process, process.device)
     log.setLevel(logging.INFO if first_rank else logging.WARNING)
     progress = job.progress
     log.info(
@@ -236,8 +238,8 @@ def train(args, process):
             "resumed from %s, after epoch %d, step %d",
             *(job.resumed, progress.epoch, progress.step),
         )
-    check_alike(args, process, job)
-    process.begin()
+    check_ranks_agree(args, process, job)
+    process.mark_started()
     step = training_step(args, process, job)
     bad = BadSamples(log_path(args, "bad.csv"), process)
     sampler = StepSampler(  # of micro-batches: accum_steps of them in a row are a step's
@@ -249,19 +251,19 @@ def train(args, process):
         rank=process.rank,
         world_size=process.world_size,
     )
-    workers = distributed.workers_of(args, process)
+    workers = workers_per_rank(args, process)
     batches = training_batches(
         job.dataset,
         sampler,
         workers=workers,
         # The next step's micro-batches are read while this one's are computed.
-        ahead=max(args.accum_steps, batches_ahead(sampler.share, workers)),
+        prefetch=max(args.accum_steps, prefetch_depth(sampler.share, workers)),
         timeout=args.sample_timeout,
         quarantined=bad.quarantined,
         pin_memory=process.device.type == "cuda",
         on_sample=process.on_sample,
     )
-    reporter = Reporter(args, process, progress.step)
+    reporter = MetricLogger(args, process, progress.step)
     with contextlib.closing(batches), contextlib.closing(reporter):
         if job.validation and lacks_validation(args, process, job):
             validate(args, process, job, reporter)
@@ -275,7 +277,7 @@ def train(args, process):
                 validate(args, process, job, reporter)
 
 
-def check_alike(args, process, job):
+def check_ranks_agree(args, process, job):
     """Every rank finds for itself what it starts from: they have to have found the same."""
     own = {
         "checkpoint": job.resumed and job.resumed.name,
@@ -288,11 +290,11 @@ def check_alike(args, process, job):
         "steps": job.total_steps,
         "seed": job.dataset.seed,
     }
-    starts = process.gather(own)
-    for rank, start in enumerate(starts):
-        if start != starts[0]:
-            process.refuse(
-                f"--resume: rank {rank} starts from {start}, rank 0 from {starts[0]}: the nodes "
+    found = process.gather(own)
+    for rank, its in enumerate(found):
+        if its != found[0]:
+            process.abort(
+                f"--resume: rank {rank} starts from {its}, rank 0 from {found[0]}: the nodes "
                 "have different flags, processors (--amp) or files"
             )
 
@@ -314,15 +316,15 @@ def training_step(args, process, job):
     dtype = autocast_dtype(args, process.device)
     log.info("convolutions and matrix products in %s", str(dtype).removeprefix("torch."))
     skipped = job.progress.skipped_steps, job.progress.skipped_in_row
-    step = TrainingStep(network, job.optimizer, dtype, process.at, skipped)
+    step = TrainingStep(network, job.optimizer, dtype, process.enter_stage, skipped)
     if job.resumed_scaler:
         step.scaler.load_state_dict(job.resumed_scaler)
     if process.world_size > 1:
-        settle(args, process, step)
+        prime_ddp_buckets(args, process, step)
     return step
 
 
-def settle(args, process, step):
+def prime_ddp_buckets(args, process, step):
     """Takes DistributedDataParallel past its first backward pass, after which it lays gradients out
     anew and adds up the ranks in another order: so a resumed run has an uninterrupted one's bits.
     """
@@ -333,7 +335,7 @@ def settle(args, process, step):
         "text": torch.zeros(captions, TEXT_WORDS, dtype=torch.int64),
     }
     step.network.train()
-    averages = Averages(step.network)
+    averages = BatchNormBuffers(step.network)
     before = averages.read()
     sum(embedding.sum() for embedding in step.embed(batch)).backward()
     step.network.zero_grad()
@@ -344,13 +346,13 @@ def train_epoch(args, process, job, step, batches, bad, reporter):
     """Runs the steps that are left of an epoch. A signal ends the process, after a checkpoint."""
     progress, last_step = job.progress, job.steps_before(job.progress.epoch + 1)
     step.network.train()
-    window = Window()
+    window = ThroughputMeter()
     unlisted = False  # whether any rank has found bad samples that the list does not have yet
     while progress.step < last_step:
-        process.at(f"waiting for the data of step {progress.step + 1}")
+        process.enter_stage(f"waiting for the data of step {progress.step + 1}")
         with window.waiting():
             micro_batches = [own_memory(args, next(batches)) for _ in range(args.accum_steps)]
-            process.at(f"the start of step {progress.step + 1}")
+            process.enter_stage(f"the start of step {progress.step + 1}")
             found = [
                 fault for batch in micro_batches for fault in chain.from_iterable(batch["bad"])
             ]
@@ -374,14 +376,14 @@ def train_epoch(args, process, job, step, batches, bad, reporter):
         shown = progress.step % args.n_display == 0 or progress.step == last_step
         if not (too_bad or due or shown or signalled):
             continue  # without a look at the device, which may be some way behind
-        process.at(f"the device to finish step {progress.step}")
+        process.enter_stage(f"the device to finish step {progress.step}")
         count_skipped(args, process, progress, step)
         if unlisted:
             bad.write()
             unlisted = False
         if too_bad:
             save(args, process, job, step, within_epoch=True)
-            process.refuse(
+            process.abort(
                 f"--max_bad_fraction: {progress.bad_in_epoch} samples of epoch "
                 f"{progress.epoch + 1}, which has {len(job.dataset)}, could not be read, more than "
                 f"{args.max_bad_fraction:g} of them: see {bad.path}"
@@ -413,7 +415,7 @@ def count_skipped(args, process, progress, step):
             *(progress.skipped_steps - known, progress.step, progress.skipped_in_row),
         )
     if most_in_row >= args.max_bad_steps:
-        process.refuse(
+        process.abort(
             f"--max_bad_steps: {most_in_row} steps in a row, up to step {progress.step} or shortly "
             "before, had a loss or gradient that is not finite: lower --lr, or look at the data; "
             f"the checkpoints in {checkpoint_folder(args)} have the weights from before"
@@ -422,7 +424,7 @@ def count_skipped(args, process, progress, step):
 
 def save(args, process, job, step, within_epoch=False):
     """Rank 0 writes a checkpoint."""
-    process.at("writing a checkpoint")
+    process.enter_stage("writing a checkpoint")
     if process.rank > 0:
         return
     clips = job.progress.step * job.batch_size
@@ -442,15 +444,15 @@ def save(args, process, job, step, within_epoch=False):
 
 def stop(process):
     """Ends a process after a signal, when rank 0 has written its checkpoint."""
-    process.at("the end, after a signal")
+    process.enter_stage("the end, after a signal")
     signals = [name for name in process.gather(process.signal) if name]
     log.info("stopped by %s: start again to go on from there", signals[0])
-    sys.exit(distributed.STOPPED)
+    sys.exit(os.EX_TEMPFAIL)
 
 
 def validate(args, process, job, reporter):
     """Retrieval figures of the model as rank 0 has it; the ranks share the videos."""
-    process.at("validation")
+    process.enter_stage("validation")
 
     def on_video():
         process.on_sample()
@@ -460,11 +462,11 @@ def validate(args, process, job, reporter):
         for buffer in job.model.buffers():  # each rank has running statistics of its own
             dist.broadcast(buffer, src=0)
     figures = evaluate_retrieval(
-        inference_copy(job.model, PRECISIONS[inference_amp(args)]),
+        fuse_for_inference(job.model, PRECISIONS[inference_amp(args)]),
         job.validation,
         process.device,
         batch_size=args.batch_size_val,
-        workers=distributed.workers_of(args, process),
+        workers=workers_per_rank(args, process),
         sample_timeout=args.sample_timeout,
         rank=process.rank,
         world_size=process.world_size,

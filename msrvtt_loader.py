@@ -3,7 +3,8 @@
 from os.path import isfile
 from pathlib import Path
 
-from annotations import log_notes, msrvtt_table
+from annotations.msrvtt import msrvtt_table
+from annotations.tables import log_notes
 from retrieval_loader import Retrieval
 from utils import check_folder
 

@@ -33,7 +33,7 @@ class Retrieval(Dataset):
         self.tokenizer = tokenizer
         self.num_frames, self.size, self.fps = num_frames, size, fps
         self.num_windows, self.decoder = num_windows, decoder
-        self.fields = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
+        self.item_spec = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
 
     def __len__(self):
         return len(self.pairs)

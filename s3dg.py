@@ -360,7 +360,7 @@ class S3D(nn.Module):
 
     def checkpointed(self, stage, net):
         def contexts():
-            return contextlib.nullcontext(), still_averages(self)
+            return contextlib.nullcontext(), frozen_bn_stats(self)
 
         return checkpoint(
             stage, net, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
@@ -368,7 +368,7 @@ class S3D(nn.Module):
 
 
 @contextlib.contextmanager
-def still_averages(model):
+def frozen_bn_stats(model):
     """BatchNorm in training mode leaves its running averages alone: it has seen this batch."""
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
     kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
@@ -381,7 +381,7 @@ def still_averages(model):
             layer.momentum, layer.num_batches_tracked = momentum, count
 
 
-def inference_copy(model, dtype=None):
+def fuse_for_inference(model, dtype=None):
     """An S3D for inference alone, in evaluation mode: the same embeddings, sooner.
 
     In the model's own type BatchNorm is folded into the convolutions: for float32 within 1e-5 of
@@ -428,34 +428,34 @@ def read_weights(path):
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(
-            f"{path} holds no state dict (its keys are {first(content)}): give a checkpoint or "
+            f"{path} holds no state dict (its keys are {summarize(content)}): give a checkpoint or "
             "weights"
         )
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
     return {**(content if "state_dict" in content else {}), "state_dict": state}
 
 
-def first(names, most=3):
+def summarize(names, most=3):
     """The first few of some names, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
-def fill(model, state, path):
+def load_state_dict_checked(model, state, path):
     """Fills the model; a ValueError names the first keys and shapes that differ."""
     own = model.state_dict()
     faults = []
     if lacking := [name for name in own if name not in state]:
-        faults.append(f"it lacks {first(lacking)}")
+        faults.append(f"it lacks {summarize(lacking)}")
     if unknown := [name for name in state if name not in own]:
-        faults.append(f"it has unknown {first(unknown)}")
+        faults.append(f"it has unknown {summarize(unknown)}")
     shapes = [
         f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
     if shapes:
-        faults.append(first(shapes))
+        faults.append(summarize(shapes))
     if faults:
         raise ValueError(f"{path} does not fit the S3D model: {'; '.join(faults)}")
     model.load_state_dict(state)
@@ -482,5 +482,5 @@ def model_of(state, path, token_to_word_path="data/dict.npy"):
     rows = shape("text_module.word_embd.weight", 2)[0]
     if rows != model.text_module.word_embd.num_embeddings:
         model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, WORD_DIM))
-    fill(model, state, path)
+    load_state_dict_checked(model, state, path)
     return model

@@ -25,17 +25,16 @@ from args import (
     Parser,
     add_clip_flags,
     add_inference_flags,
+    normalize_flags,
     not_negative,
     positive,
-    spelled,
 )
-from checkpoint import load_model
-from evaluation import inference_model
-from feature_file import checksum, difference, feature_settings
+from distributed.device import pick_device
+from evaluation.feature_file import checksum, difference, feature_settings
+from evaluation.features import inference_model, strided_features, with_progress
 from retrieval_loader import TEXT_WORDS
-from s3dg import Tokenizer, first, tokenize
-from search_index import About, Video, best_moments, clock, read_index, write_index
-from search_server import serve_index
+from s3dg import Tokenizer, summarize, tokenize
+from training.checkpoint import load_model
 from utils import (
     STOP_SIGNALS,
     InputError,
@@ -45,14 +44,21 @@ from utils import (
     files_below,
     log,
     one_line,
-    pick_device,
     read_words,
     run_script,
     setup_logging,
     shown,
 )
 from video_decoder import EXTENSIONS
-from video_windows import strided_features, with_progress
+from video_search.index import (
+    IndexMetadata,
+    Video,
+    best_moments,
+    format_timestamp,
+    read_index,
+    write_index,
+)
+from video_search.server import serve_index
 
 SAVE_EVERY = 300  # seconds of indexing that a crash may cost...
 SAVE_SHARE = 0.05  # ...or more, where the file is large: at most this part of the time is writing
@@ -71,7 +77,7 @@ def index_videos(options):
     settings = feature_settings(options, ("fps", "stride"), weights="weights")
     words = read_words(options)
     settings["token_to_word_path"] = checksum(options.token_to_word_path, "token_to_word_path")
-    about = About(
+    about = IndexMetadata(
         os.path.abspath(options.folder),
         settings,
         os.path.abspath(options.weights),
@@ -284,11 +290,11 @@ def text_embedder(options, about):
             raise InputError("there is no word in the text: say what is to be seen")
         if len(unknown) == len(set(words)):
             raise InputError(
-                f"none of the words is in the word list ({first(unknown, 10)}): use others"
+                f"none of the words is in the word list ({summarize(unknown, 10)}): use others"
             )
         notes = []
         if unknown:
-            notes.append(f"not in the word list, ignored: {first(unknown, 10)}")
+            notes.append(f"not in the word list, ignored: {summarize(unknown, 10)}")
         if sum(word in tokenizer.index for word in words) > TEXT_WORDS:
             notes.append(f"only the first {TEXT_WORDS} words count")
         return tower(tokenizer(text)[None])[0], notes
@@ -308,7 +314,7 @@ def query(options):
             print(f"there are no moments in {options.index}")
         for found in moments:
             path = os.path.join(index.about.folder, index.videos[found.video].path)
-            times = f"{clock(int(found.start))}-{clock(math.ceil(found.end))}"
+            times = f"{format_timestamp(int(found.start))}-{format_timestamp(math.ceil(found.end))}"
             print(f"{found.score:8.3f}  {times:>15}  {one_line(path)}")
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, such as `head`, has enough
@@ -381,7 +387,7 @@ def parse_arguments(argv=None):
             add("--video_path", default="", help="the folder, likewise")
             add("--host", default="127.0.0.1", help="address to listen at")
             add("--port", type=port, default=8000, help="port to listen at; 0: any that is free")
-    return parser.parse_args(spelled(argv))
+    return parser.parse_args(normalize_flags(argv))
 
 
 def main(argv=None):

@@ -5,7 +5,6 @@ import ctypes
 import errno
 import json
 import logging
-import math
 import multiprocessing
 import os
 import secrets
@@ -20,10 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import s3dg
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}  # of --amp
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a training answers them with a checkpoint
-
 log = logging.getLogger("milnce")
 
 
@@ -76,7 +72,7 @@ def die_with_parent():
         os._exit(1)  # it went before
 
 
-def named(flag):
+def format_flag(flag):
     """A flag as a message names it; one in capitals is an argument, which has its place only."""
     return flag if flag.isupper() else f"--{flag}"
 
@@ -84,23 +80,23 @@ def named(flag):
 def check_file(path, flag):
     """Refuses a path that is not a readable file; `flag` is the flag it came from."""
     if not path:
-        raise InputError(f"{named(flag)} is needed: give the path of a file")
+        raise InputError(f"{format_flag(flag)} is needed: give the path of a file")
     if os.path.isdir(path):
-        raise InputError(f"{named(flag)}: {path} is a folder: give a file")
+        raise InputError(f"{format_flag(flag)}: {path} is a folder: give a file")
     if not os.path.isfile(path):
-        raise InputError(f"{named(flag)}: there is no file {path}: give an existing one")
+        raise InputError(f"{format_flag(flag)}: there is no file {path}: give an existing one")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{named(flag)}: {path} cannot be read: change its permissions")
+        raise InputError(f"{format_flag(flag)}: {path} cannot be read: change its permissions")
 
 
 def check_folder(path, flag):
     """Refuses a path that is not a folder; an empty one means that the flag was forgotten."""
     if not path:
-        raise InputError(f"{named(flag)} is needed: give the path of a folder")
+        raise InputError(f"{format_flag(flag)} is needed: give the path of a folder")
     if os.path.isfile(path):
-        raise InputError(f"{named(flag)}: {path} is a file: give a folder")
+        raise InputError(f"{format_flag(flag)}: {path} is a file: give a folder")
     if not os.path.isdir(path):
-        raise InputError(f"{named(flag)}: there is no folder {path}: give an existing one")
+        raise InputError(f"{format_flag(flag)}: there is no folder {path}: give an existing one")
 
 
 def read_words(args):
@@ -128,40 +124,10 @@ def check_clip_size(args, model):
             raise InputError(f"--{flag} {value}: this model's stem needs an even number")
 
 
-def inference_amp(args):
-    """The --amp of evaluations: none by default, as figures are not to depend on the machine."""
-    return "none" if args.amp == "auto" else args.amp
-
-
 def check_compiler():
     """torch.compile writes C++, on a GPU as well."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         raise InputError("--compile needs a C++ compiler, g++ or $CXX: install one or drop it")
-
-
-def lr_multiplier(step, warmup_steps, total_steps):
-    """The learning rate's share of its peak: linear from 0, then half a cosine to 0 (steps)."""
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def pick_device(args, local_rank=0):
-    """The torch.device of --device and --gpu for the process of this rank on its node."""
-    if args.device == "cpu":
-        if args.gpu is not None:
-            raise InputError("--gpu and --device cpu exclude each other: drop one")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if args.device == "cuda" or args.gpu is not None:
-            raise InputError("--device: no CUDA GPU is available here: use --device cpu")
-        return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False  # float32 is meant where it is asked for
-    index = local_rank if args.gpu is None else args.gpu
-    if not 0 <= index < torch.cuda.device_count():
-        raise InputError(f"--gpu: there is no GPU {index}, only {torch.cuda.device_count()} here")
-    return torch.device("cuda", index)
 
 
 def to_unit_range(video):
@@ -205,7 +171,7 @@ def make_folder(path, flag):
 
 
 @contextlib.contextmanager
-def write_whole(path):
+def atomic_write(path):
     """Opens a file for bytes. It has its name only once it is whole and on the disk.
 
     A link is followed. Raises OSError where it cannot be written, or is a device.
@@ -295,21 +261,23 @@ def files_below(root, flag, extensions):
     """The files that find_files finds, in order. Raises InputError."""
     check_folder(root, flag)
     try:
-        return sorted(tqdm(find_files(root, extensions), named(flag), unit="file", disable=None))
+        return sorted(
+            tqdm(find_files(root, extensions), format_flag(flag), unit="file", disable=None)
+        )
     except OSError as error:
         raise InputError(
-            f"{named(flag)}: {error.filename} cannot be read: {error.strerror}"
+            f"{format_flag(flag)}: {error.filename} cannot be read: {error.strerror}"
         ) from None
 
 
-def figure_text(value):
+def format_metric(value):
     """A figure as people read it."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def report(title, figures, output=""):
+def print_metrics(title, figures, output=""):
     """Prints an evaluation's figures, and writes them to a JSON file where --output names one."""
-    shown = (f"{name} {figure_text(value)}" for name, value in figures.items())
+    shown = (f"{name} {format_metric(value)}" for name, value in figures.items())
     print(f"{title}: {'  '.join(shown)}")
     if output:
         Path(output).write_text(json.dumps(figures, indent=2) + "\n")

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from caption_store import CaptionError, PackedStrings, open_captions
-from tables import read_table
+from annotations.tables import read_table
+from captions.readers import CaptionError, PackedStrings, open_captions
+from distributed.workers import WorkerFailure, sample_batches
 from utils import InputError, check_folder, log, one_line
 from video_decoder import DecodeError, decode_clip
-from workers import Crash, sample_batches
 
 TEXT_WORDS = 20
 MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
@@ -86,7 +86,7 @@ class HowTo100M(Dataset):
         self.min_time, self.num_candidates = min_time, num_candidates
         self.seed, self.decoder = seed, decoder
         captions = (num_candidates, TEXT_WORDS) if num_candidates > 1 else (TEXT_WORDS,)
-        self.fields = {
+        self.item_spec = {
             "video": ((3, num_frames, size, size), torch.uint8),
             "text": (captions, torch.int64),
         }
@@ -208,7 +208,7 @@ def training_batches(dataset, sampler, *, quarantined, **reading):
         return key
 
     def replace(key, error):
-        if isinstance(error, Crash):
+        if isinstance(error, WorkerFailure):
             name = dataset.name(key)
             log.warning("quarantined %s: it %s", name, error)
             quarantined.add(name)

@@ -3,7 +3,8 @@
 from os.path import isfile
 from pathlib import Path
 
-from annotations import log_notes, youcook_table
+from annotations.tables import log_notes
+from annotations.youcook import youcook_table
 from retrieval_loader import Retrieval
 from utils import check_folder
 

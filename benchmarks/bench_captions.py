@@ -42,10 +42,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "howto100m")]
 import prepare  # noqa: E402
 
-from caption_store import open_captions  # noqa: E402
+from captions.readers import open_captions  # noqa: E402
+from distributed.workers import sample_batches  # noqa: E402
 from s3dg import Tokenizer  # noqa: E402
 from video_loader import TEXT_WORDS, HowTo100M  # noqa: E402
-from workers import sample_batches  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(2000)]
 
@@ -125,7 +125,7 @@ class Reader:
 
     def __init__(self, root, shares):
         self.captions, self.shares = open_captions(root), shares
-        self.fields = {"bytes": ((2,), torch.int64)}
+        self.item_spec = {"bytes": ((2,), torch.int64)}
 
     def __getitem__(self, key):
         self.captions.read(self.shares[key][0])  # imports, and what is allocated once

@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_decode  # noqa: E402
 
 import video_decoder  # noqa: E402
-import video_windows  # noqa: E402
-from s3dg import S3D, inference_copy  # noqa: E402
+from evaluation import features as video_windows  # noqa: E402
+from s3dg import S3D, fuse_for_inference  # noqa: E402
 
 WINDOW = {"num_frames": 16, "size": 224, "fps": 5}
 SECONDS = 40
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one video, one turn")
     quick = parser.parse_args().quick
     count, turns = (1, 1) if quick else (6, 2)
-    model = inference_copy(S3D(space_to_depth=True).to(memory_format=torch.channels_last_3d))
+    model = fuse_for_inference(S3D(space_to_depth=True).to(memory_format=torch.channels_last_3d))
     version = subprocess.run(
         [video_decoder.ffmpeg_program(), "-version"], capture_output=True, text=True
     ).stdout.split()[2]

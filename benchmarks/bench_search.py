@@ -31,12 +31,19 @@ from bench_decode import processor
 from bench_loss import resident
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from search_index import About, Video, best_moments, read_index, window_length, write_index
+from video_search.index import (
+    IndexMetadata,
+    Video,
+    best_moments,
+    read_index,
+    window_length,
+    write_index,
+)
 
 COUNT = 24  # moments, as the page has them
 A_VIDEO = 500  # windows
 STRIDE = 1.6  # seconds
-ABOUT = About("/", {"num_frames": 16, "fps": 5}, "", "")
+ABOUT = IndexMetadata("/", {"num_frames": 16, "fps": 5}, "", "")
 
 
 def make(folder, windows, dim):

@@ -54,7 +54,7 @@ from ways import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import get_args
-from training_step import autocast_dtype
+from training.step import autocast_dtype
 from utils import to_unit_range
 
 

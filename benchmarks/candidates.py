@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "toy")]
 import prepare  # noqa: E402
 
 from args import Parser, not_negative, positive  # noqa: E402
-from utils import InputError, die_with_parent, make_folder, run_script, write_whole  # noqa: E402
+from utils import InputError, atomic_write, die_with_parent, make_folder, run_script  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -177,7 +177,7 @@ def draw(runs, path):
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
 
 

@@ -23,7 +23,7 @@ from ways import our_forward, our_trainer, plain_trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import get_args
-from main_distributed import starting_point, training_set
+from main_distributed import build_model, training_set
 from utils import read_words
 from video_loader import StepSampler, training_batches
 
@@ -50,7 +50,7 @@ def train_side_by_side(options, device):
     flags = toy_flags(options)
     args = get_args(argv=flags)
     words = read_words(args)
-    model, _ = starting_point(args, words)
+    model, _ = build_model(args, words)
     ways = [plain_trainer(model, device, get_args(argv=flags), options.steps)]
     for dtype in (torch.float32, torch.bfloat16):
         ways.append(our_trainer(model, device, dtype, args, options.steps))

@@ -6,7 +6,7 @@
               dimensions again, and max-pools copy their input to pad it. Pixels become floats on
               the host. (Float32 only: with three dimensions the temporal convolutions' gradient is
               wrong in bfloat16 on some CPUs, see s3dg.TemporalConv3d.)
-    ours      what the scripts run: channels innermost; inference_copy, evaluation.video_features,
+    ours      what the scripts run: channels innermost; fuse_for_inference, video_features,
               TrainingStep with fused Adam.
 
 Both copy a model that is given, so weights are the same, and take the same batches, which lie
@@ -26,9 +26,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import get_args
-from evaluation import video_features
-from s3dg import S3D, VOCABULARY_ROWS, MaxPool3dTFPadding, TemporalConv3d, inference_copy
-from training_step import TrainingStep, build_optimizer
+from evaluation.features import video_features
+from s3dg import S3D, VOCABULARY_ROWS, MaxPool3dTFPadding, TemporalConv3d, fuse_for_inference
+from training.optimizer import build_optimizer
+from training.step import TrainingStep
 from utils import to_unit_range
 from video_loader import TEXT_WORDS
 
@@ -96,7 +97,7 @@ def plain_forward(model, batch, device, dtype):
 
 
 def our_forward(model, batch, device, dtype):
-    fast = inference_copy(our_copy(model, device), dtype)
+    fast = fuse_for_inference(our_copy(model, device), dtype)
     video = to_unit_range(batch["video"].to(device))
 
     @torch.inference_mode()
@@ -117,7 +118,7 @@ def plain_evaluation(model, batch, device, dtype):
 
 
 def our_evaluation(model, batch, device, dtype):
-    fast = inference_copy(our_copy(model, device), dtype)
+    fast = fuse_for_inference(our_copy(model, device), dtype)
     dataset = OneVideo(batch["video"])
     reading = {"batch_size": len(dataset.windows), "workers": 0, "sample_timeout": math.inf}
 
@@ -132,7 +133,7 @@ class OneVideo:
 
     def __init__(self, windows):
         self.windows = windows
-        self.fields = {"video": (windows.shape, windows.dtype)}
+        self.item_spec = {"video": (windows.shape, windows.dtype)}
 
     def __len__(self):
         return 1

@@ -18,8 +18,8 @@ FAULTS = json.loads(os.environ["FAULTS"])
 import torch.distributed as dist  # noqa: E402
 
 import main_distributed  # noqa: E402
-import training_step  # noqa: E402
 import video_loader  # noqa: E402
+from training import step as training_step  # noqa: E402
 
 
 def decode_clip(path, *args, **settings):

@@ -66,10 +66,12 @@ def test_each_flag_is_known_with_hyphens_and_with_underscores(name):
     value = "" if is_switch else " sgd" if name == "optimizer" else " 1"
     if name == "weight_init":
         value = " uniform"
-    spelled = [vars(parse(f"--{s}{value}"))[name] for s in (name, name.replace("_", "-"))]
-    assert spelled[0] == spelled[1] == (True if is_switch else spelled[0])
+    normalize_flags = [vars(parse(f"--{s}{value}"))[name] for s in (name, name.replace("_", "-"))]
+    assert normalize_flags[0] == normalize_flags[1] == (True if is_switch else normalize_flags[0])
     if not is_switch:
-        assert vars(parse(f"--{name.replace('_', '-')}={value.strip()}"))[name] == spelled[0]
+        assert (
+            vars(parse(f"--{name.replace('_', '-')}={value.strip()}"))[name] == normalize_flags[0]
+        )
 
 
 def test_hyphens_in_values_stay():

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run_python, write_csv
 
+from tests.helpers import run_python, write_csv
 from utils import run_script
 
 
@@ -140,7 +140,7 @@ def test_figures_are_told_also_where_the_page_cannot_be_written(
         raise OSError("No space left on device")
         yield
 
-    monkeypatch.setattr("report_page.write_whole", full)
+    monkeypatch.setattr("evaluation.report.atomic_write", full)
     flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy), f"--report={tmp_path}"]
     with pytest.raises(SystemExit) as stopped:
         run_main("eval_msrvtt.py", [*flags, f"--output={tmp_path}/out.json"], monkeypatch)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, golden_weight, make_video, write_csv
 
 import extract_features
 from args import get_args
-from checkpoint import load_model
-from evaluation import inference_model
+from evaluation.features import inference_model
 from s3dg import S3D
+from tests.helpers import ROOT, golden_weight, make_video, write_csv
+from training.checkpoint import load_model
 from utils import InputError, to_unit_range
 from video_decoder import decode_clips
 
@@ -91,7 +91,7 @@ def written(out):
 def whole(weights, videos, tmp_path_factory):
     """The features of all videos, by one run with a worker process."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    command = [sys.executable, HERE.parent / "extract_features.py", *flags(weights, videos, out)]
+    command = [sys.executable, ROOT / "extract_features.py", *flags(weights, videos, out)]
     subprocess.run(command, check=True, capture_output=True)
     return out
 
@@ -198,7 +198,7 @@ def test_what_is_done_is_passed_over(extract, whole, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(weights, videos, whole, tmp_path):
-    script = HERE.parent / "extract_features.py"
+    script = ROOT / "extract_features.py"
     command = [sys.executable, script, *flags(weights, videos, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
-from conftest import frames_digest, golden_frames, write_csv
 
 from hmdb_loader import HMDB51
+from tests.helpers import frames_digest, golden_frames, write_csv
 from utils import InputError
 
 COLUMNS = ("video_id", "label", "split1", "split2", "split3")
@@ -17,7 +17,7 @@ def test_items_match_the_golden_windows(row, tmp_path, shared_videos):
     dataset = HMDB51(tmp_path / "t.csv", tmp_path, num_windows=row["num_clip"], **settings)
     assert dataset.labels.tolist() == ["wave"] and dataset.splits.tolist() == [[1, 2, 0]]
     video = dataset[0]["video"]
-    assert dataset.fields == {"video": (video.shape, video.dtype)}
+    assert dataset.item_spec == {"video": (video.shape, video.dtype)}
     assert [frames_digest(window) for window in video] == row["sha256"]
 
 

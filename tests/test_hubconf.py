@@ -11,12 +11,12 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, golden_json, golden_weight, make_video, write_csv
 
 import hubconf
-from annotations import MSRVTT
+from annotations.msrvtt import MSRVTT
+from tests.helpers import ROOT, golden_json, golden_weight, make_video, write_csv
 
-CLONE = HERE.parent
+CLONE = ROOT
 WORDS = ["cut", "the", "tomato"]
 
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HERE, run_python
+
+from tests.helpers import ROOT, run_python
 
 # In float32, so that it is the same training on every processor. One candidate, because with
 # four a training of this length had anything from a median rank of 20 to one of 35, with the
@@ -21,7 +22,7 @@ BUDGET = [
 @pytest.fixture(scope="module")
 def whole_toy():
     """The toy data set as the demo makes it and where it does: it is drawn once for both."""
-    folder = HERE.parent / "data" / "toy"
+    folder = ROOT / "data" / "toy"
     command = [sys.executable, folder / "prepare.py", "--out", folder]
     subprocess.run(command, check=True, capture_output=True)
     return folder

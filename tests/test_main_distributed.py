@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python, scalars, toy_flags, write_csv
 
 import main_distributed
-from checkpoint import load_model, read_checkpoint
 from s3dg import S3D
-from utils import lr_multiplier, run_script
+from tests.helpers import run_python, scalars, toy_flags, write_csv
+from training.checkpoint import load_model, read_checkpoint
+from training.optimizer import lr_multiplier
+from utils import run_script
 
 ROOT = Path(main_distributed.__file__).parent
 

@@ -12,26 +12,24 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import scalars, toy_flags
 
-from checkpoint import numbered, read_checkpoint
-from training_log import read_records
+from tests.helpers import ROOT, scalars, toy_flags
+from training.checkpoint import numbered, read_checkpoint
+from training.log import read_records
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
-MAIN = HERE.parent / "main_distributed.py"
+MAIN = ROOT / "main_distributed.py"
 
 
 class Run:
     """A training of the toy set in a folder of its own, as a process that can be watched."""
 
     def __init__(self, toy, weights, folder, *flags, faults=None, before=(), processes=2, **popen):
-        script = MAIN if faults is None else HERE / "faulty_training.py"
+        script = MAIN if faults is None else ROOT / "tests" / "faulty_training.py"
         own = [] if before else [f"--nproc_per_node={processes}"]
         self.folder = folder
         command = [

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import frames_digest, golden_frames, write_csv
 
 from msrvtt_loader import MSRVTT
 from retrieval_loader import window_starts
 from s3dg import Tokenizer
+from tests.helpers import frames_digest, golden_frames, write_csv
 from utils import InputError
 from youcook_loader import YouCook2
 
@@ -48,7 +48,7 @@ def test_youcook_items_match_the_golden_windows(row, youcook_root):
     )
     item = dataset[0]
     assert item["text"].tolist() == [1] + [0] * 29
-    assert dataset.fields == {"video": (item["video"].shape, item["video"].dtype)}
+    assert dataset.item_spec == {"video": (item["video"].shape, item["video"].dtype)}
     assert item["video"].dtype == torch.uint8
     assert dataset.path(0) == youcook_root / "validation" / "101" / row["video"]
     assert [frames_digest(window) for window in item["video"]] == row["sha256"]

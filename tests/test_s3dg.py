@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import golden_json, golden_random, golden_weight
 
 import s3dg
 from loss import MILNCELoss
 from s3dg import S3D, Tokenizer
+from tests.helpers import golden_json, golden_random, golden_weight
 
 STEMS = {"std": False, "s2d": True}
 VIDEO_SHAPES = [(2, 3, 8, 64, 64), (1, 3, 16, 112, 112), (1, 3, 32, 96, 128)]
@@ -237,8 +237,8 @@ def test_an_inference_copy_gives_the_models_embeddings(stem, layout, mixed5c):
     model, video = float32_model(stem).to(memory_format=layout), torch.rand(2, 3, 16, 64, 64)
     with torch.inference_mode():
         expected = model.forward_video(video, mixed5c)
-        folded = s3dg.inference_copy(model).forward_video(video, mixed5c)
-        short = s3dg.inference_copy(model, torch.bfloat16).forward_video(video, mixed5c)
+        folded = s3dg.fuse_for_inference(model).forward_video(video, mixed5c)
+        short = s3dg.fuse_for_inference(model, torch.bfloat16).forward_video(video, mixed5c)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             autocast = model.forward_video(video, mixed5c)
     assert relative_difference(folded, expected) < 1e-5
@@ -250,7 +250,7 @@ def test_an_inference_copy_has_the_models_own_type_by_default():
     model, video = float32_model("std").double(), torch.rand(1, 3, 4, 32, 32).double()
     with torch.inference_mode():
         value, expected = (
-            s3dg.inference_copy(model)(video, mode="video"),
+            s3dg.fuse_for_inference(model)(video, mode="video"),
             model(video, mode="video"),
         )
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
@@ -260,7 +260,7 @@ def test_an_inference_copy_leaves_the_model_as_it_is_and_shares_its_word_vectors
     model = float32_model("std").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for dtype in (torch.float32, torch.bfloat16):
-        fast = s3dg.inference_copy(model, dtype)
+        fast = s3dg.fuse_for_inference(model, dtype)
         assert not fast.training and model.training
         own, shared = model.text_module.word_embd.weight, fast.text_module.word_embd.weight
         assert shared.data_ptr() == own.data_ptr()

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, golden_weight, make_video
 
 import search
-from checkpoint import load_model
 from s3dg import S3D
-from search_index import read_index
+from tests.helpers import ROOT, golden_weight, make_video
+from training.checkpoint import load_model
 from utils import InputError, to_unit_range
 from video_decoder import decode_clips
+from video_search.index import read_index
 
 WORDS = ["cut", "tomato", "stir", "pan"]
 NAMES = ["a.mp4", "short.mp4", "sub/b.mkv"]
@@ -75,7 +75,7 @@ def embedded(monkeypatch):
 @pytest.fixture
 def run(weights, monkeypatch):
     """Runs the script in this process: its exit status. Without workers, which is quicker."""
-    monkeypatch.setattr("evaluation.load_model", lambda path, flag: loaded(weights))
+    monkeypatch.setattr("evaluation.features.load_model", lambda path, flag: loaded(weights))
     monkeypatch.setattr("search.load_model", lambda path, flag: loaded(weights))
     monkeypatch.setattr(sys.stdout.__class__, "reconfigure", lambda *_, **__: None, raising=False)
 
@@ -109,7 +109,7 @@ def index(run, weights, tmp_path):
 def made(weights, films, tmp_path_factory):
     """An index by the script in a process of its own, with a worker."""
     out = tmp_path_factory.mktemp("made") / "index"
-    command = [sys.executable, HERE.parent / "search.py", *flags(weights, films, out)]
+    command = [sys.executable, ROOT / "search.py", *flags(weights, films, out)]
     subprocess.run([*command, "--num_thread_reader=1"], check=True, capture_output=True)
     return out
 
@@ -377,7 +377,7 @@ def test_words_count_up_to_the_towers_length(run, made, capsys):
 
 
 def script(*given):
-    command = [sys.executable, HERE.parent / "search.py", *map(str, given)]
+    command = [sys.executable, ROOT / "search.py", *map(str, given)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -443,7 +443,7 @@ def test_a_folder_that_is_gone_is_asked_for(run, index, videos, tmp_path):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_enough_ends_the_list(made, unbuffered):
-    command = [sys.executable, HERE.parent / "search.py", "query", made, "stir zebra"]
+    command = [sys.executable, ROOT / "search.py", "query", made, "stir zebra"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(command, **pipes, env=environment) as process:
@@ -467,7 +467,7 @@ def test_weights_and_words_may_have_moved_but_not_changed(run, made, weights, tm
 
 
 def test_the_server_says_where_it_is_answers_and_ends_at_ctrl_c(made):
-    command = [sys.executable, HERE.parent / "search.py", "serve", made, "--port=0"]
+    command = [sys.executable, ROOT / "search.py", "serve", made, "--port=0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path("/")
     )

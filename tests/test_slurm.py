@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import toy_flags
 
-from checkpoint import read_checkpoint
+from tests.helpers import ROOT, toy_flags
+from training.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # what SLURM starts finds our python
 STEPS = 30  # of an epoch
 

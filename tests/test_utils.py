@@ -5,20 +5,20 @@ import stat
 import numpy as np
 import pytest
 import torch
-from conftest import golden_json
 
 from args import get_args
+from distributed.device import pick_device
+from tests.helpers import golden_json
+from training.optimizer import lr_multiplier
 from utils import (
     InputError,
+    atomic_write,
     check_compiler,
     check_output,
-    lr_multiplier,
-    pick_device,
+    print_metrics,
     read_words,
-    report,
     run_script,
     to_unit_range,
-    write_whole,
 )
 
 
@@ -42,11 +42,11 @@ def test_an_input_error_is_one_line_and_status_2(capsys):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with pytest.raises(OSError, match="full"), write_whole(path) as file:
+    with pytest.raises(OSError, match="full"), atomic_write(path) as file:
         file.write(b"half")
         raise OSError("the disk is full")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"after")
         assert path.read_bytes() == b"before"
     assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
@@ -84,7 +84,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
 
 def test_figures_are_printed_and_written(tmp_path, capsys):
     figures = {"R1": 0.25, "num_videos": 4}
-    report("Toy", figures, str(tmp_path / "out.json"))
+    print_metrics("Toy", figures, str(tmp_path / "out.json"))
     assert json.loads((tmp_path / "out.json").read_text()) == figures
     assert "R1 0.25" in capsys.readouterr().out
 
@@ -99,19 +99,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
 
 def test_a_link_is_written_through_and_a_device_is_not_replaced(tmp_path):
     (tmp_path / "link").symlink_to("target")
-    with write_whole(tmp_path / "link") as file:
+    with atomic_write(tmp_path / "link") as file:
         file.write(b"whole")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == b"whole"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a file"), write_whole(tmp_path / "pipe"):
+    with pytest.raises(OSError, match="not a file"), atomic_write(tmp_path / "pipe"):
         pass
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_two_writers_of_a_file_leave_it_whole(tmp_path):
     path = tmp_path / "file"
-    with write_whole(path) as first, write_whole(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         first.write(b"one")
         second.write(b"another")
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]

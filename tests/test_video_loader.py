@@ -12,11 +12,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import frames_digest, golden_frames, golden_json, private_memory, write_csv
 
 import video_loader
-from caption_store import open_captions, write_store
+from captions.packing import write_store
+from captions.readers import open_captions
+from distributed.workers import sample_batches
 from s3dg import Tokenizer
+from tests.helpers import frames_digest, golden_frames, golden_json, private_memory, write_csv
 from utils import InputError
 from video_decoder import DecodeError
 from video_loader import (
@@ -28,7 +30,6 @@ from video_loader import (
     find_nearest_candidates,
     training_batches,
 )
-from workers import sample_batches
 
 WORDS = ["the", "cook", "flips", "a", "pancake", "null"]
 
@@ -93,7 +94,7 @@ def test_an_item_has_the_documented_shapes_and_types(tree, shared_videos):
 def test_fields_say_what_an_item_holds(tree, shared_videos, num_candidates):
     data = dataset(tree, shared_videos, num_candidates=num_candidates)
     item = data[0, 1]
-    assert data.fields == {name: (value.shape, value.dtype) for name, value in item.items()}
+    assert data.item_spec == {name: (value.shape, value.dtype) for name, value in item.items()}
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tree, shared_videos):
@@ -405,7 +406,7 @@ class ReadAll:
 
     def __init__(self, names):
         self.names = names
-        self.fields = {"private": ((2,), torch.int64), "characters": ((), torch.int64)}
+        self.item_spec = {"private": ((2,), torch.int64), "characters": ((), torch.int64)}
 
     def __getitem__(self, key):
         before = private_memory()

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from annotations import SPLITS, TEST, TRAIN, hmdb_table, write_table
+from annotations.hmdb import SPLITS, TEST, TRAIN, hmdb_table
+from annotations.tables import write_table
 from args import Parser
 from utils import check_new_output, run_script
 

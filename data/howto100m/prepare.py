@@ -24,24 +24,18 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from args import Parser, positive
-from caption_source import caption_files, read_caption_json, read_folder
-from caption_store import (
-    CaptionError,
-    CaptionStore,
-    caption_names,
-    is_store,
-    open_captions,
-    write_store,
-)
+from captions.packing import write_store
+from captions.readers import CaptionError, CaptionStore, is_store, lookup_keys, open_captions
+from captions.sources import caption_files, read_caption_json, read_folder
 from utils import (
     InputError,
+    atomic_write,
     check_absent,
     check_folder,
     check_new_output,
     files_below,
     run_stoppable_script,
     shown,
-    write_whole,
 )
 from video_decoder import EXTENSIONS
 
@@ -105,7 +99,7 @@ def make_list(options):
     hint = f" ({alone:,} have by their names alone: pack the captions with --by_id)" * bool(alone)
     if not pairs:
         [video] = (without or unlistable)[:1]
-        looked_for = " or ".join(caption_names(video, by_id))
+        looked_for = " or ".join(lookup_keys(video, by_id))
         raise InputError(
             f"--caption_root: none of {len(videos):,} videos has captions in {options.caption_root}"
             f": {shown(looked_for)} is not among them, {shown(min(names))} is{hint}"
@@ -147,7 +141,7 @@ def pair(videos, names, by_id):
     pairs, without, unlistable = {}, [], []
     twice = 0
     for video in videos:
-        name = next((name for name in caption_names(video, by_id) if name in names), None)
+        name = next((name for name in lookup_keys(video, by_id) if name in names), None)
         if not is_listable(video):
             unlistable.append(video)
         elif name is None:
@@ -172,7 +166,7 @@ def is_listable(video):
 
 def write_list(path, videos):
     try:
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="")
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(("video_path",))

@@ -37,18 +37,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from args import Parser, positive
-from caption_source import all_captions
-from caption_store import CaptionError
+from captions.readers import CaptionError
+from captions.sources import iter_captions
 from s3dg import VOCABULARY_ROWS, WORD_DIM, load_word_vectors, load_words, tokenize
 from utils import (
     InputError,
+    atomic_write,
     check_file,
     check_words_fit,
     make_folder,
     one_line,
     run_stoppable_script,
     shorten,
-    write_whole,
 )
 
 WORDS, VECTORS = "dict.npy", "word2vec.pth"
@@ -98,7 +98,7 @@ def count_words(root, corpus=None):
     Also writes each video's words to `corpus`, a file for text, on a line of its own.
     """
     counts, videos, faults = Counter(), 0, []
-    for _, captions in all_captions(root, len(os.sched_getaffinity(0))):
+    for _, captions in iter_captions(root, len(os.sched_getaffinity(0))):
         if isinstance(captions, CaptionError):
             faults.append(str(captions))
             continue
@@ -343,9 +343,9 @@ def refuse_existing(out):
 def write_pair(folder, words, vectors):
     table = torch.zeros(len(words) + 1, WORD_DIM)  # row 0 is the padding's
     table[1:] = torch.from_numpy(vectors)
-    with write_whole(folder / VECTORS) as file:
+    with atomic_write(folder / VECTORS) as file:
         torch.save(table, file)
-    with write_whole(folder / WORDS) as file:
+    with atomic_write(folder / WORDS) as file:
         np.save(file, np.array(words, dtype=np.str_))
 
 
@@ -370,7 +370,7 @@ def unzip(path, folder):
             "again"
         ) from None
     for name, data in content.items():
-        with write_whole(folder / name) as file:
+        with atomic_write(folder / name) as file:
             file.write(data)
 
 

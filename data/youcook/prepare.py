@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from annotations import write_table, youcook_table
+from annotations.tables import write_table
+from annotations.youcook import youcook_table
 from args import Parser
 from utils import check_new_output, run_script
 

@@ -1,0 +1,1 @@
+"""The captions of HowTo100M: read, packed, listed."""

@@ -1,0 +1,134 @@
+"""Pack the captions of all videos into a caption store; see captions/readers.py for its format."""
+
+import json
+import os
+import shutil
+import zlib
+from array import array
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+
+from captions.readers import (
+    ABOUT,
+    CAPTIONS,
+    FORMAT,
+    INDEX,
+    VERSION,
+    PackedStrings,
+    checksum,
+    file_name,
+)
+from utils import InputError, check_absent, make_folder, sync_folder
+
+PARTIAL = ".part"
+BUFFER = 1 << 20  # bytes written at a time
+
+
+class ArrayFile:
+    """An array [n] in a .npy file, written piece by piece: it need not fit into memory."""
+
+    def __init__(self, path, dtype):
+        self.dtype, self.length = np.dtype(dtype), 0
+        self.sum = 0  # CRC-32 of the values
+        self.file = open(path, "xb", buffering=BUFFER)  # noqa: SIM115
+        self.write_header()
+        self.begin = self.file.tell()
+
+    def write_header(self):
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, values):
+        """values: an array of this type."""
+        data = np.ascontiguousarray(values, self.dtype).data
+        self.file.write(data)
+        self.length += len(data)
+        self.sum = zlib.crc32(data, self.sum)
+
+    def finish(self):
+        """Has all of it on the disk. Returns the file's size in bytes."""
+        self.file.seek(0)
+        self.write_header()
+        if self.file.tell() != self.begin:  # numpy leaves room for any length
+            raise RuntimeError("the header of a .npy file does not fit in its place")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
+
+    def close(self):
+        self.file.close()
+
+
+def write_store(folder, videos, *, by_id=False):
+    """Writes a store into a folder that is not there yet, whole or not at all.
+
+    videos: an iterable of (name, starts, ends, texts) as read_captions gives them, each name once.
+    Returns how many videos and captions there are. Raises InputError where --out cannot be written
+    or there are no videos.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}{PARTIAL}")
+    check_absent(folder, "out")
+    make_folder(partial.parent, "out")
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise InputError(
+            f"--out: {partial} is there: wait for the run that writes it, or remove it"
+        ) from None
+    try:
+        counts = write_arrays(partial, videos, by_id)
+        sync_folder(partial)
+        partial.rename(folder)
+        sync_folder(partial.parent)
+    except OSError as error:
+        raise InputError(f"--out: cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def write_arrays(folder, videos, by_id):
+    with ExitStack() as stack:
+        arrays = {
+            name: stack.enter_context(closing(ArrayFile(folder / file_name(name), dtype)))
+            for name, dtype in {**INDEX, **CAPTIONS}.items()
+        }
+        names, firsts, counts, checksums = [], array("q"), array("q"), array("L")
+        for name, starts, ends, texts in videos:
+            encoded = [text.encode() for text in texts]
+            text = b"".join(encoded)
+            text_ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
+            names.append(name)
+            firsts.append(arrays["starts"].length)
+            counts.append(len(texts))
+            checksums.append(checksum(starts, ends, text_ends, text))
+            arrays["starts"].append(starts)
+            arrays["ends"].append(ends)
+            arrays["text_ends"].append(text_ends + arrays["text"].length)
+            arrays["text"].append(np.frombuffer(text, np.uint8))
+        if not names:
+            raise InputError("--caption_root: there are no captions with usable times in it")
+
+        order = sorted(range(len(names)), key=names.__getitem__)
+        packed = PackedStrings(names[place] for place in order)
+        arrays["names"].append(packed.characters)
+        arrays["name_ends"].append(packed.ends)
+        for name, values in (("firsts", firsts), ("counts", counts), ("checksums", checksums)):
+            arrays[name].append(np.array(values, arrays[name].dtype)[order])
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "videos": len(names),
+            "captions": arrays["starts"].length,
+            "by_id": by_id,
+            "sizes": {name: file.finish() for name, file in arrays.items()},
+            "sums": {name: arrays[name].sum for name in INDEX},
+        }
+    with open(folder / ABOUT, "w") as file:
+        file.write(json.dumps(about, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return about["videos"], about["captions"]

@@ -1,0 +1,193 @@
+"""data/howto100m/transcode.py: the training store holds the same videos, cheaper to decode."""
+
+import subprocess
+import sys
+
+import av
+import imageio_ffmpeg
+import pytest
+import torch
+
+import video_decoder
+from tests.helpers import ROOT
+
+SCRIPT = ROOT / "data" / "howto100m" / "transcode.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import transcode  # noqa: E402
+
+CLIP = {"fps": 5, "num_frames": 8, "size": 96}
+
+
+def encode(path, *options, size="400x320", rate="30", seconds=5):
+    """A drawn video whose every frame is another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pattern = f"testsrc2=size={size}:rate={rate}:duration={seconds}"
+    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y"]
+    options = ["-f", "lavfi", "-i", pattern, *options, "-g", "250", "-pix_fmt", "yuv420p"]
+    subprocess.run([*program, *options, str(path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A small tree of sources and the store made of it."""
+    root = tmp_path_factory.mktemp("transcode")
+    encode(root / "source" / "a.mp4", "-c:v", "libx264")
+    encode(root / "source" / "deep" / "er" / "b.webm", "-c:v", "libvpx", "-cpu-used", "8")
+    encode(root / "source" / "c.avi", "-c:v", "mpeg4", size="131x90", rate="24000/1001")
+    (root / "source" / "notes.txt").write_text("not a video")
+    assert transcode.main(arguments(root / "source", root / "store")) == 0
+    return root
+
+
+def arguments(source, out, *more):
+    return ["--video_path", str(source), "--out", str(out), "--num_workers", "2", *more]
+
+
+def files(folder):
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if path.name != transcode.SETTINGS)
+
+
+def psnr(first, second):
+    return -10 * torch.log10((first.float() - second.float()).square().mean() / 255**2)
+
+
+def test_names_and_folders_stay(tree):
+    assert files(tree / "store") == ["a.mp4", "c.avi", "deep/er/b.webm"]
+
+
+def test_shape_rate_and_groups_of_the_store(tree):
+    for name, size in {
+        "a.mp4": (320, 256),
+        "deep/er/b.webm": (320, 256),
+        "c.avi": (130, 90),
+    }.items():
+        with av.open(str(tree / "store" / name)) as container:
+            [stream] = container.streams
+            assert (stream.codec_context.name, stream.average_rate) == ("h264", 10)
+            assert (stream.codec_context.width, stream.codec_context.height) == size
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            keyframes = [float(p.pts * stream.time_base) for p in packets if p.is_keyframe]
+            assert keyframes == [0, 1, 2, 3, 4]
+            for packet in packets:
+                if packet.is_keyframe:
+                    assert video_decoder._refreshes(packet, stream.codec_context)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 4])
+def test_clips_from_whole_seconds_show_the_same_frames(tree, tmp_path, multiple):
+    """Frame by frame the store's picture is closer to the source's than to its neighbours'."""
+    source, target = tree / "source" / "a.mp4", tmp_path / "a.mp4"
+    transcode.transcode(
+        source, target, fps=5, multiple=multiple, short_side=256, keyint=1, crf=12, preset="fast"
+    )
+    for start in (0, 2):
+        expected = video_decoder.decode_clip(source, start, **CLIP)
+        stored = video_decoder.decode_clip(target, start, **CLIP)
+        assert psnr(stored, expected) > 30
+        for shift in (-0.04, 0.04):
+            if start + shift >= 0:
+                moved = video_decoder.decode_clip(source, start + shift, **CLIP)
+                assert psnr(stored, expected) > psnr(stored, moved) + 1
+
+
+def test_time_is_the_containers(tmp_path):
+    """A picture that starts after the sound keeps its place: captions count from the start."""
+    source, target = tmp_path / "late.mp4", tmp_path / "store.mp4"
+    plain = tmp_path / "plain.mp4"
+    encode(plain, "-c:v", "libx264")
+    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y"]
+    sound = ["-f", "lavfi", "-i", "sine=duration=6", "-c:v", "copy", "-c:a", "aac"]
+    delayed = ["-itsoffset", "0.8", "-i", str(plain)]
+    subprocess.run([*program, *delayed, *sound, str(source)], check=True)
+    transcode.transcode(
+        source, target, fps=5, multiple=2, short_side=256, keyint=1, crf=12, preset="fast"
+    )
+    stored = video_decoder.decode_clip(target, 2, **CLIP)
+    assert psnr(stored, video_decoder.decode_clip(source, 2, **CLIP)) > 30
+
+
+def test_a_second_run_does_only_what_is_missing(tree, capsys):
+    kept, lost = tree / "store" / "a.mp4", tree / "store" / "c.avi"
+    before = kept.stat()
+    lost.unlink()
+    assert transcode.main(arguments(tree / "source", tree / "store")) == 0
+    assert lost.is_file() and kept.stat() == before
+    assert "3 of 3 videos" in capsys.readouterr().out
+
+
+def test_failures_are_listed_and_leave_nothing_behind(tree, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "broken.mp4").write_bytes(b"no video at all")
+    (source / "short.mp4").write_bytes((tree / "source" / "a.mp4").read_bytes()[:2000])
+    (source / "whole.mp4").write_bytes((tree / "source" / "a.mp4").read_bytes())
+    assert transcode.main(arguments(source, tmp_path / "store")) == 1
+    output = capsys.readouterr()
+    assert "1 of 3 videos" in output.out
+    assert "failed: broken.mp4: " in output.err and "failed: short.mp4: " in output.err
+    assert files(tmp_path / "store") == ["whole.mp4"]
+
+
+def test_a_file_cut_short_by_a_crash_is_not_taken_for_done(tree, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.mp4").write_bytes((tree / "source" / "a.mp4").read_bytes())
+    partial = tmp_path / "store" / ("a.mp4.0" + transcode.PARTIAL)
+    partial.parent.mkdir()
+    partial.write_bytes(b"half a file")
+    assert transcode.main(arguments(source, tmp_path / "store")) == 0
+    assert files(tmp_path / "store") == ["a.mp4", partial.name]
+    assert video_decoder.decode_clip(tmp_path / "store" / "a.mp4", 0, **CLIP).any()
+
+
+def test_two_runs_at_once_leave_a_whole_store(tree, tmp_path):
+    command = [sys.executable, str(SCRIPT), *arguments(tree / "source", tmp_path / "store")]
+    runs = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert files(tmp_path / "store") == files(tree / "store")
+    for name in files(tmp_path / "store"):
+        expected = video_decoder.decode_clip(tree / "store" / name, 1, **CLIP)
+        assert torch.equal(
+            video_decoder.decode_clip(tmp_path / "store" / name, 1, **CLIP), expected
+        )
+
+
+def test_a_store_is_not_continued_with_other_settings(tree, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        transcode.main(arguments(tree / "source", tree / "store", "--fps", "10"))
+    assert stopped.value.code == 2 and "--fps 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--video_path", "no/such/folder"], "no/such/folder"),
+        (["--out", "{source}/inside"], "apart"),
+        (["--fps", "0"], "--fps"),
+        (["--multiple", "0"], "--multiple"),
+        (["--crf", "99"], "--crf"),
+        (["--keyint", "0"], "--keyint"),
+        (["--keyint", "inf"], "--keyint"),
+        (["--out", "{source}/../a.file/store"], "a.file"),
+        (["--short_side", "4"], "--short_side"),
+        (["--num_workers", "0"], "--num_workers"),
+        (["--preset", "hasty"], "hasty"),
+        (["--video_path", "{empty}"], "no video found"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(tree, tmp_path, wrong, message):
+    (tmp_path / "empty").mkdir()
+    (tree / "a.file").touch()
+    wrong = [part.format(source=tree / "source", empty=tmp_path / "empty") for part in wrong]
+    command = [sys.executable, str(SCRIPT), *arguments(tree / "source", tmp_path / "out"), *wrong]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_says_what_it_buys_and_costs(capsys):
+    with pytest.raises(SystemExit):
+        transcode.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert "CPU" in text and "dB" in text and "MB" in text

@@ -1,0 +1,292 @@
+import faulthandler
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from contextlib import closing
+from itertools import count
+
+import psutil
+import pytest
+import torch
+
+from distributed import workers
+from distributed.workers import WorkerFailure, sample_batches
+from tests.helpers import ROOT
+
+FORK = multiprocessing.get_context("fork")  # its events are shared with the workers
+PATIENCE = 60  # seconds, for what takes a moment
+
+
+class Numbers:
+    """Item k holds k and seven times 2k. For some keys, acts[key]() is called before."""
+
+    def __init__(self, acts=None):
+        self.item_spec = {"number": ((), torch.int64), "row": ((7,), torch.float32)}
+        self.acts = acts or {}
+        self.read = FORK.Value("q", 0)  # items, by all workers
+
+    def __getitem__(self, key):
+        error = self.acts.get(key, str)()
+        with self.read:
+            self.read.value += 1
+        if error:
+            return {"error": error}
+        return {"number": torch.tensor(key), "row": torch.full((7,), 2.0 * key)}
+
+
+Read = namedtuple("Read", "numbers errors")
+
+
+def read(dataset, batches, *, workers, timeout=PATIENCE, **settings):
+    """The items of sample_batches: for each batch, its numbers and its errors."""
+    found = []
+    settings = {"workers": workers, "timeout": timeout, **settings}
+    with closing(sample_batches(dataset, batches, **settings)) as loaded:
+        for batch in loaded:
+            good = [error is None for error in batch["errors"]]
+            assert torch.equal(batch["row"][good], 2.0 * batch["number"][good, None].expand(-1, 7))
+            numbers = [
+                n if g else None for n, g in zip(batch["number"].tolist(), good, strict=True)
+            ]
+            found.append(Read(numbers, batch["errors"]))
+    return found
+
+
+def batches_of(size, length):
+    return [list(range(start, min(start + size, length))) for start in range(0, length, size)]
+
+
+def await_(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def is_gone(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def segfault():
+    faulthandler.disable()  # pytest's, which would fill the screen
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_their_order_with_any_number_of_workers(workers):
+    keys = [[5, 3, 8], [1, 1, 40], [7, 0, 2], [9, 6, 4], [11, 12, 10], [13]]  # a short one, last
+    found = read(Numbers(), iter(keys), workers=workers)
+    assert found == [(batch, [None] * len(batch)) for batch in keys]
+    assert read(Numbers(), [[k] for k in range(9)], workers=workers, prefetch=1) == [
+        ([k], [None]) for k in range(9)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_batches_there_is_nothing(workers):
+    assert read(Numbers(), [], workers=workers) == []
+
+
+def test_an_item_that_takes_longer_than_later_ones_keeps_its_place():
+    later = FORK.Event()
+    numbers = Numbers({0: lambda: later.wait(PATIENCE) and None, 5: later.set})
+    found = read(numbers, batches_of(2, 12), workers=2)
+    assert later.is_set()
+    assert [batch.numbers for batch in found] == batches_of(2, 12)
+
+
+def test_a_batch_stays_intact_until_the_next_one_is_asked_for():
+    numbers = Numbers()
+    keys = batches_of(4, 40)
+    with closing(sample_batches(numbers, keys, workers=2, timeout=PATIENCE, prefetch=2)) as batches:
+        for done, (batch, expected) in enumerate(zip(batches, keys, strict=True), start=1):
+            # All that may be read before the next one is asked for has been read.
+            await_(lambda done=done: numbers.read.value == min(4 * (done + 2), 40))
+            assert batch["number"].tolist() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_an_items_own_error_comes_with_its_batch(workers):
+    found = read(Numbers({2: lambda: "2 is odd"}), batches_of(2, 6), workers=workers)
+    assert found == [([0, 1], [None] * 2), ([None, 3], ["2 is odd", None]), ([4, 5], [None] * 2)]
+    assert not isinstance(found[1].errors[0], WorkerFailure)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_item_that_kills_its_worker_costs_itself_only(workers):
+    acts = {0: segfault, 7: lambda: os._exit(3), 8: segfault, 29: segfault}
+    found = read(Numbers(acts), batches_of(4, 30), workers=workers)
+    numbers = [n for batch in found for n in batch.numbers]
+    errors = {k: e for k, e in enumerate(e for batch in found for e in batch.errors) if e}
+    assert numbers == [None if k in acts else k for k in range(30)]
+    assert errors.keys() == acts.keys() and all(
+        isinstance(e, WorkerFailure) for e in errors.values()
+    )
+    assert "SIGSEGV" in errors[0] and "exit status 3" in errors[7]
+
+
+def test_a_crash_loses_none_of_the_hundreds_of_tasks_that_wait_behind_it():
+    acts = dict.fromkeys([0, 1, 350, 1799], segfault)
+    found = read(Numbers(acts), batches_of(600, 1800), workers=1)
+    numbers = [n for batch in found for n in batch.numbers]
+    assert numbers == [None if k in acts else k for k in range(1800)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_item_that_hangs_costs_itself_only(workers):
+    found = read(Numbers({3: signal.pause}), batches_of(2, 10), workers=workers, timeout=1)
+    expected = batches_of(2, 10)
+    assert [batch.numbers for batch in found] == [expected[0], [2, None], *expected[2:]]
+    hung = found[1].errors[1]
+    assert isinstance(hung, WorkerFailure) and "1 s" in hung
+
+
+def test_an_item_is_not_late_because_the_job_was_suspended(monkeypatch):
+    """The clock leaps during the wait for an item, which is done as soon as it is looked for."""
+    resumed, wait, clock = FORK.Event(), workers.wait, time.monotonic
+    waits = count()
+
+    def suspended_wait(channels, timeout):
+        if next(waits) == 0:
+            monkeypatch.setattr(workers.time, "monotonic", lambda: clock() + 1000)
+            return []
+        resumed.set()
+        return wait(channels, PATIENCE)
+
+    monkeypatch.setattr(workers, "wait", suspended_wait)
+    numbers = Numbers({0: lambda: resumed.wait(PATIENCE) and None})
+    assert read(numbers, [[0], [1]], workers=1) == [([0], [None]), ([1], [None])]
+    assert resumed.is_set()
+
+
+@pytest.mark.parametrize(
+    ("workers", "act", "error"),
+    [(0, lambda: "odd", "odd"), (2, lambda: "odd", "odd"), (2, segfault, "SIGSEGV")],
+)
+def test_retry_puts_other_keys_in_an_items_place(workers, act, error):
+    asked = []
+
+    def retry(key, error):
+        asked.append((key, error))
+        return key + 100 if key < 200 else None
+
+    numbers = Numbers({3: act, 103: act, 4: act, 104: act, 204: act})
+    found = read(numbers, batches_of(3, 9), workers=workers, retry=retry)
+    assert [batch.numbers for batch in found] == [[0, 1, 2], [203, None, 5], [6, 7, 8]]
+    assert sorted(key for key, _ in asked) == [3, 4, 103, 104, 204]
+    assert all(error in str(reason) for _, reason in asked)
+    assert error in found[1].errors[1]
+
+
+def stumble():
+    raise ZeroDivisionError("by a bug")
+
+
+def test_a_bug_ends_it_with_the_workers_traceback():
+    before = psutil.Process().children()
+    with pytest.raises(RuntimeError, match=r"(?s)in stumble.*ZeroDivisionError: by a bug"):
+        read(Numbers({5: stumble}), batches_of(2, 10), workers=2)
+    assert psutil.Process().children() == before
+    with pytest.raises(ZeroDivisionError):
+        read(Numbers({5: stumble}), batches_of(2, 10), workers=0)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_a_worker_that_dies_while_idle_is_replaced_and_no_item_blamed(prefetch):
+    numbers, before = Numbers(), psutil.Process().children()
+    keys = [[k] for k in range(8)]
+    with closing(
+        sample_batches(numbers, keys, workers=1, timeout=PATIENCE, prefetch=prefetch)
+    ) as batches:
+        assert next(batches)["number"].tolist() == [0]
+        [worker] = set(psutil.Process().children()) - set(before)
+        await_(lambda: numbers.read.value == 1 + prefetch)
+        worker.kill()
+        await_(lambda: is_gone(worker))
+        rest = [(batch["number"].tolist(), batch["errors"]) for batch in batches]
+    assert rest == [([k], [None]) for k in range(1, 8)]
+
+
+def test_closing_leaves_neither_processes_nor_open_files():
+    read(Numbers(), [[0]], workers=1)  # multiprocessing opens a file once, for good
+    process = psutil.Process()
+    files, children = process.num_fds(), process.children()
+    numbers = Numbers({1: segfault, 4: signal.pause, 7: segfault})
+    batches = sample_batches(numbers, [[k] for k in range(100)], workers=3, timeout=1)
+    for _ in range(8):
+        next(batches)
+    assert len(process.children()) == len(children) + 3
+    assert process.num_fds() > files
+    batches.close()
+    assert process.children() == children  # a zombie would be one
+    assert process.num_fds() == files
+
+
+def test_signals_to_a_job_do_not_reach_its_workers_items():
+    def signalled():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+
+    found = read(Numbers({2: signalled}), [[k] for k in range(5)], workers=1)
+    assert found == [([k], [None]) for k in range(5)]
+
+
+def test_workers_compute_with_torch_after_their_parent_did():
+    """OpenMP's threads do not survive a fork: more than one would wait for them for ever."""
+    matrix = torch.rand(300, 300)
+
+    class Products:
+        def __init__(self):
+            self.item_spec = {"product": ((300, 300), torch.float32)}
+
+        def __getitem__(self, key):
+            return {"product": matrix @ matrix}
+
+    expected = matrix @ matrix
+    for batch in sample_batches(Products(), [[0], [1]], workers=1, timeout=20):
+        assert batch["errors"] == [None]
+        torch.testing.assert_close(batch["product"][0], expected)
+
+
+SCRIPT = """
+import signal
+import psutil
+from tests.distributed.test_workers import Numbers
+from distributed.workers import sample_batches
+
+dataset = Numbers({1: signal.pause})
+batches = sample_batches(dataset, [[k] for k in range(9)], workers=3, timeout=600)
+next(batches)
+print(*(child.pid for child in psutil.Process().children()), flush=True)
+"""
+
+
+def start_script(more):
+    """Runs SCRIPT and more lines; returns it and its workers, one of which is at a task."""
+    script = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + more],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with script.stdout:
+        return script, [psutil.Process(int(pid)) for pid in script.stdout.readline().split()]
+
+
+def test_workers_are_killed_with_their_parent():
+    script, started = start_script("signal.pause()")
+    assert len(started) == 3
+    script.kill()
+    script.wait()
+    await_(lambda: all(map(is_gone, started)))
+
+
+def test_a_program_that_does_not_close_the_batches_ends_all_the_same():
+    script, _ = start_script("")
+    try:
+        assert script.wait(PATIENCE) == 0
+    finally:
+        script.kill()

@@ -1,0 +1,143 @@
+import errno
+import json
+
+import numpy as np
+import pytest
+
+from args import get_args
+from evaluation import feature_file
+from evaluation.feature_file import feature_settings, read_features, write_features
+from utils import InputError
+
+SETTINGS = {"pretrain_cnn_path": "sha256:aa", "num_frames": 16}
+LEFT_OUT = {"jump/b.avi": "undecodable", "jump/c.avi": "absent"}
+NAMES = ["wave/a.avi", "wave/ä b.avi", *LEFT_OUT]
+
+
+def some_features():
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal((4, 1024)).astype(np.float32) for name in NAMES[:2]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_features(tmp_path / "features.npz", SETTINGS, some_features(), LEFT_OUT)
+    return tmp_path / "features.npz"
+
+
+def test_what_was_written_is_read_to_the_bit(path):
+    features, left_out = read_features(path, SETTINGS, NAMES)
+    assert left_out == LEFT_OUT
+    assert list(features) == NAMES[:2]
+    for name, windows in some_features().items():
+        assert features[name].dtype == np.float32
+        np.testing.assert_array_equal(features[name], windows)
+
+
+def test_videos_that_are_not_asked_for_are_not_counted(path):
+    features, left_out = read_features(path, SETTINGS, [NAMES[1], NAMES[3]])
+    assert (list(features), left_out) == ([NAMES[1]], {NAMES[3]: "absent"})
+
+
+def test_nothing_need_have_been_left_out(tmp_path):
+    write_features(tmp_path / "f.npz", SETTINGS, some_features(), {})
+    assert read_features(tmp_path / "f.npz", SETTINGS, NAMES[:2])[1] == {}
+
+
+def test_numpy_alone_reads_the_file(path):
+    with np.load(path) as file:
+        assert file["features"].shape == (2, 4, 1024)
+        assert file["videos"].tolist() == NAMES[:2]
+        assert json.loads(file["settings"].item()) == SETTINGS
+
+
+def refusal(path, settings=SETTINGS, names=NAMES):
+    with pytest.raises(InputError) as refused:
+        read_features(path, settings, names)
+    message = str(refused.value)
+    assert message.startswith(f"--features: {path}") and "\n" not in message
+    assert message.endswith("delete it or name another file")
+    return message
+
+
+def test_other_settings_are_refused_and_named(path):
+    other = {**SETTINGS, "num_frames": 32}
+    assert "--num_frames 16, not 32:" in refusal(path, other)
+    other["pretrain_cnn_path"] = "sha256:bb"
+    message = refusal(path, other)
+    assert "--num_frames 16, not 32" in message
+    assert "--pretrain_cnn_path sha256:aa, not sha256:bb" in message
+
+
+def test_a_setting_that_the_file_does_not_know_of_is_refused(path):
+    assert "--amp None, not bf16" in refusal(path, {**SETTINGS, "amp": "bf16"})
+
+
+def test_a_setting_that_is_not_given_may_be_any(path):
+    features, left_out = read_features(path, {**SETTINGS, "pretrain_cnn_path": None}, NAMES)
+    assert (list(features), left_out) == (NAMES[:2], LEFT_OUT)
+
+
+def test_a_table_with_other_videos_is_refused(path):
+    assert "wave/new.avi" in refusal(path, names=[*NAMES, "wave/new.avi"])
+
+
+def change_a_byte(content):
+    where = content.index(some_features()[NAMES[0]].tobytes()[:64])  # one of the numbers
+    return content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "its last byte cut": lambda content: content[:-1],
+    "a bit changed": change_a_byte,
+    "another file": lambda content: b"video_id,label\n",
+    "another npy": lambda content: np.lib.format.magic(1, 0) + b"\x00" * 8,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused(path, damage):
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert "damaged" in refusal(path)
+
+
+def test_another_npz_and_one_with_pickles_are_refused(tmp_path):
+    np.savez(tmp_path / "other.npz", words=np.array(["cut"]))
+    assert "damaged or not a file of features" in refusal(tmp_path / "other.npz")
+    np.savez(tmp_path / "pickles.npz", settings=np.array({"num_frames": 16}, dtype=object))
+    assert "damaged or not a file of features" in refusal(tmp_path / "pickles.npz")
+
+
+def test_a_disk_that_is_full_costs_the_file_but_not_the_figures(path, monkeypatch, milnce_log):
+    before = path.read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(feature_file.np, "savez", full)
+    write_features(path, SETTINGS, some_features(), {})
+    assert "No space left on device" in milnce_log.text
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_the_settings_are_those_of_the_flags_and_the_weights_content(tmp_path):
+    def settings(weights, *flags):
+        (tmp_path / "w.pth").write_bytes(weights)
+        argv = [f"--pretrain_cnn_path={tmp_path}/w.pth", *flags]
+        return feature_settings(get_args(argv=argv))
+
+    one = settings(b"abc")
+    assert one == {
+        "pretrain_cnn_path": "sha256:"
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "num_frames": 16,
+        "video_size": 224,
+        "num_windows_test": 4,
+        "amp": "none",
+    }
+    assert settings(b"abc", "--decoder=ffmpeg", "--batch_size_val=1") == one
+    assert settings(b"abd")["pretrain_cnn_path"] != one["pretrain_cnn_path"]
+    assert feature_settings(get_args(argv=[])) == {**one, "pretrain_cnn_path": None}

@@ -1,0 +1,175 @@
+import faulthandler
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import features as video_windows
+from evaluation.features import strided_features, strided_starts
+from tests.helpers import make_video
+from utils import to_unit_range
+from video_decoder import DecodeError, decode_clips
+
+CPU = torch.device("cpu")
+CLIP = {"num_frames": 4, "size": 16, "fps": 5}
+
+
+class Pixels(torch.nn.Module):
+    """A window's feature is all that is in it, seen coarsely: [W, 3 * 4 * 4 * 4] numbers."""
+
+    def forward(self, video, text, mode, mixed5c):
+        assert mode == "video"
+        return torch.nn.functional.avg_pool3d(video, (1, 4, 4)).flatten(1)
+
+
+def features(paths, *, stride=0.5, workers=2, batch_size=5, timeout=60):
+    found = strided_features(
+        Pixels(),
+        paths,
+        CPU,
+        **CLIP,
+        stride=stride,
+        batch_size=batch_size,
+        workers=workers,
+        sample_timeout=timeout,
+    )
+    return dict(found)
+
+
+def directly(path, starts):
+    clips = decode_clips(path, starts, **CLIP)
+    return Pixels()(to_unit_range(clips), None, "video", False).numpy()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    paths = [folder / name for name in ("long.mp4", "b.mkv", "short.mp4", "c.avi")]
+    for path, seconds in zip(paths, (30, 3, 0.4, 2), strict=True):
+        make_video(path, seconds)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("duration", "fps", "stride", "starts"),
+    [
+        (32.0, 5, 3.2, [0.0, 3.2, 6.4, 9.6, 12.8, 16.0, 19.2, 22.4, 25.6, 28.8]),
+        (31.99, 5, 3.2, [0.0, 3.2, 6.4, 9.6, 12.8, 16.0, 19.2, 22.4, 25.6]),
+        (3.2, 5, 1.0, [0.0]),
+        (4.2, 5, 1.0, [0.0, 1.0]),
+        (4.2, 5, 10.0, [0.0]),
+        (3.5, 5, 0.1, [0.0, 0.1, 0.2, 0.3]),
+        (1.0, 5, 1.0, [0.0]),
+        (0.0, 5, 1.0, [0.0]),
+        (2.0, 16, 0.5, [0.0, 0.5, 1.0]),
+    ],
+)
+def test_windows_start_every_stride_and_end_by_the_videos_end(duration, fps, stride, starts):
+    assert strided_starts(duration, num_frames=16, fps=fps, stride=stride) == starts
+
+
+def test_features_are_those_of_the_windows_decoded_by_themselves(videos):
+    found = features(videos)
+    assert sorted(found) == [0, 1, 2, 3]
+    for index, path in enumerate(videos):
+        np.testing.assert_array_equal(found[index].features, directly(path, found[index].starts))
+        assert found[index].features.dtype == np.float32
+    assert [len(found[index].starts) for index in range(4)] == [59, 5, 1, 3]
+    assert found[0].starts[-1] == 29.0 and found[2].starts == [0.0]
+
+
+def test_a_video_shorter_than_a_window_ends_in_black_frames(videos):
+    window = features(videos)[2].features.reshape(3, 4, 4, 4)
+    assert window[:, :2].any() and not window[:, 2:].any()
+    assert features(videos)[2].black == []  # not the window as a whole
+
+
+def test_chunks_of_a_long_video_give_the_features_of_the_whole(videos, monkeypatch):
+    whole, small = {}, {}
+    for chunk, found in ((100, whole), (7, small)):
+        monkeypatch.setattr(video_windows, "CHUNK", chunk)
+        found |= features(videos)
+    for index in whole:
+        np.testing.assert_array_equal(whole[index].features, small[index].features)
+        assert whole[index].starts == small[index].starts
+
+
+def test_each_window_is_decoded_once_and_few_are_held_at_once(videos, monkeypatch):
+    asked = []
+
+    def decode(path, starts, **settings):
+        asked.append((path, list(starts)))
+        return decode_clips(path, starts, **settings)
+
+    monkeypatch.setattr(video_windows, "decode_clips", decode)
+    found = features(videos, workers=0)
+    assert max(len(starts) for _, starts in asked) == video_windows.CHUNK == 16
+    for index, path in enumerate(videos):
+        assert [s for p, starts in asked if p == path for s in starts] == found[index].starts
+
+
+def faulty(fault):
+    """A decoder to which something happens in the second chunk of the long video."""
+
+    def decode(path, starts, **settings):
+        if path.name == "long.mp4" and starts[0] > 0:
+            fault(path)
+        return decode_clips(path, starts, **settings)
+
+    return decode
+
+
+def broken(path):
+    raise DecodeError(f"{path}: broken")
+
+
+def crash(path):
+    faulthandler.disable()  # no report of a crash that is meant
+    os.abort()
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers", "reason"),
+    [
+        (broken, 0, "long.mp4: broken"),
+        (broken, 2, "long.mp4: broken"),
+        (crash, 2, r"long.mp4: it crashed its data worker (SIGABRT)"),
+    ],
+)
+def test_a_video_that_fails_on_the_way_fails_as_a_whole_and_alone(
+    fault, workers, reason, videos, monkeypatch
+):
+    monkeypatch.setattr(video_windows, "decode_clips", faulty(fault))
+    found = features(videos, workers=workers)
+    assert found[0].endswith(reason)
+    for index in (1, 2, 3):
+        expected = directly(videos[index], found[index].starts)
+        np.testing.assert_array_equal(found[index].features, expected)
+
+
+def test_a_file_that_kills_who_opens_it_fails_alone(videos, monkeypatch):
+    def probe(path):
+        return crash(path) if path.name == "b.mkv" else video_windows_probe(path)
+
+    video_windows_probe = video_windows.probe_duration
+    monkeypatch.setattr(video_windows, "probe_duration", probe)
+    found = features(videos)
+    assert "crashed" in found[1] and all(not isinstance(found[i], str) for i in (0, 2, 3))
+
+
+def test_where_every_video_fails_each_is_named(tmp_path):
+    (tmp_path / "junk.mp4").write_text("junk")
+    found = features([tmp_path / "junk.mp4", tmp_path / "absent.mp4"])
+    assert "junk.mp4" in found[0] and "absent.mp4" in found[1]
+    assert features([]) == {}
+
+
+def test_windows_in_which_nothing_can_be_decoded_are_told(tmp_path):
+    path = tmp_path / "cut.mp4"
+    make_video(path, 10, "-movflags", "+faststart", "-g", "10")  # its table of contents comes first
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = features([path])[0]
+    assert found.starts[-1] > 8  # the duration is still said to be 10 s
+    dark = [k for k, feature in enumerate(found.features) if not feature.any()]
+    assert found.black == dark and 5 < len(dark) < 15 and dark[-1] == len(found.starts) - 1

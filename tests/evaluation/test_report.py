@@ -1,0 +1,328 @@
+"""The page of --report: what is in it, and what a browser makes of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from evaluation.report import (
+    SHOWN,
+    hmdb_data,
+    rank_histogram,
+    retrieval_data,
+    small_animation,
+    write_page,
+)
+from evaluation.retrieval import ground_truth_ranks, top_k_videos
+from tests.helpers import open_page, page_errors, requests_of
+from utils import InputError
+
+HOSTILE = [
+    "</script><script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit = 1'> & &amp; <!--",
+    "\"quotes\" 'and' `more` ${window.hit = 1} \\u0041 {{ data }}",
+    "line\nends\ttabs",
+    "Zwiebeln schälen, 切洋葱 🧅 \u2028",
+    "\u202eחתכו את הבצל",  # noqa: RUF001
+    "half a \ud83e character",
+    "",
+    "  \n",
+    float("nan"),  # pandas' empty cell
+]
+
+
+def textured(seed, windows=3):
+    """Windows of a moving pattern with the detail of a film, but not its noise."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(windows, 3, 4, 12, 12, generator=generator)
+    fine = torch.rand(windows, 3, 1, 40, 40, generator=generator)
+    size = {"size": (16, 224, 224), "mode": "trilinear"}
+    return (200 * interpolate(coarse, **size) + 55 * interpolate(fine, **size)).byte()
+
+
+PICTURES = [small_animation(textured(seed)) for seed in range(4)]
+
+
+def pairs_of(count, texts=()):
+    """As Retrieval has them: of one long video, so that the segments tell them apart."""
+    numbered = [f"stir number {i}, please" for i in range(len(texts), count)]
+    return [
+        ("/films/a b/<b>&.mp4", float(i), i + 5.5, text)
+        for i, text in enumerate([*texts, *numbered])
+    ]
+
+
+def write_retrieval(folder, pairs, scores):
+    pictures = [PICTURES[i % len(PICTURES)] for i in range(len(pairs))]
+    data = retrieval_data(
+        pairs, "/films", pictures, scores, ground_truth_ranks(scores), top_k_videos(scores, SHOWN)
+    )
+    write_page(folder, "YouCook2", {"R1": 0.125, "num_videos": len(pairs)}, [("table", "t")], data)
+    return folder / "index.html"
+
+
+def data_in(page):
+    return json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0])
+
+
+def some_scores(count, seed=0):
+    """Whole numbers, so that many are ties, and some that are none."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 9, (count, count)) + rng.integers(0, 9, count) * np.eye(count)
+    scores[2, 5 % count] = np.nan
+    scores[3 % count, 3 % count] = np.nan
+    scores[4 % count, 1 % count] = np.inf
+    return scores
+
+
+def test_a_page_of_1000_queries_takes_a_few_megabytes(tmp_path):
+    page = write_retrieval(tmp_path, pairs_of(1000), some_scores(1000))
+    assert 2e6 < page.stat().st_size < 6e6
+
+
+def test_a_picture_is_stored_once_however_many_queries_show_it(tmp_path):
+    scores = np.tile(np.arange(30.0), (30, 1))  # all texts prefer the same videos
+    page = write_retrieval(tmp_path, pairs_of(30), scores)
+    assert {v for query in data_in(page)["queries"] for v, _ in query["best"]} == {*range(25, 30)}
+    assert page.read_text().count('"picture"') == 30
+
+
+def test_nothing_of_the_data_can_end_the_element_that_it_is_in(tmp_path):
+    count = len(HOSTILE)
+    page = write_retrieval(tmp_path, pairs_of(count, HOSTILE), some_scores(count))
+    inside = page.read_text().partition('id="data">')[2].partition("</script>")[0]
+    assert "<" not in inside
+    texts = [query["text"] for query in json.loads(inside)["queries"]]
+    assert texts == [*HOSTILE[:-1], ""]
+
+
+def test_the_histogram_has_each_rank_in_one_bin():
+    ranks = np.array([1, 1, 2, 5, 6, 10, 11, 50, 51, 60, *[60] * 50])
+    assert rank_histogram(ranks) == [
+        ("1", 2), ("2-5", 2), ("6-10", 2), ("11-50", 2), ("51-60", 52),
+    ]  # fmt: skip
+    assert rank_histogram(np.array([1])) == [("1", 1)]
+    assert rank_histogram(np.array([1, 6, 2, 3, 4, 5])) == [("1", 1), ("2-5", 4), ("6", 1)]
+
+
+def outcomes():
+    """Three splits of classes a, b, c: two b are taken for a in the first, c is tested there only,
+    and d is what one b was taken for, without a test video of its own."""
+    first = (np.array(["a", "b", "b", "b", "c"]), np.array(["a", "a", "a", "b", "c"]))
+    second = (np.array(["a", "b"]), np.array(["a", "d"]))
+    third = (np.array(["a", "b"]), np.array(["c", "b"]))
+    return [first, second, third]
+
+
+def test_hmdb_classes_confusions_and_pairs_are_counted():
+    data = hmdb_data(outcomes())
+    assert data["classes"] == [
+        ("b", 1 / 3, 0, 1, pytest.approx(4 / 9)),
+        ("a", 1, 1, 0, pytest.approx(2 / 3)),
+        ("c", 1, None, None, 1),
+    ]
+    assert data["names"] == ["a", "b", "c", "d"]
+    assert data["confusion"] == [[2, 0, 1, 0], [2, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert data["confused"] == [("b", "a", 2, 5), ("a", "c", 1, 3), ("b", "d", 1, 5)]
+
+
+def test_a_page_is_written_over_an_older_one_and_a_failure_is_one_line(tmp_path, capsys):
+    page = write_retrieval(tmp_path, pairs_of(3), np.eye(3))
+    write_retrieval(tmp_path, pairs_of(2), np.eye(2))
+    assert len(data_in(page)["queries"]) == 2
+    assert capsys.readouterr().out == f"report: {page}\n" * 2
+    with pytest.raises(InputError, match="--report: could not write"):
+        write_retrieval(tmp_path / "gone", pairs_of(2), np.eye(2))
+
+
+# In a browser.
+
+
+def shown_queries(browser):
+    """What is on the page of the queries, top to bottom."""
+    return browser.execute_script(
+        """
+        const text = (element, what) => element.querySelector(what).textContent.toWellFormed();
+        return [...document.querySelectorAll(".query")].map((query) => ({
+          text: text(query, ".text"), rank: text(query, ".rank"),
+          videos: [...query.querySelectorAll(".video")].map((video) => ({
+            part: text(video, ".name:last-child"), place: text(video, "div"),
+            framed: getComputedStyle(video).borderTopColor !== "rgba(0, 0, 0, 0)",
+          })),
+        }));
+        """
+    )
+
+
+def show_all(browser):
+    more = browser.find_element("id", "more")
+    for _ in range(COUNT // 25):
+        more.click()
+    assert not more.is_displayed()
+
+
+def choose(browser, order):
+    browser.find_element("css selector", f"#order option[value={order}]").click()
+
+
+def search(browser, words):
+    box = browser.find_element("id", "search")
+    box.clear()
+    box.send_keys(words or " ")
+    return browser.find_element("id", "found").text
+
+
+COUNT = 60
+SCORES = some_scores(COUNT)
+
+
+@pytest.fixture
+def retrieval(browser, tmp_path):
+    page = write_retrieval(tmp_path, pairs_of(COUNT, HOSTILE), SCORES)
+    open_page(browser, page.as_uri())
+    return page.as_uri()
+
+
+@pytest.mark.slow
+def test_the_page_loads_without_an_error_or_a_network(browser, retrieval):
+    show_all(browser)
+    # A picture that is none would not decode.
+    pictures = browser.execute_async_script(
+        """
+        const done = arguments[0], pictures = [...document.images];
+        Promise.all(pictures.map((picture) => picture.decode()))
+          .then(() => done(pictures.length), (error) => done(String(error)));
+        """
+    )
+    assert pictures > 5 * COUNT
+    assert page_errors(browser) == []
+    assert {url for url in requests_of(browser) if not url.startswith("data:image/webp")} == {
+        retrieval
+    }
+    assert browser.title == "YouCook2"
+    assert "R1: right video first\n0.125" in browser.find_element("id", "figures").text
+    bars = browser.find_elements("css selector", "#ranks tr")
+    assert sum(int(bar.text.split()[-1]) for bar in bars) == COUNT
+
+
+@pytest.mark.slow
+def test_the_right_videos_are_marked_and_no_others(browser, retrieval):
+    choose(browser, "table")
+    show_all(browser)
+    queries = shown_queries(browser)
+    assert len(queries) == COUNT
+    best, ranks = top_k_videos(SCORES, 5), ground_truth_ranks(SCORES)
+    assert set(ranks > 5) == {True, False}
+    for text, query in enumerate(queries):
+        expected = [*best[text]] + [text] * int(ranks[text] > 5)
+        assert query["rank"] == f"rank {ranks[text]}"
+        assert [v["part"] for v in query["videos"]] == [f"{v}-{v + 5.5:g} s" for v in expected]
+        for place, (video, shown) in enumerate(zip(expected, query["videos"], strict=True), 1):
+            right = video == text
+            assert shown["framed"] == right
+            assert shown["place"] == (f"{ranks[text]}. right" if right else f"{place}. ")
+
+
+@pytest.mark.slow
+def test_the_order_is_chosen_and_more_are_shown_when_asked(browser, retrieval):
+    ranks = ground_truth_ranks(SCORES)
+    for order, expected in (
+        ("worst", np.argsort(-ranks, kind="stable")),
+        ("best", np.argsort(ranks, kind="stable")),
+        ("table", range(COUNT)),
+    ):
+        if order != "worst":  # with which it starts
+            choose(browser, order)
+        shown = [query["rank"] for query in shown_queries(browser)]
+        assert shown == [f"rank {ranks[text]}" for text in expected][:25]
+    more = browser.find_element("id", "more")
+    assert more.text == "Show 25 more of 35"
+    more.click()
+    assert len(shown_queries(browser)) == 50 and more.text == "Show 10 more of 10"
+    more.click()
+    assert len(shown_queries(browser)) == 60 and not more.is_displayed()
+
+
+@pytest.mark.slow
+def test_the_search_finds_queries_by_words_in_any_place_and_case(browser, retrieval):
+    assert search(browser, "PLEASE number 42") == "1 of 60 queries"
+    assert [query["text"] for query in shown_queries(browser)] == ["stir number 42, please"]
+    assert search(browser, "schäl") == "1 of 60 queries"
+    assert search(browser, "בצל") == "1 of 60 queries"
+    assert search(browser, "<img") == "1 of 60 queries"
+    assert search(browser, "stir 42 43") == "0 of 60 queries"
+    assert shown_queries(browser) == []
+    assert not browser.find_element("id", "more").is_displayed()
+    assert search(browser, "stir") == f"{COUNT - len(HOSTILE)} of 60 queries"
+    choose(browser, "best")  # keeps what was searched for
+    assert browser.find_element("id", "found").text == f"{COUNT - len(HOSTILE)} of 60 queries"
+    assert search(browser, "") == "60 of 60 queries"
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
+def test_hostile_sentences_are_shown_as_they_are_and_do_nothing(browser, retrieval):
+    choose(browser, "table")
+    texts = [query["text"] for query in shown_queries(browser)][: len(HOSTILE)]
+    assert texts[:6] == HOSTILE[:6]
+    assert texts[6] == "half a \N{REPLACEMENT CHARACTER} character"  # so the driver passes it on
+    assert texts[7:] == ["(empty)"] * 3
+    assert browser.execute_script("return window.hit") is None
+    names = browser.find_elements("css selector", ".video .name:nth-last-child(2)")
+    assert names[0].text == "<b>&.mp4"
+    assert names[0].get_attribute("title") == "a b/<b>&.mp4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 5])
+def test_fewer_videos_than_are_shown_are_all_shown(browser, tmp_path, count):
+    scores = np.zeros((count, count))
+    open_page(browser, write_retrieval(tmp_path, pairs_of(count), scores).as_uri())
+    queries = shown_queries(browser)
+    assert [len(query["videos"]) for query in queries] == [count] * count
+    assert all(query["videos"][-1]["place"] == f"{count}. right" for query in queries)
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
+def test_a_narrow_screen_is_not_scrolled_sideways(browser, retrieval, tmp_path):
+    names = np.array([f"class_of_a_long_name_{i}" for i in range(51)])
+    write_page(tmp_path / "..", "HMDB-51", {"mean": 0.5}, [], hmdb_data([(names, names[::-1])] * 3))
+    size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        for page in (retrieval, (tmp_path / "../index.html").as_uri()):
+            open_page(browser, page)
+            assert browser.execute_script("return document.documentElement.scrollWidth") == 400
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+def test_the_page_of_hmdb_has_classes_matrix_and_pairs(browser, tmp_path):
+    renamed = [tuple(np.char.add("<b>", labels) for labels in pair) for pair in outcomes()]
+    write_page(tmp_path, "HMDB-51", {"split1": 0.6, "mean": 0.5}, [("x", "y")], hmdb_data(renamed))
+    open_page(browser, (tmp_path / "index.html").as_uri())
+
+    def rows(table):
+        return [row.text for row in browser.find_elements("css selector", f"#{table} tbody tr")]
+
+    assert rows("classes") == [
+        "<b>b 33.3% 0.0% 100.0% 44.4%",
+        "<b>a 100.0% 100.0% 0.0% 66.7%",
+        "<b>c 100.0% – – 100.0%",  # noqa: RUF001
+    ]
+    assert rows("confused") == ["<b>b <b>a 2 5", "<b>a <b>c 1 3", "<b>b <b>d 1 5"]
+    cells = browser.find_elements("css selector", "#matrix tbody td")
+    shown = [cell.text for cell in cells]
+    assert shown == ["2", "", "1", "", "2", "2", "", "1", "", "", "1", "", "", "", "", ""]
+    shades = [cell.value_of_css_property("background-color") for cell in cells]
+    assert len({shades[0], shades[4], shades[1]}) == 3  # right, wrong, none
+    browser.execute_script(
+        "arguments[0].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))", cells[4]
+    )
+    assert browser.find_element("id", "cell").text == "<b>b → <b>a: 2 of 5"
+    assert not browser.find_element("id", "retrieval").is_displayed()
+    assert page_errors(browser) == []

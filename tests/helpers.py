@@ -1,0 +1,172 @@
+"""What several test modules share: golden values, toy flags, small videos, running scripts."""
+
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from video_decoder import ffmpeg_program
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SHARED = HERE.parents[1] / "shared"  # real clips and annotation tables; absent in most clones
+
+
+def golden_json(name):
+    return json.loads((HERE / "golden" / f"{name}.json").read_text())
+
+
+def golden_random(tag):
+    """The generator of golden/README: numpy's RandomState seeded with the tag's CRC-32."""
+    return np.random.RandomState(zlib.crc32(tag.encode()))
+
+
+def golden_weight(name, shape):
+    """A tensor of golden/README's deterministic weights, float64."""
+    n = golden_random(name).standard_normal(shape)
+    if name.endswith("num_batches_tracked"):
+        value = np.zeros(shape, dtype=np.int64)
+    elif name.endswith("running_var"):
+        value = 1 + 0.5 * np.abs(n)
+    elif name.endswith("running_mean"):
+        value = 0.1 * n
+    elif ".bn" in name and name.endswith("weight"):
+        value = 1.7 + 0.1 * n
+    elif name.endswith("bias"):
+        value = 0.02 * n
+    elif name.endswith("word_embd.weight"):
+        value = 0.1 * n
+    else:
+        value = n * np.sqrt(2 / np.prod(shape[1:]))
+    return torch.as_tensor(np.asarray(value))
+
+
+def toy_flags(toy):
+    """Flags that train on the toy data at a size at which a step takes a moment."""
+    return [
+        f"--train_csv={toy}/howto100m_videos.csv",
+        f"--video_path={toy}/videos",
+        f"--caption_root={toy}/captions",
+        f"--word2vec_path={toy}/word2vec.pth",
+        f"--token_to_word_path={toy}/dict.npy",
+        "--num_frames=4",
+        "--video_size=32",
+        "--crop_only=0",
+        "--batch_size=4",
+        "--warmup_steps=2",
+        "--num_thread_reader=2",
+        "--n_display=1",
+    ]
+
+
+def run_python(script, *flags, cwd=None, timeout=300):
+    """Runs a script of the project as a user does; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, flags)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+    )
+
+
+def run_at_terminal(*command):
+    """Runs a command with a terminal for stdout and stderr; returns what the terminal was sent."""
+    terminal, end = pty.openpty()
+    rows_columns = struct.pack("HHHH", 24, 120, 0, 0)
+    fcntl.ioctl(end, termios.TIOCSWINSZ, rows_columns)
+    received = []
+
+    def receive():
+        with open(terminal, "rb", buffering=0) as file:
+            while True:
+                try:
+                    received.append(file.read(1 << 16))
+                except OSError:  # how Linux says that nobody has the other end any more
+                    return
+
+    reader = threading.Thread(target=receive)
+    reader.start()
+    try:
+        subprocess.run(list(map(str, command)), check=True, stdout=end, stderr=end, timeout=300)
+    finally:
+        os.close(end)
+        reader.join()
+    return b"".join(received).decode()
+
+
+def scalars(folder):
+    """What TensorBoard shows of a folder of event files: {tag: {step: value}}."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    for tag, values in shown.items():
+        assert len(values) == len(dict(values)), f"{tag} has a step twice: {values}"
+    return {tag: dict(values) for tag, values in shown.items()}
+
+
+def golden_frames(kind):
+    """The rows of frames.json of one kind."""
+    return [row for row in golden_json("frames") if row["kind"] == kind]
+
+
+def frames_digest(video):
+    """What frames.json has of a clip uint8 [3, T, H, W]: the SHA-256 of [T, H, W, 3]."""
+    return hashlib.sha256(video.permute(1, 2, 3, 0).contiguous().numpy().tobytes()).hexdigest()
+
+
+def write_csv(path, *rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def make_video(path, seconds, *options):
+    """A small moving picture, 96x64 at 10 frames a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = ["-f", "lavfi", "-i", f"testsrc2=size=96x64:rate=10:duration={seconds}"]
+    command = [ffmpeg_program(), "-v", "error", "-nostdin", "-y", *source]
+    subprocess.run([*command, "-pix_fmt", "yuv420p", *options, str(path)], check=True)
+
+
+def private_memory():
+    """Bytes that this process has changed and shares with no other (Linux).
+
+    Not what is only read, which may look private as long as no other has come to it: the pages of
+    a file are in memory once, whoever maps them.
+    """
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty"))
+
+
+def open_page(browser, address):
+    """Has the browser load a page, and forgets what its logs say of those before."""
+    browser.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(address)
+
+
+def page_errors(browser):
+    """What the browser's console has had of errors since open_page or the last call."""
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def requests_of(browser):
+    """The addresses that were asked for since open_page or the last call."""
+    events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    sent = (event["params"] for event in events if event["method"] == "Network.requestWillBeSent")
+    return [params["request"]["url"] for params in sent]

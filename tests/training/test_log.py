@@ -1,0 +1,193 @@
+import csv
+import math
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, run_at_terminal, scalars
+from training.log import BadSamples, MetricLogger, ThroughputMeter, append_record, read_records
+from utils import append
+
+
+class Alone:
+    """The only process of a run."""
+
+    rank, device = 0, torch.device("cpu")
+
+    def gather(self, value):
+        return [value]
+
+    def broadcast(self, value):
+        return value
+
+
+def listed(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return [tuple(row.values()) for row in csv.DictReader(file)]
+
+
+def test_each_bad_video_is_listed_once_over_restarts(tmp_path):
+    path = tmp_path / "run.bad.csv"
+    bad = BadSamples(path, Alone())
+    bad.found = [("a.mp4", "absent"), ("b, c.mp4", 'says "no"\nand more'), ("a.mp4", "again")]
+    bad.write()
+    again = BadSamples(path, Alone())
+    again.found = [("a.mp4", "absent"), ("日本.mp4", "absent")]
+    again.write()
+    expected = [("a.mp4", "absent"), ("b, c.mp4", 'says "no" and more'), ("日本.mp4", "absent")]
+    assert listed(path) == expected
+
+
+def test_quarantine_is_read_back_and_learnt_from_other_ranks(tmp_path):
+    path = tmp_path / "run.bad.csv"
+    bad = BadSamples(path, Alone())
+    bad.process = SimpleNamespace(
+        rank=0, gather=lambda own: [own, [("b.mp4", "quarantined: it crashed")]]
+    )
+    bad.found = [("a.mp4", "absent")]
+    bad.write()
+    assert bad.quarantined == BadSamples(path, Alone()).quarantined == {"b.mp4"}
+
+
+def test_what_could_not_be_written_is_tried_again(tmp_path, milnce_log):
+    path = tmp_path / "absent folder" / "run.bad.csv"
+    bad = BadSamples(path, Alone())
+    bad.found = [("a.mp4", "absent")]
+    bad.write()
+    assert "could not write" in milnce_log.text
+    path.parent.mkdir()
+    bad.found = [("a.mp4", "absent")]  # met again
+    bad.write()
+    assert listed(path) == [("a.mp4", "absent")]
+
+
+@pytest.mark.parametrize("half", ["a.mp4", '"a, b.mp4","no su', "a.mp4,"])
+def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path, half):
+    path = tmp_path / "run.bad.csv"
+    path.write_text(f"path,reason\nc.mp4,absent\n{half}")
+    bad = BadSamples(path, Alone())
+    assert "c.mp4" in bad.listed
+    bad.found = [("d.mp4", "absent")]
+    bad.write()
+    assert "d.mp4" in BadSamples(path, Alone()).listed
+
+
+def test_json_lines_survive_half_a_line_and_numbers_that_are_none(tmp_path):
+    path = tmp_path / "run.jsonl"
+    assert read_records(path) == []
+    append_record(path, {"loss": math.nan, "step": 1})
+    append(path, '{"loss": 0')
+    append_record(path, {"loss": 2.5, "step": 2})
+    assert read_records(path) == [{"loss": None, "step": 1}, {"loss": 2.5, "step": 2}]
+
+
+def report_epochs(folder, first, last, *, loss=2.5, validated=False, **flags):
+    """What a training says from one epoch to another, of ten steps each, with a line for each."""
+    args = SimpleNamespace(log_root=folder, checkpoint_dir="run", tensorboard=True, verbose=1)
+    vars(args).update(flags)
+    progress = SimpleNamespace(epoch=first, step=10 * first, bad_samples=0, skipped_steps=0)
+    job = SimpleNamespace(progress=progress, total_steps=30, steps_before=lambda epoch: 10 * epoch)
+    reporter = MetricLogger(args, Alone(), progress.step)
+    for _ in range(first, last):
+        with reporter.epoch(job):
+            window = ThroughputMeter()
+            for _ in range(10):
+                progress.step += 1
+                window.count(4)
+                reporter.bar.update()
+                reporter.show(job, window, loss, 0.001)
+        progress.epoch += 1
+        if validated:
+            reporter.show_validation(progress, {"R1": 0.25, "MR": 7.0})
+    reporter.close()
+
+
+def report_script(folder, **flags):
+    """A program that sets the log up as the training does, and says something."""
+    sets_up = "from utils import setup_logging; setup_logging({}, {!r})".format(
+        flags.get("verbose", 1), str(folder / "run.txt")
+    )
+    return [
+        *(sys.executable, "-c"),
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{sets_up}\n"
+        f"from tests.training.test_log import report_epochs\n"
+        f"report_epochs({str(folder)!r}, 2, 3, tensorboard=False, **{flags!r})",
+    ]
+
+
+LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 3, step (\d+): loss 2\.5000, .* 0 bad samples"
+
+
+def test_at_a_terminal_a_bar_goes_along_below_whole_log_lines(tmp_path):
+    sent = run_at_terminal(*report_script(tmp_path))
+    # A bar goes back to the start of its line; before a log line it is written over with blanks.
+    assert re.findall(rf"(?:^|\n|\r *\r){LINE}(?=\r\n)", sent) == [str(s) for s in range(21, 31)]
+    bars = [part for part in re.split(r"[\r\n]+", sent) if part.startswith("epoch 3:")]
+    assert "0/10" in bars[0] and "10/10" in bars[-1], bars
+    assert re.search(r"step.*loss=2\.5000, clips/s=\d", bars[-1]), bars[-1]
+    assert re.fullmatch(rf"({LINE}\n){{10}}", (tmp_path / "run.txt").read_text())
+
+
+def test_without_a_terminal_there_are_plain_lines_only(tmp_path):
+    run = subprocess.run(report_script(tmp_path), check=True, capture_output=True, text=True)
+    assert re.fullmatch(rf"({LINE}\n){{10}}", run.stdout) and run.stderr == ""
+
+
+def test_told_to_be_quiet_it_shows_no_bar(tmp_path):
+    assert run_at_terminal(*report_script(tmp_path, verbose=0)) == ""
+
+
+def test_tensorboard_shows_the_records(tmp_path):
+    report_epochs(tmp_path, 0, 2, validated=True)
+    records = read_records(tmp_path / "run.jsonl")
+    expected = {}
+    for record in records:
+        kind = "validation" if "R1" in record else "training"
+        for name in record.keys() - {"step"}:
+            expected.setdefault(f"{kind}/{name}", {})[record["step"]] = pytest.approx(record[name])
+    assert scalars(tmp_path / "run.tensorboard") == expected
+    assert expected["validation/R1"].keys() == {10, 20}
+    assert expected["training/loss"].keys() == set(range(1, 21))
+
+
+def test_after_a_resume_tensorboard_has_each_step_once_and_the_later_value(tmp_path):
+    report_epochs(tmp_path, 0, 2, validated=True)
+    report_epochs(tmp_path, 1, 3, loss=1.5)
+    shown = scalars(tmp_path / "run.tensorboard")
+    assert shown["training/loss"] == {s: 2.5 if s <= 10 else 1.5 for s in range(1, 31)}
+    assert shown["validation/R1"].keys() == {10}  # the resumed run began after this one
+
+
+def test_a_loss_that_is_no_number_is_shown_as_such(tmp_path):
+    report_epochs(tmp_path, 0, 1, loss=math.nan)
+    assert math.isnan(scalars(tmp_path / "run.tensorboard")["training/loss"][3])
+
+
+def test_event_files_that_cannot_be_written_do_not_end_a_training(
+    tmp_path, milnce_log, monkeypatch
+):
+    """The folder goes when the training has begun; the thread that writes ends with an error."""
+    monkeypatch.setattr(threading, "excepthook", lambda ended: None)
+    args = SimpleNamespace(log_root=tmp_path, checkpoint_dir="run", tensorboard=True, verbose=0)
+    reporter = MetricLogger(args, Alone(), 0)
+    for step in (1, 2, 3):
+        reporter.write("training", {"loss": 2.5, "step": step})
+        if step == 1:
+            shutil.rmtree(tmp_path / "run.tensorboard")
+    reporter.close()
+    assert len(read_records(tmp_path / "run.jsonl")) == 3
+    assert milnce_log.text.count("going on without TensorBoard") == 1
+
+
+def test_only_the_first_rank_writes(tmp_path):
+    args = SimpleNamespace(log_root=tmp_path, checkpoint_dir="run", tensorboard=True, verbose=1)
+    reporter = MetricLogger(args, SimpleNamespace(rank=1), 0)
+    reporter.write("training", {"loss": 2.5, "step": 1})
+    reporter.close()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,328 @@
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from args import get_args
+from loss import MILNCELoss
+from s3dg import S3D
+from tests.helpers import golden_weight
+from training.optimizer import build_optimizer
+from training.step import BatchNormBuffers, TrainingStep, autocast_dtype
+from utils import to_unit_range
+
+CPU = torch.device("cpu")
+BATCH, CANDIDATES = 4, 2
+
+
+def model(dtype=torch.float64):
+    """Golden weights, which have the activations of a trained network, and a small word table."""
+    s3d = S3D()
+    s3d.text_module.word_embd = torch.nn.Embedding.from_pretrained(torch.zeros(50, 300))
+    weights = {name: golden_weight(name, v.shape) for name, v in s3d.state_dict().items()}
+    s3d.load_state_dict(weights)
+    return s3d.to(dtype)
+
+
+def clips(batch=BATCH, frames=4, size=32):
+    generator = torch.Generator().manual_seed(1)
+    video = torch.randint(0, 256, (batch, 3, frames, size, size), generator=generator)
+    text = torch.randint(0, 50, (batch, CANDIDATES, 20), generator=generator)
+    return {"video": video.byte(), "text": text}
+
+
+def micro_batches(batch, parts):
+    cut = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+    return [{name: cut[name][n] for name in cut} for n in range(parts)]
+
+
+def step_of(network, *flags, dtype=torch.float32):
+    """The step at a learning rate of 0.001, as the flags of main_distributed.py make it."""
+    args = get_args(argv=["--warmup_steps=0", *flags])
+    optimizer, _ = build_optimizer(args, network, 0, 100)
+    return TrainingStep(network, optimizer, dtype)
+
+
+def gradients(network):
+    return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+
+
+def one_big_batch(network):
+    """Loss and gradients of the whole batch at once, by autograd alone."""
+    batch = clips()
+    video, text = to_unit_range(batch["video"]), batch["text"].flatten(0, 1)
+    loss = MILNCELoss()(*network(video, text))
+    loss.backward()
+    return loss.detach(), gradients(network)
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12 * scale, msg=name)
+
+
+# --- the batch ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--grad_checkpoint"]], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_micro_batches_give_the_gradient_of_the_one_big_batch(parts, flags):
+    expected_loss, expected = one_big_batch(model().eval())
+    network = model().eval()
+    network.grad_checkpoint = bool(flags)
+    loss = step_of(network)(micro_batches(clips(), parts))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    assert_same_gradients(gradients(network), expected)
+
+
+def run_rank(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    network = model().eval()
+    step = step_of(DistributedDataParallel(network, forward_sync_buffers=False))
+    own = micro_batches(clips(), world_size)[rank]
+    loss = step(micro_batches(own, 2))
+    torch.save((loss, gradients(network)), f"{folder}/rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # as distributed.end_with, and for its reason
+
+
+def test_two_processes_with_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path):
+    expected_loss, expected = one_big_batch(model().eval())
+    mp.spawn(run_rank, args=(2, tmp_path), nprocs=2)
+    for rank in range(2):
+        loss, found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+        assert_same_gradients(found, expected)
+
+
+def averages_after(network, batches):
+    """The running averages after each of the batches alone has gone through the network."""
+    state, found = network.state_dict(), []
+    for batch in batches:
+        fresh = model().train()
+        fresh.load_state_dict(state)
+        fresh(to_unit_range(batch["video"]), batch["text"].flatten(0, 1))
+        found.append(dict(fresh.named_buffers()))
+    return found
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_running_averages_move_once_by_the_mean_of_the_micro_batches(parts, checkpointed):
+    network = model().train()
+    network.grad_checkpoint = checkpointed
+    each = averages_after(network, micro_batches(clips(), parts))
+    step_of(network)(micro_batches(clips(), parts))
+    for name, buffer in network.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            assert buffer == 1
+        else:
+            mean = sum(after[name] for after in each) / parts
+            torch.testing.assert_close(buffer, mean, rtol=1e-12, atol=0, msg=name)
+
+
+def test_each_micro_batch_is_normalised_by_its_own_statistics():
+    halves = micro_batches(clips(), 2)
+    together, alone = model().train(), model().train()
+    step_of(together)(halves)
+    embeddings = [alone(to_unit_range(h["video"]), h["text"].flatten(0, 1)) for h in halves]
+    videos, texts = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
+    MILNCELoss()(videos, texts).backward()
+    assert_same_gradients(gradients(together), gradients(alone))
+
+
+# --- steps that are left out ----------------------------------------------------------------------
+
+
+class Two(torch.nn.Module):
+    """A small network with a BatchNorm: what is left out does not depend on the network."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.video, self.text = torch.nn.Linear(3, 5), torch.nn.Embedding(50, 5)
+        self.bn1 = torch.nn.BatchNorm1d(5)
+
+    def forward(self, video, text):
+        return self.bn1(self.video(video.mean((2, 3, 4)))), self.text(text).mean(1)
+
+
+def state_of(step):
+    optimizer = step.optimizer.state_dict()["state"]
+    flat = {f"{i} {k}": v for i, state in optimizer.items() for k, v in state.items()}
+    return {k: v.clone() for k, v in {**step.network.state_dict(), **flat}.items()}
+
+
+BROKEN = {**clips(), "video": clips()["video"] * float("nan")}
+WAYS = [["--optimizer=adam"], ["--optimizer=sgd"], ["--optimizer=adam", "--fused_optimizer=0"]]
+
+
+@pytest.mark.parametrize("flags", WAYS, ids=" ".join)
+def test_a_step_that_is_not_finite_leaves_all_as_it_was(flags):
+    step = step_of(Two(), *flags)
+    for parts in (1, 2):
+        step([clips()])
+        before = state_of(step)
+        assert not step(micro_batches(BROKEN, parts)).isfinite()
+        after = state_of(step)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert step.skipped() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("flags", WAYS, ids=" ".join)
+def test_a_first_step_that_is_left_out_changes_nothing_of_the_second(flags):
+    plain, after_broken = step_of(Two(), *flags), step_of(Two(), *flags)
+    after_broken([BROKEN])
+    plain([clips()])
+    after_broken([clips()])
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(after_broken.network.state_dict()[name], value), name
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row():
+    step = step_of(Two())
+    resumed = TrainingStep(step.network, step.optimizer, torch.float32, skipped=(5, 2))
+    resumed([clips()])
+    assert resumed.skipped() == [5, 0, 0]
+    for batch in (BROKEN, BROKEN, clips(), BROKEN):
+        step([batch])
+    assert step.skipped() == [3, 1, 2]
+    resumed = TrainingStep(step.network, step.optimizer, torch.float32, skipped=(3, 1))
+    resumed([BROKEN])
+    assert resumed.skipped() == [4, 2, 2]
+
+
+@pytest.mark.parametrize("flags", [["--fused_optimizer=1"], ["--fused_optimizer=0"]], ids=" ".join)
+def test_float16_gradients_that_overflow_lower_the_scale_and_are_no_fault(flags):
+    step = step_of(Two(), *flags, dtype=torch.float16)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = state_of(step)
+    step([clips()])
+    assert all(torch.equal(before[k], v) for k, v in step.network.state_dict().items())
+    assert step.skipped() == [1, 0, 0]  # counted, but not towards --max_bad_steps
+    assert step.scaler.get_scale() == 2.0**126
+    step([BROKEN])
+    assert step.skipped() == [2, 1, 1]
+
+
+def test_float16_scaling_leaves_the_step_as_it_is_without():
+    plain = step_of(Two(), "--optimizer=sgd")  # which, unlike Adam, knows a gradient's size
+    scaled = step_of(Two(), "--optimizer=sgd", dtype=torch.float16)
+    scaled.dtype = torch.float32  # scaling alone
+    plain([clips()])
+    scaled(micro_batches(clips(), 1))
+    for name, value in plain.network.state_dict().items():
+        torch.testing.assert_close(scaled.network.state_dict()[name], value, msg=name)
+
+
+# --- precision and the optimizer ------------------------------------------------------------------
+
+
+def test_embeddings_and_loss_are_float32_under_bfloat16():
+    seen = []
+    step = step_of(model(torch.float32).train(), dtype=torch.bfloat16)
+    step.network.conv_2b.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    video, text = step.embed(clips())
+    assert seen == [torch.bfloat16]
+    assert video.dtype == text.dtype == step.criterion(video, text).dtype == torch.float32
+    outside = step.criterion(video, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(step.criterion(video, text), outside)
+
+
+def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
+    """Of 16 frames, so that the last blocks have a T of 2."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        network = S3D(init="kaiming_normal").eval()
+        step = step_of(network, dtype=dtype)
+        # Untrained, it embeds all clips alike: differences between them, the loss, are rounding.
+        step.criterion = lambda video, text: video.square().sum() + text.square().sum()
+        step([clips(2, 16, 64)])
+        found[dtype] = gradients(network)
+    for name in ("fc.weight", "mixed_5c.conv_b1_b.conv2.weight", "mixed_5b.conv_b1_b.conv2.weight"):
+        expected, value = found[torch.float32][name], found[torch.bfloat16][name]
+        assert (value - expected).norm() < 0.1 * expected.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("flag", "dtype"),
+    [("bf16", torch.bfloat16), ("fp16", torch.float16), ("none", torch.float32)],
+)
+def test_amp_names_the_type(flag, dtype):
+    assert autocast_dtype(get_args(argv=[f"--amp={flag}"]), CPU) == dtype
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bfloat16_is_the_default_where_the_processor_computes_in_it(monkeypatch, able):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    expected = torch.bfloat16 if able else torch.float32
+    assert autocast_dtype(get_args(argv=[]), CPU) == expected
+
+
+@pytest.mark.parametrize("flags", WAYS, ids=" ".join)
+def test_a_resumed_optimizer_goes_on_whatever_layout_its_state_has(flags):
+    """A checkpoint of the public release, or of --channels_last=0, has weights laid out plainly."""
+
+    def trained(layout, resumed=None):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv3d(3, 4, 3, bias=False).to(memory_format=layout)
+        optimizer, _ = build_optimizer(get_args(argv=flags), conv, 0, 100, resumed)
+        return conv, optimizer
+
+    def step(conv, optimizer):
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.zero_grad()
+        conv(torch.rand(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))).sum().backward()
+        optimizer.step()
+
+    plain, optimizer = trained(torch.contiguous_format)
+    step(plain, optimizer)
+    resumed = {"optimizer": copy.deepcopy(optimizer.state_dict()), "path": "run"}
+    other, continued = trained(torch.channels_last_3d, resumed)
+    other.load_state_dict(plain.state_dict())
+    step(plain, optimizer)
+    step(other, continued)
+    torch.testing.assert_close(other.weight, plain.weight)
+
+
+def test_the_optimizer_leaves_the_frozen_word_embedding_alone():
+    network = model(torch.float32)
+    optimizer, _ = build_optimizer(get_args(argv=[]), network, 0, 100)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {name for name, p in network.named_parameters() if id(p) not in trained}
+    assert names == {"text_module.word_embd.weight"}
+
+
+def test_averages_are_read_and_written_back():
+    network = Two()
+    averages = BatchNormBuffers(network)
+    before = averages.read()
+    network.train()(torch.rand(4, 3, 2, 2, 2), torch.zeros(4, 3, dtype=torch.int64))
+    assert network.bn1.num_batches_tracked == 1
+    averages.write(before)
+    assert network.bn1.num_batches_tracked == 0
+    assert torch.equal(network.bn1.running_mean, torch.zeros(5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_gpu_gives_the_processors_gradients(parts):
+    expected, network = model().train(), model().train().cuda()
+    step_of(expected)(micro_batches(clips(), parts))
+    pinned = {name: tensor.pin_memory() for name, tensor in clips().items()}
+    step_of(network)(micro_batches(pinned, parts))
+    found = {name: gradient.cpu() for name, gradient in gradients(network).items()}
+    assert_same_gradients(found, gradients(expected))

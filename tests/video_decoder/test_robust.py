@@ -1,0 +1,316 @@
+"""video_decoder against damage and malice: frames or one error, in bounded time and memory."""
+
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import video_decoder
+from tests.video_decoder.test_video_decoder import (  # the last two are fixtures
+    VIDEOS,
+    ffmpeg_program,
+    pinned_program,  # noqa: F401
+    video,  # noqa: F401
+)
+from video_decoder import BACKENDS, DecodeError, decode_clip, decode_frames
+
+SOURCES = [
+    "h264_bpyramid.mp4",
+    "h264_opengop.mkv",
+    "edit_list.mp4",
+    "h264.ts",
+    "h265.mp4",
+    "packed_b.avi",
+    "mpeg2.mpg",
+    "vp9.webm",
+    "av1.mkv",
+    "sound_first.mp4",
+]
+if VIDEOS.is_dir():
+    SOURCES += ["h265_video.mp4", "video_90.mov", "corrupted.mp4"]
+
+
+def damaged(data, rng):
+    """A copy of a file's bytes: cut short, with its head gone, or with bytes changed."""
+    data, length = bytearray(data), len(data)
+    kind = rng.choice(["short", "headless", "bits", "noise", "header", "zeros", "gap", "twice"])
+    at, span = rng.randrange(length), rng.randrange(5000)
+    if kind == "short":
+        del data[at:]
+    elif kind == "headless":
+        del data[: rng.randrange(min(length, 4000))]
+    elif kind == "bits":
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(length)] ^= 1 << rng.randrange(8)
+    elif kind == "noise":
+        for _ in range(length // 200):
+            data[rng.randrange(length)] = rng.randrange(256)
+    elif kind == "header":
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(min(length, 1500))] = rng.randrange(256)
+    elif kind == "zeros":
+        data[at : at + span] = bytes(len(data[at : at + span]))
+    elif kind == "gap":
+        del data[at : at + span]
+    else:
+        data[at:at] = data[at : at + span]
+    return bytes(data)
+
+
+def outcome(path, backend, whole):
+    """What decoding gives: a tensor, or the message of its DecodeError."""
+    began = time.monotonic()
+    try:
+        if whole:
+            result = decode_frames(path, size=32, backend=backend)
+        else:
+            result = decode_clip(path, 1, fps=5, num_frames=8, size=32, backend=backend)
+    except DecodeError as error:
+        result = str(error)
+        assert str(path) in result and "\n" not in result
+    assert time.monotonic() - began < video_decoder.MAX_SECONDS + 10  # a bound, not a speed
+    return result
+
+
+def check_damage(make, folder, seed, count):
+    """Damages `count` files: both backends accept the same, and intact parts come out alike.
+
+    What damage does to pictures depends on FFmpeg's version, and PyAV's wheel carries another one
+    than the ffmpeg program; so the bits of H.264, where that is rare, have to agree nearly always.
+    """
+    rng = random.Random(seed)
+    refused, equal = 0, []
+    for number in range(count):
+        source = make(SOURCES[number % len(SOURCES)])
+        path = folder / f"{seed}_{number}{source.suffix}"
+        path.write_bytes(damaged(source.read_bytes(), rng))
+        whole = rng.random() < 0.3
+        ours, theirs = (outcome(path, backend, whole) for backend in BACKENDS)
+        assert isinstance(ours, str) == isinstance(theirs, str), (path, ours, theirs)
+        if isinstance(ours, str):
+            refused += 1
+        elif source.name.startswith("h264"):
+            equal.append(torch.equal(ours, theirs))
+        path.unlink()
+    assert sum(equal) >= 0.9 * len(equal) > 0, f"{sum(equal)} of {len(equal)} equal"
+    return refused
+
+
+def test_damaged_files_give_frames_or_one_error(video, tmp_path):  # noqa: F811
+    refused = check_damage(video, tmp_path, 1, 104)
+    assert 0 < refused < 104
+
+
+@pytest.mark.slow
+def test_five_hundred_damaged_files(video, tmp_path):  # noqa: F811
+    refused = check_damage(video, tmp_path, 2, 500)
+    assert 0 < refused < 500
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
+
+
+def run_alone(code, *arguments):
+    """What a fresh process prints that runs this code."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(video_decoder.__file__).parents[1])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+    ).stdout
+
+
+def replaced(path, old, new, folder, least=1):
+    """A copy of a file with the bytes `old` replaced."""
+    data = path.read_bytes()
+    assert data.count(old) >= least
+    copy = folder / f"hostile{path.suffix}"
+    copy.write_bytes(data.replace(old, new))
+    return copy
+
+
+def hostile_frame_sizes(folder):
+    """Files whose pictures claim to be 60000 pixels wide and high, or as many as fit."""
+    pattern = ("-f", "lavfi", "-i", "testsrc2=size=64x48:duration=1")
+    jpeg, vp8 = folder / "jpeg.avi", folder / "vp8.webm"
+    ffmpeg_program(*pattern, "-c:v", "mjpeg", str(jpeg))
+    ffmpeg_program(*pattern, "-c:v", "libvpx", "-g", "1", str(vp8))
+    size = (60000).to_bytes(2, "big") * 2
+    start = bytes.fromhex("ffc0001108")  # JPEG: the frame header, its length, 8 bits
+    yield replaced(jpeg, start + bytes([0, 48, 0, 64]), start + size, folder)
+    start = bytes.fromhex("9d012a")  # VP8: the start code of a keyframe
+    yield replaced(vp8, start + bytes([64, 0, 48, 0]), start + b"\xff\x3f\xff\x3f", folder)
+
+
+PEAK = """
+import re, resource, sys
+import video_decoder
+for path in sys.argv[2:]:
+    for decode, more in ((video_decoder.decode_frames, {}), (video_decoder.decode_clip, CLIP)):
+        try:
+            decode(path, *([0] if more else []), size=32, backend=sys.argv[1], **more)
+            sys.exit(f"{path} was decoded")
+        except video_decoder.DecodeError:
+            pass
+with open("/proc/self/status") as file:
+    own = int(re.search(r"VmHWM:\\s+(\\d+)", file.read())[1])
+print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+""".replace("CLIP", "dict(fps=5, num_frames=8)")
+
+
+@needs_proc
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_frames_are_refused_without_the_memory(tmp_path, backend):
+    paths = []
+    for number, path in enumerate(hostile_frame_sizes(tmp_path)):
+        paths.append(path.rename(tmp_path / f"{number}{path.suffix}"))
+    # KiB, torch and all; one 60000 x 60000 picture has 5.4 million.
+    assert int(run_alone(PEAK, backend, *paths)) < 1_000_000
+
+
+def hostile_clock(folder):
+    """A million frames a second, the last of them an hour after the first thirty."""
+    path = folder / "clock.mp4"
+    pattern = "testsrc2=size=64x48:rate=1000000:duration=0.00003"
+    late = "setpts='if(eq(N,29),1.2e9,N)'"
+    options = ["-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/1000000"]
+    options += ["-c:v", "libx264", "-video_track_timescale", "1000000"]
+    ffmpeg_program("-f", "lavfi", "-i", pattern, *options, str(path))
+    return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_million_frames_a_second(tmp_path, backend, monkeypatch):
+    """A window costs what it shows; the whole file is refused, or what the command makes of it."""
+    monkeypatch.setattr(video_decoder, "MAX_BYTES", 64 << 20)
+    path = hostile_clock(tmp_path)
+    clip = decode_clip(path, 0, fps=5, num_frames=16, size=32, backend=backend)
+    assert clip.any()
+    assert torch.equal(clip, clip[:, :1].expand_as(clip))  # one picture for twenty minutes
+    whole = outcome(path, backend, True)
+    assert isinstance(whole, str) or whole.shape[1] * 32 * 32 * 3 <= 64 << 20
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_file_too_large_for_memory_is_refused(video, backend, monkeypatch):  # noqa: F811
+    path = video("h264_bpyramid.mp4")
+    frames = decode_frames(path, size=32, backend=backend)
+    monkeypatch.setattr(video_decoder, "MAX_BYTES", frames.numel() - 1)
+    assert "more frames than" in outcome(path, backend, True)
+    monkeypatch.setattr(video_decoder, "MAX_BYTES", frames.numel())
+    assert torch.equal(outcome(path, backend, True), frames)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decoder_that_takes_too_long_is_stopped(video, backend, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(video_decoder, "MAX_SECONDS", 0.001)
+    assert "takes more than" in outcome(video("rate_60.mkv"), backend, True)
+
+
+def test_a_hostile_clock_does_not_hold_the_process(video, monkeypatch):  # noqa: F811
+    """The program is ended once it has written enough, whatever it still means to write."""
+    path = video("h264_bpyramid.mp4")
+    command = [sys.executable, "-c", "while True: print('x' * 1000)"]
+    pixels, _ = video_decoder._run(path, command, 5000)
+    assert len(pixels) == 5000
+
+
+def decode_in_child(path, queue):
+    queue.put(decode_clip(path, 1, fps=5, num_frames=4, size=32).numpy())
+
+
+def test_decoding_works_in_forked_workers(video):  # noqa: F811
+    """As in a DataLoader: the parent has decoded before it forks."""
+    path = video("h264_bpyramid.mp4")
+    expected = decode_clip(path, 1, fps=5, num_frames=4, size=32)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=decode_in_child, args=(path, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    results = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    assert all(torch.equal(torch.from_numpy(result), expected) for result in results)
+
+
+LEAK = """
+import sys, gc
+import video_decoder
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+paths = sys.argv[3:]
+sizes = []
+for number in range(int(sys.argv[2])):
+    path = paths[number % len(paths)]
+    try:
+        video_decoder.decode_clip(path, number % 4, fps=5, num_frames=8, size=64)
+    except video_decoder.DecodeError:
+        pass
+    if number + 1 in (int(sys.argv[1]), int(sys.argv[2])):
+        gc.collect()
+        sizes.append(resident())
+print(sizes[1] - sizes[0])
+"""
+
+
+def growth(warm, total, paths):
+    """Bytes of resident memory gained from the warm-th to the last clip, in a fresh process."""
+    return int(run_alone(LEAK, warm, total, *paths))
+
+
+LEAKY = ["h264_bpyramid.mp4", "packed_b.avi", "vp9.webm", "interlaced.mp4", "turned_90.mp4"]
+
+
+@pytest.fixture
+def leaky_files(video, tmp_path):  # noqa: F811
+    """One file for each way through the decoder, and one that is refused."""
+    (tmp_path / "broken.mp4").write_bytes(video(LEAKY[0]).read_bytes()[:3000])
+    return [*map(video, LEAKY), tmp_path / "broken.mp4"]
+
+
+@needs_proc
+def test_memory_stays_level(leaky_files):
+    assert growth(120, 600, leaky_files) < 20e6
+
+
+@needs_proc
+@pytest.mark.slow
+def test_memory_stays_level_over_five_thousand_clips(leaky_files):
+    assert growth(500, 5000, leaky_files) < 20e6
+
+
+@pytest.mark.parametrize(
+    ("dies", "message"),
+    [("head -c 1000 /dev/zero", "middle of a frame"), ("kill -SEGV $$", "signal 11")],
+)
+def test_an_ffmpeg_program_that_dies_is_an_error(video, tmp_path, monkeypatch, dies, message):  # noqa: F811
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\n{dies}\n")
+    program.chmod(0o755)
+    path = video("h264_bpyramid.mp4")
+    monkeypatch.setattr(video_decoder, "ffmpeg_program", lambda: str(program))
+    for whole in (False, True):
+        assert message in outcome(path, "ffmpeg", whole)
+
+
+def test_a_long_stretch_without_keyframes_is_not_held_in_memory(video, monkeypatch):  # noqa: F811
+    path = video("h264_bpyramid.mp4")
+    held = decode_clip(path, 1, fps=5, num_frames=8, size=32)
+    monkeypatch.setattr(video_decoder, "MAX_HELD", 100)
+    plain = []
+    by_frames = video_decoder._windows_by_frames
+    monkeypatch.setattr(
+        video_decoder, "_windows_by_frames", lambda *a: plain.append(1) or by_frames(*a)
+    )
+    assert torch.equal(decode_clip(path, 1, fps=5, num_frames=8, size=32), held)
+    assert plain

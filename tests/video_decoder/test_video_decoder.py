@@ -1,0 +1,535 @@
+"""video_decoder: the golden frames, the same pixels from both backends on every kind of file, and
+the arithmetic of timestamps that this rests on."""
+
+import gc
+import random
+import subprocess
+from fractions import Fraction
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import video_decoder
+from tests.helpers import SHARED, frames_digest, golden_json
+from video_decoder import BACKENDS, DecodeError, decode_clip, decode_clips, decode_frames
+
+VIDEOS = SHARED / "videos"
+
+needs_shared = pytest.mark.skipif(not VIDEOS.is_dir(), reason="the shared clips are not here")
+
+
+@pytest.fixture(autouse=True)
+def pinned_program(monkeypatch):
+    """The program that requirements.txt brings, not one that happens to be in PATH: 5.1, say,
+    picks a neighbouring frame of a Matroska file here and there (and gives the golden rows)."""
+    monkeypatch.setattr(video_decoder, "ffmpeg_program", imageio_ffmpeg.get_ffmpeg_exe)
+
+
+# --- golden frames ----------------------------------------------------------------------------
+
+
+def golden_rows():
+    rows = golden_json("frames") if VIDEOS.is_dir() else []
+    return [
+        pytest.param(row, id=f"{number}-{row['kind']}-{row['video']}")
+        for number, row in enumerate(rows)
+    ]
+
+
+def decode_row(row, backend):
+    """The clips a golden row speaks of."""
+    path, count, size = VIDEOS / row["video"], row["num_frames"], row["size"]
+    if row["kind"] == "hmdb":
+        video = decode_frames(path, size=size, backend=backend)
+        missing = max(0, count - video.shape[1])
+        video = torch.nn.functional.pad(video, (0, 0, 0, 0, 0, missing))
+        starts = np.linspace(0, video.shape[1] - count, row["num_clip"], dtype=int)
+        return [video[:, start : start + count] for start in starts]
+    settings = {"fps": row["fps"], "num_frames": count, "size": size, "backend": backend}
+    if row["kind"] == "train":
+        return [decode_clip(path, row["start"], crop_only=row["crop_only"], **settings)]
+    last = max(row["start"], row["end"] - count / row["fps"] - 0.4)
+    starts = np.linspace(row["start"], last, row["num_clip"])
+    return list(decode_clips(path, starts, **settings))
+
+
+@needs_shared
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", golden_rows())
+def test_golden_frames(row, backend):
+    expected = row["sha256"] if isinstance(row["sha256"], list) else [row["sha256"]]
+    assert [frames_digest(clip) for clip in decode_row(row, backend)] == expected
+
+
+# --- files of every kind ----------------------------------------------------------------------
+
+X264 = "-c:v libx264 -preset medium -g 60"
+X265 = "-c:v libx265 -preset fast -x265-params log-level=none:keyint=50"
+DROPPED = (
+    ",select='mod(n\\,7)*gt(mod(n\\,11)\\,2)*not(between(t\\,2\\,2.9))'"  # some frames missing
+)
+# name: (size, frames per second, options of the encoder)
+ENCODED = {
+    "h264_bpyramid.mp4": ("128x96", "30", f"{X264} -bf 3"),
+    "h264_opengop.mp4": ("128x96", "25", f"{X264} -g 24 -x264-params open-gop=1"),
+    "h264_opengop.mkv": ("128x96", "25", f"{X264} -g 24 -x264-params open-gop=1"),
+    "h264_no_b.mp4": ("128x96", "25", f"{X264} -bf 0"),
+    "h264_many_b.mp4": ("128x96", "25", "-c:v libx264 -preset veryslow -bf 8 -b_strategy 2"),
+    "h264_intra.mp4": ("128x96", "25", f"{X264} -g 1"),
+    "h264_refresh.mp4": ("128x96", "25", f"{X264} -x264-params intra-refresh=1"),
+    "h264_fragments.mp4": ("128x96", "25", f"{X264} -movflags frag_keyframe+empty_moov"),
+    "h264.ts": ("128x96", "25", X264),
+    "h264.flv": ("128x96", "25", X264),
+    "h265.mp4": ("128x96", "25", X265),
+    "h265_opengop.mkv": ("128x96", "25", f"{X265}:open-gop=1"),
+    "h265_layers.mp4": ("128x96", "25", f"{X265}:temporal-layers=1:b-adapt=0:bframes=7"),
+    "packed_b.avi": ("128x96", "25", "-c:v libxvid -q:v 4 -g 40 -bf 2"),
+    "mpeg4_b.avi": ("128x96", "25", "-c:v mpeg4 -q:v 4 -g 40 -bf 2"),
+    "mpeg4_b.mp4": ("128x96", "25", "-c:v mpeg4 -q:v 4 -g 40 -bf 2"),
+    "mpeg2.ts": ("128x96", "25", "-c:v mpeg2video -q:v 4 -g 15 -bf 2"),
+    "mpeg2.mpg": ("128x96", "25", "-c:v mpeg2video -q:v 4 -g 15 -bf 2"),
+    "vp8.webm": ("128x96", "25", "-c:v libvpx -deadline realtime -cpu-used 8 -g 60"),
+    "vp9.webm": ("128x96", "25", "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -g 60"),
+    "av1.mkv": ("128x96", "25", "-c:v libsvtav1 -preset 12 -g 50"),
+    "av1.mp4": ("128x96", "25", "-c:v libsvtav1 -preset 12 -g 50"),
+    "mjpeg.avi": ("128x96", "25", "-c:v mjpeg -q:v 5"),
+    "wmv2.wmv": ("128x96", "25", "-c:v wmv2 -q:v 5 -g 50"),
+    "variable_rate.mp4": ("128x96", "30", f"-vf null{DROPPED} -fps_mode vfr {X264}"),
+    "variable_rate.mkv": ("128x96", "30", f"-vf null{DROPPED} -fps_mode vfr {X264}"),
+    "rate_23.976.mp4": ("128x96", "24000/1001", X264),
+    "rate_19.62.mp4": ("128x96", "981/50", X264),
+    "rate_19.62.mkv": ("128x96", "981/50", X264),
+    "rate_12.mp4": ("128x96", "12", X264),
+    "rate_60.mkv": ("128x96", "60", X264),
+    "odd_size.mp4": ("132x98", "25", f"-vf format=yuv444p,crop=131:97 {X264} -pix_fmt yuv444p"),
+    "odd_size.avi": ("132x98", "25", "-vf crop=131:97:exact=1 -c:v mpeg4 -q:v 4"),
+    "odd_size.webm": ("132x98", "25", "-vf crop=131:97:exact=1 -c:v libvpx -cpu-used 8"),
+    "smaller_than_crop.mp4": ("48x40", "25", X264),
+    "ten_bit.mp4": ("128x96", "25", f"{X264} -pix_fmt yuv420p10le"),
+    "yuv_422.mkv": ("128x96", "25", f"{X264} -pix_fmt yuv422p"),
+    "full_range.mp4": ("128x96", "25", f"{X264} -pix_fmt yuvj420p"),
+    "bt709.mp4": ("128x96", "25", f"{X264} -colorspace bt709 -color_range tv"),
+    "gray.mp4": ("128x96", "25", f"{X264} -pix_fmt gray"),
+    "gray.mkv": ("128x96", "25", "-c:v ffv1 -g 20 -pix_fmt gray"),
+    "rgb.mkv": ("128x96", "25", "-c:v libx264rgb -g 60 -pix_fmt rgb24"),
+    "interlaced.mp4": ("128x96", "25", f"{X264} -flags +ildct+ilme"),
+    "interlaced.ts": ("128x96", "25", "-c:v mpeg2video -q:v 4 -g 15 -bf 2 -flags +ildct+ilme"),
+}
+BASE, BASE_TS, SMALL = "h264_bpyramid.mp4", "h264.ts", "smaller_than_crop.mp4"
+SOUND = "-f lavfi {shift} -i sine=duration=6 -c:v copy -c:a aac -map {maps}"
+# name: (the file it is made from, what to do with it)
+REMUXED = {
+    "edit_list.mp4": (BASE, "-ss 1.3 -i {} -c copy"),
+    "cut.mkv": (BASE, "-ss 1.3 -i {} -c copy"),
+    "cut.ts": (BASE_TS, "-ss 1.3 -i {} -c copy"),
+    "open_gop_cut.mkv": ("h264_opengop.mkv", "-ss 1.3 -t 2 -i {} -c copy"),
+    "late_start.mp4": (BASE, "-i {} -c copy -output_ts_offset 3.7"),
+    "late_start.mkv": (BASE, "-i {} -c copy -output_ts_offset 3.7"),
+    "turned_90.mp4": (BASE, "-display_rotation 90 -i {} -c copy"),
+    "turned_180.mp4": (BASE, "-display_rotation 180 -i {} -c copy"),
+    "turned_270.mp4": (BASE, "-display_rotation 270 -i {} -c copy"),
+    "turned_30.mp4": (BASE, "-display_rotation 30 -i {} -c copy"),
+    "mirrored.mp4": (BASE, "-display_hflip -i {} -c copy"),
+    "two_videos.mp4": (SMALL, "-i {} -i {other} -map 0 -map 1 -c copy"),
+    "two_videos.mkv": (SMALL, "-i {} -i {other} -map 1 -map 0 -c copy -disposition:v:1 default"),
+    "sound_first.mp4": (BASE, "-i {} -f lavfi -itsoffset -0.5 -i sine=duration=6 -c:v copy"),
+    "sound_first.mkv": (BASE, "-i {} -f lavfi -itsoffset -0.5 -i sine=duration=6 -c:v copy"),
+    "sound_first.ts": (BASE_TS, "-i {} -f lavfi -itsoffset -0.5 -i sine=duration=6 -c:v copy"),
+    "video_late.mp4": (BASE, "-itsoffset 0.83 -i {} -f lavfi -i sine=duration=7 -c:v copy"),
+    "video_late.mkv": (BASE, "-itsoffset 0.83 -i {} -f lavfi -i sine=duration=7 -c:v copy"),
+    "video_late.ts": (BASE_TS, "-itsoffset 0.83 -i {} -f lavfi -i sine=duration=7 -c:v copy"),
+}
+REAL = sorted(path.name for path in VIDEOS.glob("*.m*") if path.suffix != ".md")
+FILES = [*ENCODED, *REMUXED, *REAL]
+
+
+def ffmpeg_program(*options):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y", *options]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory):
+    """A function from a name in FILES to the file, made on first use."""
+    folder = tmp_path_factory.mktemp("videos")
+
+    def make(name):
+        path = folder / name
+        if name in REAL:
+            return VIDEOS / name
+        if path.exists():
+            return path
+        if name in ENCODED:
+            size, rate, options = ENCODED[name]
+            pattern = f"testsrc2=size={size}:rate={rate}:duration=5,noise=alls=12:allf=t"
+            options = options.split() if "-pix_fmt" in options else [*options.split(), "-pix_fmt"]
+            options += ["yuv420p"] * (options[-1] == "-pix_fmt")
+            ffmpeg_program("-f", "lavfi", "-i", pattern, *options, "-threads", "2", str(path))
+        else:
+            source, options = REMUXED[name]
+            other = make("h264_no_b.mp4")
+            options = options.format(make(source), other=other)
+            ffmpeg_program(*options.split(), str(path))
+        return path
+
+    return make
+
+
+def random_case(rng):
+    """A function of video_decoder, its arguments after the path, and its settings."""
+    settings = {
+        "size": rng.choice([16, 40, 56, 64, 77, 112]),
+        "crop_only": rng.random() < 0.5,
+        "crop": (round(rng.random(), 3), round(rng.random(), 3)),
+    }
+    if rng.random() < 0.15:
+        return decode_frames, (), settings
+    settings |= {
+        "fps": rng.choice([1, 5, 7, 10, 12.5, 24, 25, 30, Fraction(30000, 1001)]),
+        "num_frames": rng.choice([1, 4, 16, 32]),
+        "flip": rng.random() < 0.5,
+    }
+    if rng.random() < 0.3:
+        starts = [round(rng.uniform(0, 6), 3) for _ in range(rng.randint(2, 5))]
+        return decode_clips, (starts,), settings
+    start = rng.choice([0, rng.randint(0, 5), rng.randint(0, 150) / 30, rng.uniform(0, 6)])
+    return decode_clip, (round(start, 3),), settings
+
+
+def check_same(path, seed, cases):
+    for number in range(cases):
+        function, arguments, settings = random_case(random.Random(f"{path.name}/{seed}/{number}"))
+        ours = function(path, *arguments, **settings, backend="pyav")
+        theirs = function(path, *arguments, **settings, backend="ffmpeg")
+        what = f"{function.__name__}({path.name}, {arguments}, {settings})"
+        assert ours.shape == theirs.shape, what
+        assert torch.equal(ours, theirs), what
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_backends_give_the_same_bits(video, name):
+    """Five random cases a file: over 300 in all."""
+    assert len(FILES) * 5 >= 300 or not VIDEOS.is_dir()
+    check_same(video(name), "quick", 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_backends_give_the_same_bits_in_many_more_cases(video, name):
+    check_same(video(name), "slow", 20)
+
+
+def packets_of(path):
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def test_the_files_are_what_their_names_say(video):
+    """Otherwise the tests above would prove less than they claim."""
+    assert any(packet.is_discard for packet in packets_of(video("edit_list.mp4")))
+    assert any(packet.size < 10 for packet in packets_of(video("packed_b.avi")))
+    assert len({packet.duration for packet in packets_of(video("variable_rate.mp4"))}) > 2
+    assert min(packet.pts for packet in packets_of(video("late_start.mkv"))) == 3700
+    assert min(packet.pts for packet in packets_of(video("cut.ts"))) > 90000
+    with av.open(str(video("two_videos.mp4"))) as container:
+        assert [stream.width for stream in container.streams.video] == [48, 128]
+    for name, test in {
+        "interlaced.mp4": lambda frame: frame.interlaced_frame,
+        "ten_bit.mp4": lambda frame: frame.format.name == "yuv420p10le",
+        "odd_size.mp4": lambda frame: frame.format.name == "yuv444p" and frame.width == 131,
+        "odd_size.webm": lambda frame: (frame.width, frame.height) == (131, 97),
+        "full_range.mp4": lambda frame: frame.format.name == "yuvj420p",
+        "gray.mkv": lambda frame: frame.format.name == "gray",
+        "turned_90.mp4": lambda frame: abs(frame.rotation) == 90,
+    }.items():
+        with av.open(str(video(name))) as container:
+            assert test(next(container.decode(video=0))), name
+    for name in ("h264_opengop.mp4", "h264_opengop.mkv"):
+        with av.open(str(video(name))) as container:
+            stream = container.streams.video[0]
+            keyframes = [p for p in container.demux(stream) if p.size and p.is_keyframe]
+            assert not all(
+                video_decoder._refreshes(packet, stream.codec_context) for packet in keyframes
+            )
+
+
+# --- which way each file goes -----------------------------------------------------------------
+
+BY_PACKETS = [
+    "h264_bpyramid.mp4",
+    "h264_opengop.mkv",
+    "h264_no_b.mp4",
+    "h264_intra.mp4",
+    "h265.mp4",
+    "edit_list.mp4",
+    "late_start.mkv",
+    "variable_rate.mp4",
+    "turned_90.mp4",
+    "ten_bit.mp4",
+]
+BY_FRAMES = ["packed_b.avi", "mpeg2.ts", "h264.ts", "vp9.webm", "av1.mkv", "interlaced.mp4"]
+
+
+@pytest.mark.parametrize("name", [*BY_PACKETS, *BY_FRAMES])
+def test_the_short_way_is_taken_by_rule(video, name, monkeypatch):
+    taken = []
+    plain = video_decoder._windows_by_frames
+    monkeypatch.setattr(
+        video_decoder, "_windows_by_frames", lambda *args: taken.append("frames") or plain(*args)
+    )
+    decode_clip(video(name), 2.5, fps=5, num_frames=8, size=32)
+    assert taken == ["frames"] * (name in BY_FRAMES)
+
+
+def test_the_short_way_decodes_fewer_frames(video, monkeypatch):
+    """With B-frames it must not decode those that no window shows and no frame refers to."""
+    sent, wanted_frames = [], video_decoder._wanted_frames
+
+    def counting(packets, wanted, *others):
+        frames = list(wanted_frames(packets, wanted, *others))
+        sent.append((len(packets), len(frames), len(wanted)))
+        return iter(frames)
+
+    monkeypatch.setattr(video_decoder, "_wanted_frames", counting)
+    decode_clips(video(BASE), [0.5, 0.7, 0.9], fps=5, num_frames=8, size=32)
+    [(packets, frames, wanted)] = sent  # one pass for three windows
+    assert frames == wanted < packets
+
+
+# --- windows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["h264_opengop.mkv", "packed_b.avi", "h264.flv", "vp9.webm"])
+def test_windows_equal_the_clips_decoded_one_by_one(video, name, backend):
+    settings = {"fps": 10, "num_frames": 12, "size": 40, "backend": backend}
+    starts = [3.1, 0, 0.25, 0.3, 7, 3.1]
+    windows = decode_clips(video(name), starts, **settings)
+    assert windows.shape == (6, 3, 12, 40, 40)
+    for start, clip in zip(starts, windows, strict=True):
+        assert torch.equal(clip, decode_clip(video(name), start, **settings))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_missing_frames_are_black_at_the_end(video, backend):
+    settings = {"fps": 5, "num_frames": 8, "size": 32, "backend": backend}
+    clip = decode_clip(video(BASE), 4.2, **settings)
+    assert clip[:, :4].amax(dim=(0, 2, 3)).min() > 0 and not clip[:, 4:].any()
+    assert not decode_clip(video(BASE), 60, **settings).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_window_at_all(video, backend):
+    settings = {"fps": 5, "num_frames": 8, "size": 32, "backend": backend}
+    assert decode_clips(video(BASE), [], **settings).shape == (0, 3, 8, 32, 32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flip_mirrors_the_uncropped_picture(video, backend):
+    settings = {"fps": 5, "num_frames": 2, "size": 96, "crop_only": True, "backend": backend}
+    clip = decode_clip(video("odd_size.mp4"), 1, crop=(0, 0.5), **settings)
+    mirrored = decode_clip(video("odd_size.mp4"), 1, crop=(0, 0.5), flip=True, **settings)
+    assert torch.equal(mirrored, clip.flip(-1)) and not torch.equal(mirrored, clip)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_turned_picture_stands_upright(video, backend):
+    """The tag is undone before the crop: turned by 180 degrees, the opposite corner is cut."""
+    settings = {"size": 40, "crop_only": True, "crop": (0, 0), "backend": backend}
+    plain = decode_frames(video(BASE), **settings)
+    turned = decode_frames(video("turned_180.mp4"), **settings | {"crop": (1, 1)})
+    assert torch.equal(turned, plain.rot90(2, (2, 3)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frames_smaller_than_the_crop_are_enlarged(video, backend):
+    settings = {"fps": 5, "num_frames": 2, "size": 80, "backend": backend}
+    clip = decode_clip(video(SMALL), 1, crop_only=True, **settings)
+    scaled = decode_clip(video(SMALL), 1, **settings)
+    assert clip.shape == (3, 2, 80, 80)
+    assert (clip.int() - scaled.int()).abs().float().mean() < 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_two_video_streams_the_first_is_decoded(video, backend):
+    first = decode_frames(video(SMALL), size=32, backend=backend)
+    assert torch.equal(decode_frames(video("two_videos.mp4"), size=32, backend=backend), first)
+
+
+# --- the arithmetic of timestamps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(5, 3), (-5, -3), (4, 2), (3, 2), (-3, -2), (0, 0), (1, 1), (-1, -1)]
+)
+def test_rescale_rounds_halves_away_from_zero(value, expected):
+    assert video_decoder.rescale(value, 1, 2) == expected
+
+
+def shown(ticks, num_frames):
+    """Which of the frames a, b, c, ... each output frame shows, as a string."""
+    step, output = video_decoder.fps_runs(num_frames), ["."] * num_frames
+    names = [*"abcdefghijklmnop"[: len(ticks) - 1], None]
+    for tick, name in zip(ticks, names, strict=True):
+        run = step(tick, name)
+        if run:
+            frame, first, end = run
+            output[first:end] = frame * (end - first)
+    return "".join(output)
+
+
+@pytest.mark.parametrize(
+    ("ticks", "expected"),
+    [
+        ([0, 1, 2, 3, 4], "abcd."),  # the last tick is where the last frame ends
+        ([0, 0, 1, 1, 1, 2, 3], "bef.."),  # of frames with one tick the last is shown
+        ([0, 3, 5], "aaabb"),  # a gap is filled with the frame before it
+        ([2, 3, 5], "aaabb"),  # and before the first frame, with the first
+        ([2, 2, 3, 5], "bbbcc"),
+        ([9, 10], "aaaaa"),
+        ([9, 9, 9], "....."),  # the last frame ends where it begins: never shown
+        ([0, 9], "aaaaa"),
+        ([0, 2, 1, 3], "aac.."),  # a clock that steps back: the later frame wins
+        ([0, None], "....."),
+        ([None], "....."),
+        ([4_000_000, 4_000_001], "....."),  # FFmpeg refuses so many repeats
+    ],
+)
+def test_fps_runs(ticks, expected):
+    assert shown(ticks, 5) == expected
+
+
+def repeated(times):
+    frames = [(when, 1.0, name) for when, name in zip(times, "abcdefgh", strict=False)]
+    return "".join(name * count for name, count in video_decoder.constant_rate_runs(frames))
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([0, 1, 2, 3], "abcd"),
+        ([0, 1.2, 1.9, 3.1], "abcd"),  # jitter below half a frame is no matter
+        ([0, 3, 4], "aabbc"),  # a gap is shared between its neighbours
+        ([2, 3, 4], "aaabc"),
+        ([0, 1, 0.5, 2, 3], "abcde"),  # late frames are kept up to 1.1 frames ...
+        ([0, 1, 2, -1.5, 3, 4], "abcef"),  # ... and then dropped
+    ],
+)
+def test_constant_rate_runs(times, expected):
+    assert repeated(times) == expected
+
+
+# --- arguments and files that must be refused -------------------------------------------------
+
+
+def test_unknown_backend_names_the_choices(video):
+    with pytest.raises(ValueError, match="pyav, ffmpeg"):
+        decode_clip(video(BASE), 0, fps=5, num_frames=1, size=8, backend="opencv")
+    with pytest.raises(ValueError, match="pyav, ffmpeg"):
+        decode_frames(video(BASE), size=8, backend="opencv")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"start": -1},
+        {"start": float("nan")},
+        {"fps": 0},
+        {"num_frames": 0},
+        {"size": 0},
+        {"crop": (0, 1.5)},
+    ],
+)
+def test_arguments_out_of_range(video, wrong):
+    settings = {"start": 0, "fps": 5, "num_frames": 1, "size": 8} | wrong
+    with pytest.raises(ValueError):
+        decode_clip(video(BASE), settings.pop("start"), **settings)
+
+
+def refused(path, backend):
+    """The message of the DecodeError that both functions must raise."""
+    with pytest.raises(DecodeError) as first:
+        decode_clip(path, 0, fps=5, num_frames=2, size=16, backend=backend)
+    with pytest.raises(DecodeError) as second:
+        decode_frames(path, size=16, backend=backend)
+    assert str(first.value) == str(second.value)
+    assert str(path) in str(first.value) and "\n" not in str(first.value)
+    return str(first.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_a_video_file_is_refused(tmp_path, backend):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("This is no video.\n" * 100)
+    ffmpeg_program("-f", "lavfi", "-i", "color=s=64x64", "-frames:v", "1", str(tmp_path / "a.png"))
+    (tmp_path / "a.png").rename(tmp_path / "still.mp4")
+    ffmpeg_program("-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4"))
+    for name in ("empty.mp4", "text.mp4", "still.mp4", "sound.mp4"):
+        refused(tmp_path / name, backend)
+    assert "No such file" in refused(tmp_path / "absent.mp4", backend)
+    assert "not a regular file" in refused(tmp_path, backend)
+    assert "not a regular file" in refused("/dev/zero", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_file_that_points_to_others_is_refused(video, tmp_path, backend):
+    """Playlists and the like would open what they name: a URL, or a file of someone else's."""
+    target = video(BASE)
+    playlists = {
+        "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{target}\n#EXT-X-ENDLIST\n",
+        "list.mp4": f"ffconcat version 1.0\nfile {target}\n",
+        "list.sdp": "v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    }
+    for name, text in playlists.items():
+        (tmp_path / name).write_text(text)
+        refused(tmp_path / name, backend)
+    for name in (f"concat:{target}", f"file:{target}", f"subfile,,start,0,end,0,,:{target}"):
+        refused(name, backend)
+    refused("http://127.0.0.1:9/video.mp4", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["-i.mp4", "a:b.mp4", "%03d.mp4", "é ' \\ [0];,.mp4", "http:.mp4"])
+def test_odd_file_names_are_only_names(video, tmp_path, monkeypatch, name, backend):
+    (tmp_path / name).write_bytes(video(BASE).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    settings = {"fps": 5, "num_frames": 4, "size": 32, "backend": backend}
+    assert torch.equal(decode_clip(name, 1, **settings), decode_clip(video(BASE), 1, **settings))
+
+
+@pytest.mark.parametrize("name", [BASE, "packed_b.avi", "vp9.webm", "mpeg2.ts"])
+def test_probe_duration(video, name):
+    assert video_decoder.probe_duration(video(name)) == pytest.approx(5, abs=0.15)
+
+
+def test_probe_duration_refuses_what_is_no_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("This is no video.")
+    with pytest.raises(DecodeError, match=r"text\.mp4"):
+        video_decoder.probe_duration(tmp_path / "text.mp4")
+
+
+def test_the_program_in_path_comes_first(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    program = tmp_path / "ffmpeg"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert video_decoder.ffmpeg_program() == str(program)
+    program.unlink()
+    assert video_decoder.ffmpeg_program() == imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def test_frames_are_freed_without_a_garbage_collection(video):
+    """Else a worker holds hundreds of pictures until the collector comes by."""
+    path = video(BASE)
+    gc.collect()
+    gc.disable()
+    try:
+        decode_clip(path, 1, fps=5, num_frames=4, size=32)
+        decode_frames(path, size=32)
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, av.VideoFrame)]
+    finally:
+        gc.enable()

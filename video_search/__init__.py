@@ -1,0 +1,1 @@
+"""The parts of search.py: the index's file, the search and its page."""
