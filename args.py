@@ -94,8 +94,11 @@ def add_inference_flags(add):
     add("--gpu", type=int, default=None, help="use this GPU only")
 
 
-def get_args(description="MIL-NCE", argv=None):
-    """Parses argv (default: the process's). Flags may be normalize_flags with `-` or `_`."""
+def get_args(description="MIL-NCE", script=None, argv=None):
+    """Parse argv (default: the process's). Flags may be spelled with `-` or `_`.
+
+    script: the name of the script without `.py`; its help shows the flags that it uses.
+    """
     parser = Parser(
         description=description,
         allow_abbrev=False,

@@ -13,12 +13,13 @@ from evaluation.features import inference_model
 from evaluation.linear_probe import evaluate_hmdb, hmdb_features
 from evaluation.report import check_report, evaluation_settings, hmdb_data, write_page
 from hmdb_loader import HMDB51
-from utils import check_output, print_metrics, run_script, setup_logging
+from utils import check_output, input_error, print_metrics, run_script, setup_logging
 
 
 def make_features(args, csv):
     """Decodes the videos and runs the model: the data set, the features, what has none and why."""
-    device = pick_device(args)
+    with input_error("--device, --gpu"):
+        device = pick_device(args.device, args.gpu)
     if args.features:
         check_output(args.features, "features")
     dataset = HMDB51(
@@ -45,7 +46,7 @@ def make_features(args, csv):
 
 
 def main():
-    args = get_args(__doc__)
+    args = get_args(__doc__, "eval_hmdb")
     setup_logging(args.verbose)
     if args.output:
         check_output(args.output)

@@ -7,7 +7,7 @@ from utils import run_script
 
 
 def main():
-    retrieval_script(get_args(__doc__), MSRVTT, "data/msrvtt_test.csv")
+    retrieval_script(get_args(__doc__, "eval_msrvtt"), MSRVTT, "data/msrvtt_test.csv")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from youcook_loader import YouCook2
 
 
 def main():
-    retrieval_script(get_args(__doc__), YouCook2, "data/validation_youcook.csv")
+    retrieval_script(get_args(__doc__, "eval_youcook"), YouCook2, "data/validation_youcook.csv")
 
 
 if __name__ == "__main__":

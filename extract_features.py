@@ -32,6 +32,7 @@ from utils import (
     atomic_write,
     check_folder,
     files_below,
+    input_error,
     log,
     make_folder,
     one_line,
@@ -149,10 +150,12 @@ def new_failures(root, share):
 
 
 def main():
-    args = get_args(__doc__)
+    args = get_args(__doc__, "extract_features")
     setup_logging(args.verbose)
     share = detect_shard(args)
-    device = pick_device(args, share.local_rank % max(1, torch.cuda.device_count()))
+    with input_error("--device, --gpu"):
+        local_rank = share.local_rank % max(1, torch.cuda.device_count())
+        device = pick_device(args.device, args.gpu, local_rank)
     videos = video_list(args)[share.index :: share.count]
     if not args.feature_root:
         raise InputError("--feature_root is needed: give the folder that features are written to")

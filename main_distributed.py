@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from args import get_args
-from distributed.device import PRECISIONS, inference_amp
+from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
 from distributed.process import start
 from distributed.workers import prefetch_depth
@@ -26,13 +26,13 @@ from s3dg import S3D, Tokenizer, fuse_for_inference
 from training import checkpoint
 from training.log import BadSamples, MetricLogger, ThroughputMeter, log_path, read_records
 from training.optimizer import build_optimizer
-from training.step import BatchNormBuffers, TrainingStep, autocast_dtype
+from training.step import BatchNormBuffers, TrainingStep
 from utils import (
     InputError,
     check_clip_size,
-    check_compiler,
     check_file,
     check_words_fit,
+    input_error,
     log,
     make_folder,
     read_words,
@@ -44,7 +44,7 @@ from youcook_loader import YouCook2
 
 
 def main():
-    args = get_args(__doc__)
+    args = get_args(__doc__, "main_distributed")
     launch = detect_launch(args)
     if launch.spawn > 1:
         args.resume = args.resume or launch.restarts > 0
@@ -94,7 +94,8 @@ def setup(args, processes, device):
             "processes: give a multiple"
         )
     if args.compile:
-        check_compiler()
+        with input_error("--compile"):
+            check_compiler()
         if args.grad_checkpoint:
             raise InputError("--compile and --grad_checkpoint exclude each other: drop one")
     if args.sample_timeout >= args.dist_timeout:
@@ -286,7 +287,7 @@ def check_ranks_agree(args, process, job):
         "videos": len(job.dataset),
         "batch": job.batch_size,
         "accum_steps": args.accum_steps,
-        "amp": str(autocast_dtype(args, process.device)),
+        "amp": str(training_dtype(args.amp, process.device)),
         "steps": job.total_steps,
         "seed": job.dataset.seed,
     }
@@ -313,7 +314,7 @@ def training_step(args, process, job):
         ids = [process.device] if process.device.type == "cuda" else None
         # Running averages take no part in training: validation and checkpoints have rank 0's.
         network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
-    dtype = autocast_dtype(args, process.device)
+    dtype = training_dtype(args.amp, process.device)
     log.info("convolutions and matrix products in %s", str(dtype).removeprefix("torch."))
     skipped = job.progress.skipped_steps, job.progress.skipped_in_row
     step = TrainingStep(network, job.optimizer, dtype, process.enter_stage, skipped)
@@ -462,7 +463,7 @@ def validate(args, process, job, reporter):
         for buffer in job.model.buffers():  # each rank has running statistics of its own
             dist.broadcast(buffer, src=0)
     figures = evaluate_retrieval(
-        fuse_for_inference(job.model, PRECISIONS[inference_amp(args)]),
+        fuse_for_inference(job.model, PRECISIONS[inference_amp(args.amp)]),
         job.validation,
         process.device,
         batch_size=args.batch_size_val,

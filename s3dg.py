@@ -236,6 +236,14 @@ def in_full_precision(layer, x):
         return layer(x.to(layer.weight.dtype))
 
 
+def to_unit_range(video: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 clips [.., 3, T, H, W] to the model's input, float32 in [0, 1].
+
+    Do it on the device: bytes take a quarter of the time to get there.
+    """
+    return video.to(torch.float32, copy=True).div_(255)
+
+
 def space_to_depth(video):
     """[B, 3, T, H, W] -> [B, 24, T/2, H/2, W/2]; channel order: t, h, w offset, then colour."""
     b, c, t, h, w = video.shape

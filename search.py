@@ -42,12 +42,13 @@ from utils import (
     check_output,
     check_words_fit,
     files_below,
+    input_error,
     log,
     one_line,
+    printable,
     read_words,
     run_script,
     setup_logging,
-    shown,
 )
 from video_decoder import EXTENSIONS
 from video_search.index import (
@@ -71,7 +72,8 @@ LONGEST_TEXT = 1000  # characters
 def index_videos(options):
     """Brings the index up to date with the folder; see the top of this file."""
     setup_logging(True)
-    device = pick_device(options)
+    with input_error("--device, --gpu"):
+        device = pick_device(options.device, options.gpu)
     check_output(options.out, "out")
     options.stride = options.stride or options.num_frames / options.fps / 2
     settings = feature_settings(options, ("fps", "stride"), weights="weights")
@@ -137,7 +139,9 @@ def videos_there_are(folder):
         except FileNotFoundError:  # gone since
             continue
         except OSError as error:
-            raise InputError(f"FOLDER: {shown(path)} cannot be read: {error.strerror}") from None
+            raise InputError(
+                f"FOLDER: {printable(path)} cannot be read: {error.strerror}"
+            ) from None
         found[path] = status.st_size, status.st_mtime_ns
     if not found:  # a disk that is not mounted must not empty an index
         raise InputError(f"FOLDER: there are no videos in {folder}: give another")
@@ -158,8 +162,8 @@ def check_gone(folder, gone):
                 nothing = not any(entries)
         if nothing:
             raise InputError(
-                f"FOLDER: nothing is in {shown(place)}, but the index has videos of it: mount its "
-                "disk, or, to take them out, remove it"
+                f"FOLDER: nothing is in {printable(place)}, but the index has videos of it: mount "
+                "its disk, or, to take them out, remove it"
             )
 
 

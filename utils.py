@@ -8,12 +8,10 @@ import logging
 import multiprocessing
 import os
 import secrets
-import shutil
 import signal
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -24,7 +22,37 @@ log = logging.getLogger("milnce")
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: what, and what to do."""
+    """The user's input cannot be used. The message is one line: the problem, then the fix."""
+
+
+class DataError(InputError):
+    """A file or folder cannot be used. Libraries raise it; input_error adds the flag.
+
+    reason: the problem and the fix ("is empty; fill it in"). line: of a text file, from 1.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str, line: int | None = None):
+        self.path, self.reason, self.line = path, reason, line
+        place = printable(path) if line is None else f"{printable(path)}, line {line}"
+        super().__init__(f"{place}: {one_line(reason)}")
+
+
+@contextlib.contextmanager
+def input_error(flag: str):
+    """Report what a library raises about the value of this flag as an InputError that names it.
+
+    flag: as the user spells it, such as "--eval_csv". Catches DataError, ValueError and OSError.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise InputError(f"{flag}: {error}") from None
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        place = f"{printable(error.filename)}: " if error.filename is not None else ""
+        raise InputError(f"{flag}: {place}{reason}") from None
+    except ValueError as error:
+        raise InputError(f"{flag}: {one_line(error)}") from None
 
 
 def one_line(text):
@@ -38,7 +66,7 @@ def shorten(value):
     return text if len(text) < 100 else f"{text[:96]}..."
 
 
-def shown(name):
+def printable(name):
     """A file's name, whatever bytes it has, in a message."""
     return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
@@ -122,17 +150,6 @@ def check_clip_size(args, model):
     for flag, value in (("num_frames", args.num_frames), ("video_size", args.video_size)):
         if model.space_to_depth and value % 2:
             raise InputError(f"--{flag} {value}: this model's stem needs an even number")
-
-
-def check_compiler():
-    """torch.compile writes C++, on a GPU as well."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise InputError("--compile needs a C++ compiler, g++ or $CXX: install one or drop it")
-
-
-def to_unit_range(video):
-    """uint8 clips [.., 3, T, H, W] -> float32 in [0, 1], on the device: bytes travel there."""
-    return video.to(torch.float32, copy=True).div_(255)
 
 
 def setup_logging(verbose, path=None, level=logging.INFO):

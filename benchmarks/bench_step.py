@@ -52,10 +52,10 @@ from ways import (
     settle_averages,
 )
 
+from s3dg import to_unit_range
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from args import get_args
-from training.step import autocast_dtype
-from utils import to_unit_range
+from distributed.device import training_dtype
 
 
 class Row(NamedTuple):
@@ -289,7 +289,7 @@ def main():
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    short = autocast_dtype(get_args(argv=[]), device)
+    short = training_dtype("auto", device)
     header(device, short)
     print(f"clips of {options.frames}x{options.size}x{options.size}, {options.candidates} captions")
     rows = rows_of(short, options.compile)

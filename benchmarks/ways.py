@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from bench_loss import dense_loss
 from torch import nn
 
+from s3dg import to_unit_range
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import get_args
 from evaluation.features import video_features
 from s3dg import S3D, VOCABULARY_ROWS, MaxPool3dTFPadding, TemporalConv3d, fuse_for_inference
 from training.optimizer import build_optimizer
 from training.step import TrainingStep
-from utils import to_unit_range
 from video_loader import TEXT_WORDS
 
 # --- model and clips -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from captions.readers import CaptionError, CaptionStore, is_store, read_captions, usable_captions
-from utils import InputError, check_folder, die_with_parent, files_below, one_line, shown
+from utils import InputError, check_folder, die_with_parent, files_below, one_line, printable
 
 CHUNK = 1 << 20  # characters of a JSON file read at a time
 LARGEST_VIDEO = 1 << 26  # characters of a video's captions in it; they have some ten thousand
@@ -230,8 +230,8 @@ def read_file(path):
         path.encode()
         return read_captions(path)
     except UnicodeEncodeError:
-        return CaptionError(f"{shown(path)}: the file's name is not UTF-8")
+        return CaptionError(f"{printable(path)}: the file's name is not UTF-8")
     except CaptionError as error:
         return error
     except Exception as error:  # one strange file of a million does not end it, as in training
-        return CaptionError(f"{shown(path)}: unexpected {type(error).__name__}: {error}")
+        return CaptionError(f"{printable(path)}: unexpected {type(error).__name__}: {error}")

@@ -1,29 +1,56 @@
 """The device and the number type that a process computes with."""
 
+import os
+import shutil
+
 import torch
 
-from utils import InputError
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}  # of --amp
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
 
-def inference_amp(args):
-    """The --amp of evaluations: none by default, as figures are not to depend on the machine."""
-    return "none" if args.amp == "auto" else args.amp
+def training_dtype(amp: str, device: torch.device) -> torch.dtype:
+    """Choose the type of a training's convolutions and matrix products.
+
+    amp: a key of PRECISIONS, or "auto": bfloat16 where the processor computes in it, which needs
+    no scaling of the loss, and float32 elsewhere.
+    """
+    if amp in PRECISIONS:
+        return PRECISIONS[amp]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = able.get("avx512_bf16") or able.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
-def pick_device(args, local_rank=0):
-    """The torch.device of --device and --gpu for the process of this rank on its node."""
-    if args.device == "cpu":
-        if args.gpu is not None:
-            raise InputError("--gpu and --device cpu exclude each other: drop one")
+def inference_amp(amp: str) -> str:
+    """Resolve an evaluation's precision: "auto" is "none", as metrics must not depend on the
+    machine."""
+    return "none" if amp == "auto" else amp
+
+
+def pick_device(device: str, gpu: int | None = None, local_rank: int = 0) -> torch.device:
+    """Choose the device of the process of this rank on its node.
+
+    device: "auto", "cpu" or "cuda". gpu: use this one only. Raises ValueError where there is none.
+    """
+    if device == "cpu":
+        if gpu is not None:
+            raise ValueError("--gpu and --device cpu exclude each other: drop one")
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        if args.device == "cuda" or args.gpu is not None:
-            raise InputError("--device: no CUDA GPU is available here: use --device cpu")
+        if device == "cuda" or gpu is not None:
+            raise ValueError("no CUDA GPU is available here: use --device cpu")
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False  # float32 is meant where it is asked for
-    index = local_rank if args.gpu is None else args.gpu
+    index = local_rank if gpu is None else gpu
     if not 0 <= index < torch.cuda.device_count():
-        raise InputError(f"--gpu: there is no GPU {index}, only {torch.cuda.device_count()} here")
+        raise ValueError(f"there is no GPU {index}, only {torch.cuda.device_count()} here")
     return torch.device("cuda", index)
+
+
+def check_compiler() -> None:
+    """Raise ValueError unless torch.compile can work: it writes C++, on a GPU as well."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise ValueError("torch.compile needs a C++ compiler, g++ or $CXX: install one or drop it")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from distributed.device import pick_device
-from utils import InputError
+from utils import InputError, input_error
 
 DIST_FILE = "dist-file"  # the flag's default, the release's; here it means none
 
@@ -59,7 +59,9 @@ def detect_launch(args, env=os.environ):
     torchrun is told by RANK and WORLD_SIZE, srun by SLURM_STEP_ID; anything else is plain python.
     Raises InputError where they contradict each other.
     """
-    gpus = torch.cuda.device_count() if pick_device(args).type == "cuda" else 0
+    with input_error("--device, --gpu"):
+        device = pick_device(args.device, args.gpu)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     url = args.dist_url
     if url and args.dist_file != DIST_FILE:
         raise InputError("--dist_url and --dist_file exclude each other: drop one")

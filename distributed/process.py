@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from distributed.device import pick_device
 from distributed.watchdog import Watchdog
-from utils import STOP_SIGNALS, InputError, die_with_parent, log, one_line, run_script
+from utils import STOP_SIGNALS, InputError, die_with_parent, input_error, log, one_line, run_script
 
 COLLECTIVE_TIMEOUT_FACTOR = (
     10  # of collective operations, in dist_timeouts: the watchdog knows which rank hangs
@@ -174,7 +174,9 @@ def run_process(index, work, args, launch):
     if launch.launcher == "torchrun":
         die_with_parent()
     rank, local_rank = launch.first_rank + index, launch.local_rank + index
-    device = pick_device(args, local_rank if torch.cuda.device_count() > 1 else 0)
+    with input_error("--device, --gpu"):
+        local_gpu = local_rank if torch.cuda.device_count() > 1 else 0
+        device = pick_device(args.device, args.gpu, local_gpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -37,7 +37,7 @@ def feature_settings(args, flags=("num_windows_test",), weights="pretrain_cnn_pa
         "num_frames": args.num_frames,
         "video_size": args.video_size,
         **{flag: getattr(args, flag) for flag in flags},
-        "amp": inference_amp(args),
+        "amp": inference_amp(args.amp),
     }
 
 

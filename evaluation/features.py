@@ -18,17 +18,11 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from distributed.device import PRECISIONS, inference_amp
+from distributed.device import PRECISIONS, check_compiler, inference_amp
 from distributed.workers import described, sample_batches
-from s3dg import fuse_for_inference
+from s3dg import fuse_for_inference, to_unit_range
 from training.checkpoint import load_model
-from utils import (
-    check_clip_size,
-    check_compiler,
-    lines_above,
-    log,
-    to_unit_range,
-)
+from utils import check_clip_size, input_error, lines_above, log
 from video_decoder import DecodeError, decode_clips, probe_duration
 
 # Windows that are decoded at once: what a worker holds, however long the video. Each group opens
@@ -133,12 +127,13 @@ def video_features(
 def inference_model(args, device, weights="pretrain_cnn_path"):
     """The model of --pretrain_cnn_path, or of another flag, as the evaluations use it."""
     if args.compile:
-        check_compiler()
+        with input_error("--compile"):
+            check_compiler()
     model = load_model(getattr(args, weights), flag=weights)
     check_clip_size(args, model)
     if args.channels_last:
         model.to(memory_format=torch.channels_last_3d)
-    model = fuse_for_inference(model.to(device), PRECISIONS[inference_amp(args)])
+    model = fuse_for_inference(model.to(device), PRECISIONS[inference_amp(args.amp)])
     if args.compile:
         model.compile()
     return model

@@ -42,7 +42,7 @@ def write_page(folder, title, figures, settings, data):
     """
     shown = [(name, format_metric(value)) for name, value in figures.items()]
     data = {"title": title, "figures": shown, "settings": settings, **data}
-    # With "<" normalize_flags otherwise, no sentence can end the element that the JSON is in.
+    # With "<" spelled otherwise, no sentence can end the element that the JSON is in.
     content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace(SLOT, content)
     path = page_path(folder)
@@ -62,7 +62,7 @@ def evaluation_settings(args, csv, flags=()):
         ("table", Path(csv).name),
         ("weights" if args.pretrain_cnn_path else "features", Path(weights).name),
         *((f"--{flag}", str(getattr(args, flag))) for flag in flags),
-        ("--amp", inference_amp(args)),
+        ("--amp", inference_amp(args.amp)),
         ("date", time.strftime("%Y-%m-%d %H:%M")),
     ]
 

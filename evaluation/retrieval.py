@@ -19,6 +19,7 @@ from utils import (
     InputError,
     check_output,
     check_words_fit,
+    input_error,
     print_metrics,
     read_words,
     setup_logging,
@@ -113,7 +114,8 @@ def retrieval_set(args, dataset_class, default_csv, words):
 def retrieval_script(args, dataset_class, default_csv):
     """The whole of a retrieval script: all input is checked first, then scored and reported."""
     setup_logging(args.verbose)
-    device = pick_device(args)
+    with input_error("--device, --gpu"):
+        device = pick_device(args.device, args.gpu)
     if args.output:
         check_output(args.output)
     if args.report:

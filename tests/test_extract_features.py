@@ -16,10 +16,10 @@ import torch
 import extract_features
 from args import get_args
 from evaluation.features import inference_model
-from s3dg import S3D
+from s3dg import S3D, to_unit_range
 from tests.helpers import ROOT, golden_weight, make_video, write_csv
 from training.checkpoint import load_model
-from utils import InputError, to_unit_range
+from utils import InputError
 from video_decoder import decode_clips
 
 HEADER = ("video_path", "feature_path")

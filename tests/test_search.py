@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import search
-from s3dg import S3D
+from s3dg import S3D, to_unit_range
 from tests.helpers import ROOT, golden_weight, make_video
 from training.checkpoint import load_model
-from utils import InputError, to_unit_range
+from utils import InputError
 from video_decoder import decode_clips
 from video_search.index import read_index
 

@@ -16,25 +16,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from distributed.device import PRECISIONS
 from loss import MILNCELoss
-from utils import to_unit_range
-
-
-def autocast_dtype(args, device):
-    """The type that convolutions and matrix products of the training take (--amp).
-
-    By default bfloat16 where the processor computes in it, which needs no scaling of the loss, and
-    float32 elsewhere.
-    """
-    if args.amp in PRECISIONS:
-        return PRECISIONS[args.amp]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities()
-        native = able.get("avx512_bf16") or able.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+from s3dg import to_unit_range
 
 
 class BatchNormBuffers:

@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
@@ -58,6 +59,28 @@ AVFMT_SEEK_TO_PTS = 0x4000000
 
 class DecodeError(Exception):
     """A file that cannot be decoded; one line that names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """What a clip is, and the backend that decodes it.
+
+    num_frames: frames of a clip. size: its height and width in pixels. fps: frames per second.
+    """
+
+    num_frames: int = 16
+    size: int = 224
+    fps: int = 5
+    decoder: str = "pyav"
+
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of a clip's tensor, uint8 [3, num_frames, size, size]."""
+        return 3, self.num_frames, self.size, self.size
 
 
 def decode_clip(

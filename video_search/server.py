@@ -20,7 +20,7 @@ import waitress
 from flask import Flask, Response, abort, g, jsonify, render_template, request, send_file
 
 from evaluation.thumbnails import thumbnail
-from utils import InputError, one_line, shown
+from utils import InputError, one_line, printable
 from video_decoder import DecodeError, decode_clips
 from video_search.index import best_moments, format_timestamp, moment
 
@@ -78,7 +78,7 @@ def create_app(index, embed, folder, host="localhost"):
     def page():
         return render_template(
             "page.html",
-            folder=shown(folder),
+            folder=printable(folder),
             videos=sum(not video.reason for video in index.videos),
             windows=len(index.starts),
         )
@@ -102,7 +102,7 @@ def create_app(index, embed, folder, host="localhost"):
         try:
             data = draw(numbered(row, len(index.starts)))
         except DecodeError as error:
-            abort(404, shown(str(error)))
+            abort(404, printable(str(error)))
         response = Response(data, mimetype="image/webp")
         response.headers["Cache-Control"] = "private, max-age=3600"
         return response
@@ -162,16 +162,16 @@ def numbered(text, count):
 def video_file(folder, video):
     """The path of an indexed video's file, which is still as it was."""
     if video.reason:
-        abort(404, f"It could not be indexed: {shown(video.reason)}")
+        abort(404, f"It could not be indexed: {printable(video.reason)}")
     path = os.path.join(folder, video.path)
     try:
         status = os.stat(path)
     except OSError:
         status = None
     if not status or not stat.S_ISREG(status.st_mode):
-        abort(404, f"{shown(video.path)} is gone: index the videos again.")
+        abort(404, f"{printable(video.path)} is gone: index the videos again.")
     if status.st_size != video.size:
-        abort(404, f"{shown(video.path)} has changed: index the videos again.")
+        abort(404, f"{printable(video.path)} has changed: index the videos again.")
     return path
 
 
@@ -189,7 +189,7 @@ def described(index, found, run):
     return {
         "thumbnail": f"thumbnail/{run}/{found.row}",
         "video": f"video/{run}/{found.video}",
-        "path": shown(index.videos[found.video].path),
+        "path": printable(index.videos[found.video].path),
         "start": found.start,
         "from": format_timestamp(int(found.start)),
         "to": format_timestamp(math.ceil(found.end)),

@@ -34,8 +34,8 @@ from utils import (
     check_folder,
     check_new_output,
     files_below,
+    printable,
     run_stoppable_script,
-    shown,
 )
 from video_decoder import EXTENSIONS
 
@@ -78,7 +78,7 @@ def files_by_id(paths):
         other = files.setdefault(PurePosixPath(path).name, path)
         if other != path:
             raise InputError(
-                f"--by_id: {shown(other)}.csv and {shown(path)}.csv have one name: "
+                f"--by_id: {printable(other)}.csv and {printable(path)}.csv have one name: "
                 "remove one, or pack without --by_id"
             )
     return list(files.items())
@@ -102,7 +102,7 @@ def make_list(options):
         looked_for = " or ".join(lookup_keys(video, by_id))
         raise InputError(
             f"--caption_root: none of {len(videos):,} videos has captions in {options.caption_root}"
-            f": {shown(looked_for)} is not among them, {shown(min(names))} is{hint}"
+            f": {printable(looked_for)} is not among them, {printable(min(names))} is{hint}"
         )
     write_list(options.out, pairs.values())
     print(f"{options.out}: {len(pairs):,} videos with captions")
@@ -114,7 +114,7 @@ def make_list(options):
         (unusable, "videos whose captions are unusable", ""),
     ):
         if found:
-            print(f"not in it: {len(found):,} {what}, such as {shown(min(found))}{more}")
+            print(f"not in it: {len(found):,} {what}, such as {printable(min(found))}{more}")
 
 
 def captions_there_are(root):
@@ -148,7 +148,7 @@ def pair(videos, names, by_id):
             without.append(video)
         elif pairs.setdefault(name, video) != video:
             twice += 1
-            print(f"twice: {shown(pairs[name])} and {shown(video)}", file=sys.stderr)
+            print(f"twice: {printable(pairs[name])} and {printable(video)}", file=sys.stderr)
     if twice:
         raise InputError(
             f"--video_path: {twice:,} videos have the captions of another one (see above): they "

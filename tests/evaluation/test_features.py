@@ -7,8 +7,8 @@ import torch
 
 from evaluation import features as video_windows
 from evaluation.features import strided_features, strided_starts
+from s3dg import to_unit_range
 from tests.helpers import make_video
-from utils import to_unit_range
 from video_decoder import DecodeError, decode_clips
 
 CPU = torch.device("cpu")

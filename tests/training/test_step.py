@@ -8,12 +8,12 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from args import get_args
+from distributed.device import training_dtype
 from loss import MILNCELoss
-from s3dg import S3D
+from s3dg import S3D, to_unit_range
 from tests.helpers import golden_weight
 from training.optimizer import build_optimizer
-from training.step import BatchNormBuffers, TrainingStep, autocast_dtype
-from utils import to_unit_range
+from training.step import BatchNormBuffers, TrainingStep
 
 CPU = torch.device("cpu")
 BATCH, CANDIDATES = 4, 2
@@ -262,14 +262,14 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
     [("bf16", torch.bfloat16), ("fp16", torch.float16), ("none", torch.float32)],
 )
 def test_amp_names_the_type(flag, dtype):
-    assert autocast_dtype(get_args(argv=[f"--amp={flag}"]), CPU) == dtype
+    assert training_dtype(flag, CPU) == dtype
 
 
 @pytest.mark.parametrize("able", [True, False])
 def test_bfloat16_is_the_default_where_the_processor_computes_in_it(monkeypatch, able):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     expected = torch.bfloat16 if able else torch.float32
-    assert autocast_dtype(get_args(argv=[]), CPU) == expected
+    assert training_dtype("auto", CPU) == expected
 
 
 @pytest.mark.parametrize("flags", WAYS, ids=" ".join)

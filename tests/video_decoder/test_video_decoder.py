@@ -369,7 +369,7 @@ def test_rescale_rounds_halves_away_from_zero(value, expected):
     assert video_decoder.rescale(value, 1, 2) == expected
 
 
-def shown(ticks, num_frames):
+def printable(ticks, num_frames):
     """Which of the frames a, b, c, ... each output frame shows, as a string."""
     step, output = video_decoder.fps_runs(num_frames), ["."] * num_frames
     names = [*"abcdefghijklmnop"[: len(ticks) - 1], None]
@@ -399,7 +399,7 @@ def shown(ticks, num_frames):
     ],
 )
 def test_fps_runs(ticks, expected):
-    assert shown(ticks, 5) == expected
+    assert printable(ticks, 5) == expected
 
 
 def repeated(times):
