@@ -77,7 +77,9 @@ class TrainState:
     progress: Progress
     batch_size: int  # clips of a step over all nodes and micro-batches
     total_steps: int
+    first_step: int  # where it starts
     resumed: Path | None  # the checkpoint, if any
+    damaged: dict  # newer checkpoints that are, and the proof
     resumed_scaler: dict | None  # its float16 scaling, if it had one
 
     def steps_before(self, epoch):
@@ -114,7 +116,8 @@ def setup(args, processes, device):
             f"do not fill one batch of {batch_size}"
         )
     validation = validation_set(args, words) if args.evaluate else None
-    model, resumed = build_model(args, words)
+    damaged = {}
+    model, resumed = build_model(args, words, damaged)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last_3d)
@@ -144,7 +147,9 @@ def setup(args, processes, device):
         progress=progress,
         batch_size=batch_size,
         total_steps=total_steps,
+        first_step=progress.step,
         resumed=resumed and resumed["path"],
+        damaged=damaged,
         resumed_scaler=resumed and resumed.get("scaler"),
     )
 
@@ -193,13 +198,15 @@ def validation_set(args, words):
     return retrieval_set(args, YouCook2, "data/validation_youcook.csv", words)
 
 
-def build_model(args, words):
-    """The S3D to start from, on the CPU, and the checkpoint that is resumed, or None.
+def build_model(args, words, damaged):
+    """Return the S3D to start from, on the CPU, and the checkpoint that is resumed, or None.
 
     It is that of the newest checkpoint (--resume), of given weights (--pretrain_cnn_path), or the
-    one that the flags describe.
+    one that the flags describe. `damaged` receives the damaged checkpoints, see newest_checkpoint.
     """
-    resumed = checkpoint.newest_checkpoint(checkpoint_folder(args)) if args.resume else None
+    resumed = None
+    if args.resume:
+        resumed = checkpoint.newest_checkpoint(checkpoint_folder(args), damaged)
     if resumed:
         path, flag = resumed["path"], "resume"
         model = checkpoint.model_of(resumed["state_dict"], path, flag=flag)
@@ -240,6 +247,7 @@ def train(args, process):
             *(job.resumed, progress.epoch, progress.step),
         )
     check_ranks_agree(args, process, job)
+    set_damaged_aside(process, job)
     process.mark_started()
     step = training_step(args, process, job)
     bad = BadSamples(log_path(args, "bad.csv"), process)
@@ -298,6 +306,21 @@ def check_ranks_agree(args, process, job):
                 f"--resume: rank {rank} starts from {its}, rank 0 from {found[0]}: the nodes "
                 "have different flags, processors (--amp) or files"
             )
+
+
+def set_damaged_aside(process, job):
+    """Have rank 0 rename the damaged checkpoints.
+
+    Not before all ranks have found the same: what only one of them finds damaged may be intact.
+    """
+    error = None
+    if process.rank == 0:
+        try:
+            checkpoint.set_aside(job.damaged)
+        except InputError as refused:
+            error = str(refused)
+    if error := process.broadcast(error):
+        process.abort(error)
 
 
 def training_step(args, process, job):
@@ -439,7 +462,8 @@ def save(args, process, job, step, within_epoch=False):
     if step.scaler.is_enabled():
         content["scaler"] = step.scaler.state_dict()
     number = job.progress.step if within_epoch else None
-    if path := checkpoint.save_checkpoint(checkpoint_folder(args), content, number):
+    resumed = job.resumed and (job.resumed, job.first_step)
+    if path := checkpoint.save_checkpoint(checkpoint_folder(args), content, number, resumed):
         log.info("wrote %s", path)
 
 

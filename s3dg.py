@@ -431,6 +431,14 @@ def read_weights(path):
             f"{path} is damaged, not a checkpoint or holds more than data "
             f"({type(error).__name__}): give a checkpoint or weights"
         ) from None
+    return weights_of(content, path)
+
+
+def weights_of(content, path):
+    """Return what torch.load gave of a checkpoint or of weights as read_weights does.
+
+    Raises ValueError, one line, if it is something else; `path` names the file in it.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: give a checkpoint or weights")
     state = content.get("state_dict", content)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import distributed.process
 import main_distributed
 from s3dg import S3D
 from tests.helpers import run_python, scalars, toy_flags, write_csv
@@ -113,13 +114,21 @@ def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, 
     assert figures == {name: during[name] for name in figures}
 
 
-def test_resuming_ends_with_the_weights_of_the_uninterrupted_run(two_epochs, toy, tmp_path):
+def test_resuming_skips_a_damaged_file_and_ends_with_the_weights_of_the_uninterrupted_run(
+    two_epochs, toy, tmp_path
+):
     folder, flags = two_epochs
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
-    (tmp_path / "checkpoint/run/epoch0002.pth.tar").unlink()
+    path = tmp_path / "checkpoint/run/epoch0002.pth.tar"
+    damaged = path.read_bytes()[:-1000]
+    path.write_bytes(damaged)
     flags = without(flags, "--eval", "--checkpoint_root", "--log_root")
     run_python("main_distributed.py", *flags, *run_flags(tmp_path), "--resume")
     assert [r["step"] for r in records(tmp_path)] == [3, 4]
+    assert path.with_name("epoch0002.pth.tar.damaged").read_bytes() == damaged
+    text = (tmp_path / "log/run.txt").read_text()
+    assert text.count("skipped a damaged checkpoint") == 1
+    assert "(BadZipFile: File is not a zip file), renamed to epoch0002.pth.tar.damaged" in text
     resumed = read_checkpoint(tmp_path / "checkpoint/run/epoch0002.pth.tar")
     expected = read_checkpoint(folder / "checkpoint/run/epoch0002.pth.tar")
     for name, value in expected["state_dict"].items():
@@ -271,6 +280,56 @@ def test_a_checkpoint_of_other_batches_is_gone_on_from_at_the_same_video():
     assert main_distributed.first_progress(None, resumed, range(50), 4).step == 25
     released = {"epoch": 2}  # the release's checkpoints do not say
     assert main_distributed.first_progress(None, released, videos, 4).step == 50
+
+
+def unlike(own):
+    """What a rank sees of another that has found another start."""
+    return [own, {**own, "checkpoint": "another"}]
+
+
+def test_nothing_is_renamed_before_all_ranks_agree_on_the_start(
+    two_epochs, tmp_path, monkeypatch, capsys
+):
+    """What one rank finds damaged, because of its own memory or network, may be intact."""
+    folder, flags = two_epochs
+    shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint/run/epoch0002.pth.tar"
+    path.write_bytes(b"")
+    gather = distributed.process.RankContext.gather
+    monkeypatch.setattr(
+        distributed.process.RankContext,
+        "gather",
+        lambda process, value: unlike(value) if isinstance(value, dict) else gather(process, value),
+    )
+    flags = without(flags, "--eval", "--checkpoint_root", "--log_root", "--nproc")
+    flags = [*flags, *run_flags(tmp_path), "--resume", "--nproc_per_node=1"]
+    monkeypatch.setattr("sys.argv", ["main_distributed.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main_distributed.main)
+    assert stopped.value.code == 2 and "rank 1 starts from" in capsys.readouterr().err
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_newest_checkpoint_that_cannot_be_read_ends_the_start_and_all_files_stay(
+    processes, two_epochs, tmp_path
+):
+    """Reading its own memory at address 0 is an I/O error to a process, on Linux."""
+    folder, flags = two_epochs
+    checkpoints = shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint") / "run"
+    newest = checkpoints / "epoch0003.pth.tar"
+    newest.symlink_to("/proc/self/mem")
+    if not newest.exists():
+        pytest.skip("no /proc/self/mem here")
+    before = {path.name: path.lstat().st_mtime_ns for path in checkpoints.iterdir()}
+    flags = without(flags, "--eval", "--checkpoint_root", "--log_root", "--nproc")
+    flags += [*run_flags(tmp_path), "--resume", "--epochs=5", f"--nproc_per_node={processes}"]
+    command = [sys.executable, ROOT / "main_distributed.py", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    assert line.startswith(f"error: --resume: {newest} cannot be read (Input/output error)")
+    assert {path.name: path.lstat().st_mtime_ns for path in checkpoints.iterdir()} == before
 
 
 def without(flags, *names):

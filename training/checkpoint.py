@@ -5,6 +5,10 @@ expects them. Files are data: nothing pickled is run.
 """
 
 import contextlib
+import io
+import itertools
+import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -17,6 +21,15 @@ from utils import InputError, atomic_write, check_file, log, one_line
 KEPT = 10  # newest checkpoints of a run, one an epoch
 KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
 NAME = re.compile(r"epoch(\d{4,})(?:_step(\d{8,}))?\.pth\.tar")
+
+# Files of PyTorch before 1.6, such as the release's checkpoints, are no zip archives.
+OLD_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+# How torch.load reports, as a RuntimeError, that the content is not what it should be.
+CONTENT_FAULT = re.compile(r"PytorchStreamReader failed|record size|hasRecord|unexpected EOF")
+
+
+class Damaged(Exception):
+    """A file's content is proven not to be a checkpoint. The message is the proof."""
 
 
 @contextlib.contextmanager
@@ -54,20 +67,45 @@ def load_model(path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path
 
 
 def numbered(folder):
-    """The run's checkpoints as ((finished epochs, step or 0), path), oldest first."""
-    found = ((NAME.fullmatch(path.name), path) for path in Path(folder).glob("epoch*.pth.tar"))
-    return sorted(((int(match[1]), int(match[2] or 0)), path) for match, path in found if match)
+    """List the run's checkpoints as ((finished epochs, step or 0), path), oldest first.
 
-
-def save_checkpoint(folder, content, step=None):
-    """Writes epochNNNN.pth.tar, or epochNNNN_stepNNNNNNNN.pth.tar in the middle of an epoch.
-
-    Removes all but the newest of its kind. Half a file never has that name. Returns the path, or
-    None where it could not be written, which is logged: the older ones are still there.
+    Raises InputError if the folder exists but cannot be listed. (Path.glob would return nothing,
+    and the run would start from scratch.)
     """
     folder = Path(folder)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(
+            f"--checkpoint_root: the folder {folder} cannot be listed ({error.strerror}); fix it "
+            "and start again, or give another"
+        ) from None
+    found = ((NAME.fullmatch(name), folder / name) for name in names)
+    return sorted((key_of(match), path) for match, path in found if match)
+
+
+def key_of(match):
+    """Return (finished epochs, step or 0) of a NAME match."""
+    return int(match[1]), int(match[2] or 0)
+
+
+def name_of(epoch, step=None):
+    """Return the file name of a checkpoint; `step` is given in the middle of an epoch."""
     within = "" if step is None else f"_step{step:08d}"
-    path = folder / f"epoch{content['epoch']:04d}{within}.pth.tar"
+    return f"epoch{epoch:04d}{within}.pth.tar"
+
+
+def save_checkpoint(folder, content, step=None, resumed=None):
+    """Write epochNNNN.pth.tar, or epochNNNN_stepNNNNNNNN.pth.tar in the middle of an epoch.
+
+    Half a file never has that name. Then removes old checkpoints, see prune. `resumed` is (path,
+    step) of the checkpoint that the run resumed from and the step at which it did. Returns the
+    path, or None if it could not be written, which is logged: the older ones are still there.
+    """
+    folder = Path(folder)
+    path = folder / name_of(content["epoch"], step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("epoch*.tmp"):  # by a run that was killed
@@ -78,39 +116,150 @@ def save_checkpoint(folder, content, step=None):
         reason = one_line(error)
         log.error("could not write %s, going on with the older checkpoints: %s", path, reason)
         return None
-    # What is newer is damaged, or of smaller batches: the run went on from before it.
-    found = numbered(folder)
-    left = [old for key, old in found if key > (content["epoch"], step or 0)]
-    for kept, is_step in ((KEPT, False), (KEPT_STEPS, True)):
-        same = [old for (_, at), old in found if bool(at) == is_step and old not in left]
-        left += same[:-kept]
-    for old in left:
-        with contextlib.suppress(OSError):
-            old.unlink()
+    try:
+        if resumed and step is not None:
+            renumber(folder, (content["epoch"], step), *resumed)
+        prune(folder, (content["epoch"], step or 0))
+    except (OSError, InputError) as error:
+        log.warning("could not remove old checkpoints: %s", one_line(error))
     return path
 
 
-def check_sums(path):
-    """Finds what torch.load does not: numbers that have changed on the disk."""
+def renumber(folder, saved, resumed, first_step):
+    """Restore the order of an epoch's files after a resume with larger batches.
+
+    Steps of larger batches have lower numbers, so the file that the run resumed from would pass
+    for newer than the one just saved, `saved`. It gets the number at which the run resumed. The
+    files before it, of the same epoch and also numbered too high, are removed: two newer ones
+    exist. Files newer than the resumed one are not of this run and stay.
+    """
+    last = key_of(NAME.fullmatch(resumed.name))
+    stale = [path for key, path in numbered(folder) if key[0] == saved[0] and saved < key <= last]
+    if resumed in stale:
+        os.replace(resumed, folder / name_of(saved[0], first_step))
+        stale.remove(resumed)
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def prune(folder, saved):
+    """Remove all but the newest checkpoints of each kind up to `saved`, never one after it.
+
+    A damaged file has another name by then. What is newer all the same is intact as far as this
+    run knows.
+    """
+    found = [(key, path) for key, path in numbered(folder) if key <= saved]
+    for kept, is_step in ((KEPT, False), (KEPT_STEPS, True)):
+        same = [path for (_, step), path in found if bool(step) == is_step]
+        for path in same[:-kept]:
+            path.unlink(missing_ok=True)
+
+
+def check_sums(data):
+    """Find what torch.load does not: numbers that have changed on the disk."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        damaged = error
-    if damaged:
-        raise InputError(f"--resume: {path} is damaged ({damaged})")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            wrong = archive.testzip()
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # zipfile raises many types on damaged headers
+        raise Damaged(f"{type(error).__name__}: {one_line(error)}") from None
+    if wrong:
+        raise Damaged(f"the checksum of {wrong} is wrong")
 
 
-def newest_checkpoint(folder):
-    """The content of the newest checkpoint that can be read, with its "path", or None."""
-    for _, path in reversed(numbered(folder)):
-        try:
-            check_sums(path)
-            content = read_checkpoint(path, "resume")
-        except InputError as error:
-            log.warning("skipped a damaged checkpoint: %s", error)
+def load(path):
+    """Load a checkpoint's content. Raises Damaged if it is proven damaged.
+
+    The file is read once, into memory: an I/O error cannot come up inside zipfile or torch.load,
+    which report it as a fault of the content, and what is loaded is what was checked. Every other
+    exception (OSError, MemoryError, torch's RuntimeError for lack of memory) proves nothing.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    if OLD_FORMAT not in data[:32]:  # which has no checksums
+        check_sums(data)
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise Damaged(f"torch.load rejects its pickle, {type(error).__name__}") from None
+    except RuntimeError as error:
+        text = one_line(error)
+        if CONTENT_FAULT.search(text) and "alloc" not in text:
+            raise Damaged(text.split(". ")[0]) from None
+        raise
+    try:
+        return s3dg.weights_of(content, path.name)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+
+
+def newest_checkpoint(folder, damaged=None):
+    """Return the content of the newest checkpoint that is not damaged, with its "path", or None.
+
+    Changes nothing on the disk. `damaged`, a dict, receives {path: proof} of the files skipped
+    because their content is damaged: see set_aside. Raises InputError if a file cannot be read for
+    any other reason: it may be intact, and training from an older one would overwrite it.
+    """
+    damaged = {} if damaged is None else damaged
+    skipped, gone = set(), None
+    paths = [path for _, path in numbered(folder)]
+    while paths:
+        path = paths.pop()
+        if path in skipped:
             continue
-        if {"epoch", "optimizer", "scheduler"} <= content.keys():
-            return {**content, "path": path}
-        log.warning("skipped %s: it has no optimizer or scheduler to resume from", path)
+        try:
+            content = load(path)
+        except Damaged as proof:
+            damaged[path] = str(proof)
+            skipped.add(path)
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and path != gone:
+                # Renamed or removed since it was listed: another process may have made newer ones.
+                gone = path
+                paths = [path for _, path in numbered(folder)]
+                continue
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"--resume: {path} cannot be read ({one_line(reason).rstrip(': ')}) but may be "
+                "intact; fix the cause and start again, or move the file to another folder to "
+                "resume from an older one"
+            ) from None
+        else:
+            if {"epoch", "optimizer", "scheduler"} <= content.keys():
+                return {**content, "path": path}
+            skipped.add(path)
+            log.warning(
+                "skipped %s: it has no optimizer or scheduler to resume from; move it to another "
+                "folder to keep it, as later checkpoints replace it",
+                path,
+            )
     return None
+
+
+def set_aside(damaged):
+    """Rename the damaged files that newest_checkpoint found to *.damaged, and log the proof.
+
+    For one process, once all have agreed on what to resume from. No existing file is replaced.
+    Raises InputError if a file cannot be renamed: a new checkpoint would overwrite it.
+    """
+    for path, proof in damaged.items():
+        try:
+            taken = set(os.listdir(path.parent))
+            target = path.with_name(f"{path.name}.damaged")
+            for number in itertools.count(2):
+                if target.name not in taken:
+                    break
+                target = path.with_name(f"{path.name}.{number}.damaged")
+            path.rename(target)
+        except FileNotFoundError:  # by another process
+            log.warning("skipped a damaged checkpoint, which is gone now: %s (%s)", path, proof)
+        except OSError as error:
+            raise InputError(
+                f"--resume: {path} is damaged ({proof}) and cannot be renamed ({error.strerror}); "
+                "move it to another folder and start again"
+            ) from None
+        else:
+            log.warning(
+                "skipped a damaged checkpoint: %s (%s), renamed to %s", path, proof, target.name
+            )

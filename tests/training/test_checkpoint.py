@@ -1,12 +1,18 @@
+import builtins
 import errno
+import io
+import os
 import pickle
 import subprocess
+import zipfile
+from itertools import product
 
 import pytest
 import torch
 
 from s3dg import S3D
 from tests.helpers import golden_json
+from training import checkpoint
 from training.checkpoint import (
     KEPT,
     KEPT_STEPS,
@@ -15,6 +21,7 @@ from training.checkpoint import (
     numbered,
     read_checkpoint,
     save_checkpoint,
+    set_aside,
 )
 from utils import InputError
 
@@ -92,8 +99,8 @@ def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, ca
     assert "must not run" not in capsys.readouterr().out
 
 
-def save(folder, epoch, step=None):
-    return save_checkpoint(folder, content(epoch, {"w": torch.ones(1) * epoch}), step)
+def save(folder, epoch, step=None, resumed=None):
+    return save_checkpoint(folder, content(epoch, {"w": torch.ones(1) * epoch}), step, resumed)
 
 
 def names(folder):
@@ -137,13 +144,47 @@ def test_the_newest_two_of_steps_are_kept_besides_the_ten_of_epochs(tmp_path):
     assert len(steps) == KEPT_STEPS
 
 
-def test_fewer_larger_steps_of_a_resumed_epoch_replace_its_older_files(tmp_path):
+def test_an_epoch_resumed_with_larger_batches_keeps_its_files_in_order(tmp_path):
     """A run of batches of 256 is resumed with batches of 512."""
     save(tmp_path, 3)
     save(tmp_path, 3, 9500)
-    save(tmp_path, 3, 10_000)
-    path = save(tmp_path, 3, 5500)
+    before = save(tmp_path, 3, 10_000)
+    content_before = before.read_bytes()
+    path = save(tmp_path, 3, 5500, (before, 5000))
     assert newest_checkpoint(tmp_path)["path"] == path
+    assert [key for key, _ in numbered(tmp_path)] == [(3, 0), (3, 5000), (3, 5500)]
+    assert (tmp_path / "epoch0003_step00005000.pth.tar").read_bytes() == content_before
+    path = save(tmp_path, 3, 6000, (before, 5000))
+    assert newest_checkpoint(tmp_path)["path"] == path
+    assert [key for key, _ in numbered(tmp_path)] == [(3, 0), (3, 5500), (3, 6000)]
+
+
+def test_an_epoch_resumed_with_smaller_batches_keeps_its_files_in_order(tmp_path):
+    save(tmp_path, 3, 4500)
+    before = save(tmp_path, 3, 5000)
+    path = save(tmp_path, 3, 10_500, (before, 10_000))
+    assert newest_checkpoint(tmp_path)["path"] == path
+    assert [key for key, _ in numbered(tmp_path)] == [(3, 5000), (3, 10_500)]
+
+
+def test_the_end_of_an_epoch_resumed_with_larger_batches_is_its_newest_file(tmp_path):
+    before = save(tmp_path, 3, 10_000)
+    path = save(tmp_path, 4, resumed=(before, 5000))
+    assert newest_checkpoint(tmp_path)["path"] == path and before.is_file()
+
+
+def test_what_is_newer_than_the_resumed_checkpoint_is_never_removed(tmp_path):
+    """Such as checkpoints that were elsewhere at the start, or weights without an optimizer."""
+    newer = [(3, 10_100), (4, None), (4, 7), (5, None), *((epoch, None) for epoch in range(7, 20))]
+    before = save(tmp_path, 3, 10_000)
+    for epoch, step in newer:
+        (tmp_path / checkpoint.name_of(epoch, step)).write_text("intact")
+    for step in (5500, 6000, 6500):
+        path = save(tmp_path, 3, step, (before, 5000))
+        assert path.is_file()
+    for epoch, step in newer:
+        assert (tmp_path / checkpoint.name_of(epoch, step)).read_text() == "intact"
+    assert [key for key, _ in numbered(tmp_path)][:2] == [(3, 6000), (3, 6500)]
 
 
 def assert_not_written(folder, path, log):
@@ -205,33 +246,261 @@ def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["epoch0004.pth.tar"]
 
 
-def test_resuming_skips_a_damaged_newest_file(tmp_path):
+def rewritten(data, change):
+    """The bytes of a checkpoint with the records that change(name, bytes) gives, None for none."""
+    result = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(result, "w") as new:
+        for name in old.namelist():
+            if (record := change(name, old.read(name))) is not None:
+                new.writestr(name, record)
+    return result.getvalue()
+
+
+def saved(content, **options):
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "garbage": lambda data: bytes(range(256)) * 100,
+    "text": lambda data: b"not a checkpoint",
+    "the first 50 bytes": lambda data: data[:50],
+    "half": lambda data: data[: len(data) // 2],
+    "all but the last byte": lambda data: data[:-1],
+    "zeros at the end": lambda data: data[: len(data) // 2] + bytes(len(data) // 2),
+    "a flipped bit of a weight": lambda data: flipped(data, 200_000),
+    "a flipped bit of the pickle": lambda data: flipped(data, data.find(b"optimizer")),
+    "a record less": lambda data: rewritten(
+        data, lambda name, record: None if name.endswith("data/0") else record
+    ),
+    "a short record": lambda data: rewritten(
+        data, lambda name, record: record[:100] if name.endswith("data/0") else record
+    ),
+    "a pickle that runs code": lambda data: saved(content(2, Evil())),
+    "a list": lambda data: saved([1, 2]),
+    "no state_dict": lambda data: saved({"epoch": 2, "optimizer": {}, "scheduler": {}}),
+    "half of the old format": lambda data: saved(
+        content(2, {"w": torch.rand(1000)}), _use_new_zipfile_serialization=False
+    )[:2000],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_file_is_skipped_renamed_and_never_deleted(tmp_path, milnce_log, damage):
+    for epoch in (1, 2):
+        path = save_checkpoint(tmp_path, content(epoch, {"w": torch.rand(100_000)}))
+    data = DAMAGES[damage](path.read_bytes())
+    path.write_bytes(data)
+    damaged = {}
+    found = newest_checkpoint(tmp_path, damaged)
+    assert found["epoch"] == 1 and found["path"].name == "epoch0001.pth.tar"
+    assert list(damaged) == [path] and path.read_bytes() == data  # looking changes nothing
+    set_aside(damaged)
+    (line,) = [record.getMessage() for record in milnce_log.records]
+    for part in (str(path), damaged[path], "renamed to epoch0002.pth.tar.damaged"):
+        assert part in line and "\n" not in line
+    for epoch in range(2, 14):
+        assert save(tmp_path, epoch).is_file()
+    assert (tmp_path / "epoch0002.pth.tar.damaged").read_bytes() == data
+    assert [key for key, _ in numbered(tmp_path)] == [(epoch, 0) for epoch in range(4, 14)]
+
+
+def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path):
+    path = save(tmp_path, 1)
+    data, expected = path.read_bytes(), newest_checkpoint(tmp_path)
+    found = 0
+    for place in range(0, len(data), 5):
+        path.write_bytes(flipped(data, place))
+        try:
+            read = newest_checkpoint(tmp_path)
+        except InputError:
+            continue
+        found += read is None
+        assert read is None or read == expected
+    assert found > 100
+
+
+def test_no_damaged_file_replaces_another(tmp_path):
+    texts = ["first", "second", "third"]
+    for text in texts:
+        path = tmp_path / "epoch0002.pth.tar"
+        path.write_text(text)
+        set_aside({path: "proof"})
+    names = ["epoch0002.pth.tar.damaged", *(f"epoch0002.pth.tar.{n}.damaged" for n in (2, 3))]
+    assert [(tmp_path / name).read_text() for name in names] == texts
+    assert numbered(tmp_path) == []
+
+
+def test_a_damaged_file_that_another_process_has_renamed_is_no_error(tmp_path, milnce_log):
+    set_aside({tmp_path / "epoch0002.pth.tar": "proof"})
+    assert "gone" in milnce_log.text and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_that_cannot_be_renamed_ends_the_start(tmp_path, monkeypatch):
+    path = tmp_path / "epoch0002.pth.tar"
+    path.write_text("damaged")
+
+    def rename(*paths):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(InputError, match=r"^--resume: .*epoch0002.* \(proof\).*Read-only"):
+        set_aside({path: "proof"})
+    assert path.is_file()
+
+
+def failing(real, path, error, where):
+    """An open() whose files fail at one path, when opened or when read."""
+
+    class File(io.BytesIO):
+        def read(self, *size):
+            raise error
+
+    def fake(name, *args, **options):
+        if str(name) != str(path):
+            return real(name, *args, **options)
+        if where == "open":
+            raise error
+        return File()
+
+    return fake
+
+
+def torch_error():
+    """What torch raises for want of memory, which is no MemoryError."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50)
+    return raised.value
+
+
+NO_PROOF = {
+    "EIO": lambda: OSError(errno.EIO, "Input/output error"),
+    "ESTALE": lambda: OSError(errno.ESTALE, "Stale file handle"),
+    "EACCES": lambda: PermissionError(errno.EACCES, "Permission denied"),
+    "ENOENT": lambda: FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    "ENOMEM": lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "MemoryError": MemoryError,
+    "torch's": torch_error,
+    "unknown": lambda: RuntimeError("something else"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        *product(NO_PROOF, ["open", "read", "torch.load"]),
+        *product(["EIO", "MemoryError"], ["zipfile"]),
+    ],
+)
+def test_an_error_that_proves_no_damage_ends_the_start(tmp_path, monkeypatch, kind, where):
     for epoch in (1, 2):
         path = save(tmp_path, epoch)
-    path.write_bytes(path.read_bytes()[:50])
-    found = newest_checkpoint(tmp_path)
-    assert found["epoch"] == 1 and found["path"].name == "epoch0001.pth.tar"
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    error = NO_PROOF[kind]()
+
+    def fail(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if where == "torch.load":
+            patch.setattr(torch, "load", fail)
+        elif where == "zipfile":
+            patch.setattr(zipfile.ZipFile, "testzip", fail)
+        else:
+            patch.setattr(builtins, "open", failing(open, path, error, where))
+        damaged = {}
+        with pytest.raises(InputError) as refused:
+            newest_checkpoint(tmp_path, damaged)
+    message = str(refused.value)
+    reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+    for part in ("--resume", str(path), reason, "start again"):
+        assert part in message and "\n" not in message
+    assert not damaged
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert newest_checkpoint(tmp_path)["path"] == path
+
+
+def test_an_error_while_an_older_file_is_read_ends_the_start(tmp_path, monkeypatch):
+    """The newest is damaged, and the one before may be intact."""
+    for epoch in (1, 2, 3):
+        path = save(tmp_path, epoch)
+    path.write_bytes(b"")
+    error = OSError(errno.EIO, "Input/output error")
+    older = tmp_path / "epoch0002.pth.tar"
+    monkeypatch.setattr(builtins, "open", failing(open, older, error, "read"))
+    with pytest.raises(InputError, match="epoch0002"):
+        newest_checkpoint(tmp_path)
+    assert names(tmp_path) == [f"epoch000{epoch}.pth.tar" for epoch in (1, 2, 3)]
+
+
+def test_a_file_that_is_renamed_after_it_was_listed_is_no_error(tmp_path, monkeypatch):
+    """By another node, for example, which has written a newer one, too."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    real = open
+
+    def late(name, *args, **options):
+        if str(name) == str(path) and path.exists():
+            path.rename(f"{path}.damaged")
+            save(tmp_path, 3)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", late)
+    assert newest_checkpoint(tmp_path)["epoch"] == 3
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_ends_the_start(tmp_path, monkeypatch, error):
+    """An empty list would start the run from scratch."""
+    save(tmp_path, 1)
+
+    def fail(folder):
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fail)
+        patch.setattr(os, "scandir", fail)
+        with pytest.raises(InputError, match=rf"^--checkpoint_root: .*{os.strerror(error)}"):
+            newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path)["epoch"] == 1
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_resuming_notices_numbers_that_have_changed_on_the_disk(tmp_path):
-    for epoch in (1, 2):
-        path = save_checkpoint(tmp_path, content(epoch, {"w": torch.rand(100_000)}))
-    damaged = bytearray(path.read_bytes())
-    damaged[200_000:200_100] = bytes(100)
-    path.write_bytes(damaged)
-    assert newest_checkpoint(tmp_path)["epoch"] == 1
+def test_a_folder_that_cannot_be_listed_does_not_fail_a_save(tmp_path, monkeypatch, milnce_log):
+    def fail(folder):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "listdir", fail)
+    assert save(tmp_path, 1).is_file()
+    assert "could not remove old checkpoints" in milnce_log.text
 
 
-def test_what_is_written_is_kept_whatever_damaged_files_have_higher_numbers(tmp_path):
-    """The run has gone on from before them."""
-    save_checkpoint(tmp_path, content(6, {}))
-    for step in (100, 200):
-        (tmp_path / f"epoch0007_step{step:08d}.pth.tar").write_text("damaged")
-    for epoch in range(8, 8 + KEPT):
-        (tmp_path / f"epoch{epoch:04d}.pth.tar").write_text("damaged")
-    assert save_checkpoint(tmp_path, content(6, {}), step=90).is_file()
-    assert [key for key, _ in numbered(tmp_path)] == [(6, 0), (6, 90)]
+def test_weights_without_an_optimizer_are_skipped_and_stay(tmp_path, milnce_log):
+    save(tmp_path, 3)
+    bare = tmp_path / "epoch0020.pth.tar"
+    torch.save({"w": torch.ones(1)}, bare)
+    damaged = {}
+    assert newest_checkpoint(tmp_path, damaged)["epoch"] == 3
+    assert not damaged and "it has no optimizer" in milnce_log.text
+    for epoch in range(4, 17):
+        assert save(tmp_path, epoch).is_file()
+    assert bare.is_file()
+    assert len(numbered(tmp_path)) == KEPT + 1
+
+
+def test_a_checkpoint_in_the_old_format_is_resumed_from(tmp_path):
+    """The release's PyTorch wrote it; it is no zip archive."""
+    save(tmp_path, 1)
+    old = saved(content(2, {"module.w": torch.ones(3)}), _use_new_zipfile_serialization=False)
+    (tmp_path / "epoch0002.pth.tar").write_bytes(old)
+    found = newest_checkpoint(tmp_path)
+    assert found["epoch"] == 2 and torch.equal(found["state_dict"]["w"], torch.ones(3))
 
 
 def test_a_checkpoint_reads_without_its_prefix(tmp_path):
