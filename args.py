@@ -5,8 +5,8 @@ import math
 import re
 import sys
 
-from utils import PRECISIONS
-from video_decoder import BACKENDS
+from utils import PRECISIONS, InputError
+from video_decoder import BACKENDS, DecodeError, check_backend
 
 
 def positive(kind):
@@ -67,6 +67,16 @@ def add_clip_flags(add):
     add("--video_size", type=positive(int), default=224, help="height and width, pixels")
     add("--fps", type=positive(int), default=5, help="frames a second of a clip")
     add("--decoder", choices=BACKENDS, default="pyav", help="decoder backend; same pixels")
+
+
+def check_decoder(args):
+    """Reject a --decoder that does not run on this machine."""
+    try:
+        check_backend(args.decoder)
+    except DecodeError as error:
+        raise InputError(
+            f"--decoder {args.decoder}: {error}; repair that program, or use --decoder pyav"
+        ) from None
 
 
 def add_inference_flags(add):

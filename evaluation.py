@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from args import check_decoder
 from checkpoint import load_model
 from report_page import (
     SHOWN,
@@ -236,6 +237,7 @@ def retrieval_script(args, dataset_class, default_csv):
         check_output(args.output)
     if args.report:
         check_report(args.report)
+    check_decoder(args)
     words = read_words(args)
     dataset = retrieval_set(args, dataset_class, default_csv, words)
     model = inference_model(args, device)

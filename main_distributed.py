@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
-from args import get_args
+from args import check_decoder, get_args
 from evaluation import evaluate_retrieval, retrieval_set
 from s3dg import S3D, Tokenizer, inference_copy
 from training_log import BadSamples, Reporter, Window, log_path, read_records
@@ -100,6 +100,7 @@ def prepare(args, processes, device):
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
             f"{args.dist_timeout:g}: a slow sample would end the run"
         )
+    check_decoder(args)
     micro_batch = args.batch_size // processes.nproc_per_node
     batch_size = micro_batch * processes.world_size * args.accum_steps
     words = read_words(args)

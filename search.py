@@ -25,6 +25,7 @@ from args import (
     Parser,
     add_clip_flags,
     add_inference_flags,
+    check_decoder,
     not_negative,
     positive,
     spelled,
@@ -67,6 +68,7 @@ def index_videos(options):
     setup_logging(True)
     device = pick_device(options)
     check_output(options.out, "out")
+    check_decoder(options)
     options.stride = options.stride or options.num_frames / options.fps / 2
     settings = feature_settings(options, ("fps", "stride"), weights="weights")
     words = read_words(options)

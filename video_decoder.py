@@ -42,6 +42,7 @@ EXTENSIONS = {
 MAX_PIXELS = 8192 * 4608
 MAX_BYTES = 1 << 30
 MAX_SECONDS = 120
+TRIAL_SECONDS = 60  # for `ffmpeg -version`: a network file system may be slow at first
 # The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
 MAX_REPEATS = 30 * 3600 * 30
 
@@ -118,9 +119,9 @@ def decode_clips(
     and, from there on, those whose picture size changes midway.
 
     Raises DecodeError where the file cannot be opened as a local video file or gives no frame
-    at all, ValueError for arguments out of range.
+    at all, or if the ffmpeg program fails; ValueError for arguments out of range.
     """
-    _check_backend(backend)
+    _check_backend_name(backend)
     starts = [_microseconds(start) for start in starts]
     if not 0 < fps < math.inf or num_frames < 1 or size < 1:
         raise ValueError(f"fps {fps}, num_frames {num_frames} and size {size} must be positive")
@@ -141,7 +142,7 @@ def decode_frames(path, *, size, crop_only=False, crop=(0.5, 0.5), backend="pyav
     The frame rate is made constant as the command (without -ss, -t and fps) does: frames are
     repeated or dropped where the timestamps ask for it. Arguments and errors as decode_clips.
     """
-    _check_backend(backend)
+    _check_backend_name(backend)
     filters = _crop_filters(size, crop_only, crop, False)
     _check_regular_file(path)
     decode = _pyav_whole if backend == "pyav" else _ffmpeg_whole
@@ -164,10 +165,41 @@ def probe_duration(path):
         return container.duration / 1e6
 
 
+def check_backend(backend):
+    """Run a backend's program once, so that a broken one is found before the work starts.
+
+    Raises DecodeError, one line, if the program cannot be run or is not ffmpeg. `pyav` has none.
+    """
+    _check_backend_name(backend)
+    if backend != "ffmpeg":
+        return
+    try:
+        program = ffmpeg_program()
+    except (ImportError, RuntimeError):
+        raise DecodeError(
+            "there is no ffmpeg program in PATH, nor one of the package imageio-ffmpeg"
+        ) from None
+    try:
+        trial = subprocess.run(
+            [program, "-version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TRIAL_SECONDS,
+        )
+    except OSError as error:
+        raise DecodeError(f"cannot run {program}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise DecodeError(f"{program} did not print its version in {TRIAL_SECONDS} s") from None
+    if trial.returncode:
+        raise DecodeError(f"{program} {_ending(trial.returncode, trial.stderr)}")
+    if not trial.stdout.startswith(b"ffmpeg version"):
+        raise DecodeError(f"{program} did not print its version: it is not ffmpeg")
+
+
 # --- arguments ------------------------------------------------------------------------------
 
 
-def _check_backend(backend):
+def _check_backend_name(backend):
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown decoder backend {backend!r}; choose one of {', '.join(BACKENDS)}"
@@ -890,22 +922,32 @@ def _ffmpeg_pixels(path, rate, filters, limit, **seek):
             video = video.filter(name, **options)
         output = video.output("pipe:", format="rawvideo", pix_fmt="rgb24")
         command = output.compile(ffmpeg_program())
-        command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1"]
-        pixels, messages = _run(path, command, limit)
-        if "Invalid too big or non positive size" not in messages:
+        # Of a damaged file the frames that can be decoded count, however few. By default the
+        # program exits with 69 if more than two thirds of the packets cannot be decoded.
+        tolerant = ["-max_error_rate", "1"]
+        command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1", *tolerant]
+        pixels, status, messages = _run(path, command, limit)
+        if b"Invalid too big or non positive size" not in messages:
             break  # otherwise frames were smaller than the crop
-    for failure in ("Error opening input", "Failed to configure", "Error reinitializing filters"):
-        if failure in messages and not pixels:
-            raise DecodeError(f"{path}: ffmpeg says: {failure}")
+    if status:
+        raise DecodeError(f"{path}: the ffmpeg program {_ending(status, messages)}")
+    if b"Cannot allocate memory" in messages:  # it may drop the frames and exit with 0
+        raise DecodeError(f"{path}: the ffmpeg program ran out of memory")
     return pixels
 
 
 def _run(path, command, limit):
-    """The first `limit` bytes a command writes, and its messages."""
+    """Run a command: the first `limit` bytes it writes, its exit status and its messages.
+
+    It is ended once it has written as many; the status is then 0.
+    """
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
-        )
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            )
+        except OSError as error:
+            raise DecodeError(f"{path}: cannot run {command[0]}: {error.strerror}") from None
         late = threading.Event()
 
         def stop():
@@ -925,10 +967,25 @@ def _run(path, command, limit):
             status = process.wait()
         if late.is_set():
             raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
-        if len(pixels) < limit and status < 0:
-            raise DecodeError(f"{path}: the ffmpeg program crashed (signal {-status})")
+        size = errors.seek(0, os.SEEK_END)
         errors.seek(0)
-        return pixels, errors.read(1 << 20).decode("utf-8", "replace")
+        messages = errors.read(1 << 20)
+        errors.seek(max(len(messages), size - 4096))  # the end, for its last line
+        return pixels, status if len(pixels) < limit else 0, messages + errors.read()
+
+
+def _ending(status, messages):
+    """How a program ended that failed, and the last line of its messages (bytes)."""
+    how = f"crashed (signal {-status})" if status < 0 else f"exited with status {status}"
+    lines = messages.decode("utf-8", "replace").split("\n")
+    last = next((line for line in map(_one_line, reversed(lines)) if line), "no message")
+    return f"{how}: {last}"
+
+
+def _one_line(text):
+    """A program's message without control characters, not too long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _ffmpeg_windows(path, starts, fps, filters, clips):

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -15,11 +16,13 @@ import threading
 import zlib
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import video_decoder
 from s3dg import S3D
 from utils import log
 from video_decoder import ffmpeg_program
@@ -191,6 +194,49 @@ def make_video(path, seconds, *options):
     source = ["-f", "lavfi", "-i", f"testsrc2=size=96x64:rate=10:duration={seconds}"]
     command = [ffmpeg_program(), "-v", "error", "-nostdin", "-y", *source]
     subprocess.run([*command, "-pix_fmt", "yuv420p", *options, str(path)], check=True)
+
+
+LIBRARY = "error while loading shared libraries: libx264.so.164: cannot open shared object file"
+# How an ffmpeg program fails that still prints its version: (shell commands, what the error quotes)
+FAILURES = {
+    "status 127": (f"echo first >&2; echo '{LIBRARY}' >&2; exit 127", f"status 127: {LIBRARY}"),
+    "status 1": ("echo 'Unknown encoder' >&2; exit 1", "status 1: Unknown encoder"),
+    "status 255": ("exit 255", "status 255: no message"),
+    "memory limit": ('ulimit -v {limit}; exec {real} "$@"', "the ffmpeg program "),
+}
+
+
+@functools.cache
+def smallest_memory(program):
+    """The address space, in KiB, in which a program just prints its version."""
+    for limit in range(20_000, 2_000_000, 20_000):
+        command = ["sh", "-c", f"ulimit -v {limit}; exec {program} -version"]
+        if not subprocess.run(command, capture_output=True).returncode:
+            return limit
+    pytest.skip("address space cannot be limited here")
+
+
+@pytest.fixture
+def ffmpeg_in_path(tmp_path, monkeypatch):
+    """A function that puts a shell script in PATH as the ffmpeg program.
+
+    The script prints the version of the real program if asked to, unless `version` is false;
+    otherwise it runs the given commands, in which {real} is the real program.
+    """
+    folder = tmp_path / "bin"
+
+    def put(commands, version=True):
+        real = imageio_ffmpeg.get_ffmpeg_exe()
+        limit = smallest_memory(real) if "{limit}" in commands else None
+        delegate = f'case "$*" in -version) exec {real} -version;; esac\n' if version else ""
+        folder.mkdir(exist_ok=True)
+        script = folder / "ffmpeg"
+        script.write_text(f"#!/bin/sh\n{delegate}{commands.format(real=real, limit=limit)}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(video_decoder, "ffmpeg_program", ffmpeg_program)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    return put
 
 
 def private_memory():

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python, scalars, toy_flags, write_csv
+from conftest import FAILURES, run_python, scalars, toy_flags, write_csv
 
 import main_distributed
+from args import get_args
 from checkpoint import load_model, read_checkpoint
 from s3dg import S3D
-from utils import lr_multiplier, run_script
+from utils import lr_multiplier, read_words, run_script
 
 ROOT = Path(main_distributed.__file__).parent
 
@@ -357,3 +358,39 @@ def test_an_odd_clip_size_is_refused_with_that_stem(released_run, toy, monkeypat
     with pytest.raises(SystemExit) as stopped:
         run_script(main_distributed.main)
     assert stopped.value.code == 2 and "--num_frames 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_sample_that_the_ffmpeg_program_fails_at_is_a_bad_one(toy, ffmpeg_in_path, failure):
+    commands, quoted = FAILURES[failure]
+    args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
+    dataset = main_distributed.training_set(args, read_words(args))
+    assert dataset[0, 0].keys() == {"video", "text"}
+    ffmpeg_in_path(commands)
+    assert quoted in dataset[0, 0]["error"]
+
+
+def test_a_training_counts_what_the_ffmpeg_program_fails_at(toy, ffmpeg_in_path, tmp_path):
+    flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
+    ffmpeg_in_path(
+        'case "$*" in *toy00003*) echo "no libx264" >&2; exit 127;; esac; exec {real} "$@"'
+    )
+    run_python("main_distributed.py", *flags, "--max_bad_fraction=0.2")
+    assert records(tmp_path)[-1]["bad_samples"] == 1
+    with open(tmp_path / "log/run.bad.csv", newline="") as file:
+        [(name, reason)] = [tuple(row.values())[:2] for row in csv.DictReader(file)]
+    assert name == "toy00003.mp4" and reason.endswith("exited with status 127: no libx264")
+
+
+def test_a_training_ends_if_the_ffmpeg_program_fails_at_all(toy, ffmpeg_in_path, tmp_path):
+    flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
+    for version, named in (
+        (True, "samples in a row cannot be read: "),
+        (False, "--decoder ffmpeg"),
+    ):
+        ffmpeg_in_path("echo 'no libx264' >&2; exit 127", version=version)
+        with pytest.raises(subprocess.CalledProcessError) as stopped:
+            run_python("main_distributed.py", *flags)
+        assert stopped.value.returncode == 2
+        last = stopped.value.stderr.splitlines()[-1]
+        assert named in last and "status 127: no libx264" in last
