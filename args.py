@@ -98,7 +98,8 @@ def add_inference_flags(add):
         "--sample_timeout",
         type=positive(float),
         default=180.0,
-        help="seconds after which a sample that is still being decoded is given up",
+        help="seconds after which a sample that is still being decoded is given up; without data "
+        "workers there is no limit",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--gpu", type=int, default=None, help="use this GPU only")

@@ -8,10 +8,14 @@ Two backends give the same pixels, those of the command
 `ffmpeg` runs it, one process per window. `pyav` runs FFmpeg's libraries in process and redoes in
 plain arithmetic what the command does with timestamps, so that it knows which frames are wanted
 before it converts them.
+
+There is no time limit here. Data workers have one (workers.py), and an ffmpeg process ends with the
+worker that started it.
 """
 
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -20,8 +24,6 @@ import stat
 import struct
 import subprocess
 import tempfile
-import threading
-import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -29,6 +31,8 @@ import av
 import numpy as np
 import torch
 from av.sidedata.sidedata import SideDataContainer
+
+from utils import die_with_parent
 
 BACKENDS = ("pyav", "ffmpeg")
 
@@ -38,10 +42,9 @@ EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
 }
-# What a hostile header may make us allocate or wait for.
+# What a hostile header may make us allocate.
 MAX_PIXELS = 8192 * 4608
 MAX_BYTES = 1 << 30
-MAX_SECONDS = 120
 TRIAL_SECONDS = 60  # for `ffmpeg -version`: a network file system may be slow at first
 # The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
 MAX_REPEATS = 30 * 3600 * 30
@@ -434,21 +437,9 @@ def _packets(container, stream, offset):
         yield packet
 
 
-def _deadline(path):
-    """A function to call now and then; it raises DecodeError once MAX_SECONDS are over."""
-    end = time.monotonic() + MAX_SECONDS
-
-    def check():
-        if time.monotonic() > end:
-            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
-
-    return check
-
-
-def _decoded(packets, context, hurry):
+def _decoded(packets, context):
     """The frames of packets in the decoder's order. A damaged packet is skipped, as ffmpeg does."""
     for packet in itertools.chain(packets, [None]):
-        hurry()
         try:
             yield from context.decode(packet)
         except av.error.FFmpegError:
@@ -470,14 +461,14 @@ def _frame_length(duration, pts, last, estimate, stream):
     return max(estimate, 1)
 
 
-def _timed_frames(path, packets, stream):
+def _timed_frames(packets, stream):
     """(pts, duration, frame) of a packet sequence, in the stream's time base, as ffmpeg's decoder
     thread gives them; finally (end of the last frame, 0, None)."""
     faulty_pts = faulty_dts = 0
     last_guess_pts = last_guess_dts = -math.inf
     last = None
     estimate = 0
-    for frame in _decoded(packets, stream.codec_context, _deadline(path)):
+    for frame in _decoded(packets, stream.codec_context):
         # libavcodec's guess between the two clocks of a frame (best_effort_timestamp).
         pts, dts = frame.pts, frame.dts
         if dts is not None:
@@ -610,9 +601,8 @@ def _windows_by_packets(path, container, stream, starts, fps, filters, clips):
             shown[window] = True
             showings.setdefault(pts, []).append((window, first, end))
         convert = _converter(path, filters)
-        hurry = _deadline(path)
         for packets in segments:
-            for frame in _wanted_frames(packets, showings, stream.codec_context, hurry):
+            for frame in _wanted_frames(packets, showings, stream.codec_context):
                 picture = convert(frame)
                 for window, first, end in showings.pop(frame.pts):
                     _put(picture, clips[window, :, first:end])
@@ -722,7 +712,7 @@ def _next_packet(source):
     return packet
 
 
-def _wanted_frames(packets, wanted, context, hurry):
+def _wanted_frames(packets, wanted, context):
     """The frames of `packets` (from a keyframe on, in decoding order) whose pts is in `wanted`."""
     # Frames that no other refers to are skipped. In H.265 the mark only speaks of its own layer.
     skipping = context.name == "h264" or all(_slice(packet, context)[1] == 1 for packet in packets)
@@ -737,7 +727,6 @@ def _wanted_frames(packets, wanted, context, hurry):
     needed += group[:end]
     try:
         for packet in [*needed, None]:
-            hurry()
             if packet is not None:
                 skip = skipping and packet.pts not in wanted
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
@@ -789,7 +778,7 @@ def _windows_by_frames(path, starts, fps, filters, clips):
     for windows in passes.values():
         with _open(path) as container:
             stream = _video_stream(path, container)
-            frames = _pass(path, container, stream, starts, windows, fps, clips.shape[2])
+            frames = _pass(container, stream, starts, windows, fps, clips.shape[2])
             for window, frame, first, end in frames:
                 if frame[1] is None:
                     frame[1] = convert(frame[0])
@@ -798,7 +787,7 @@ def _windows_by_frames(path, starts, fps, filters, clips):
     return shown
 
 
-def _pass(path, container, stream, starts, windows, fps, num_frames):
+def _pass(container, stream, starts, windows, fps, num_frames):
     """One pass of the plain way: yields (window, [frame, None], first, end), the runs of fps_runs.
     A frame that several windows show comes in the same list each time."""
     units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
@@ -810,7 +799,7 @@ def _pass(path, container, stream, starts, windows, fps, num_frames):
     shifts = {window: rescale(offset - delays[window], *units_per_us) - base for window in windows}
     steps = {window: fps_runs(num_frames) for window in windows}
     begins = {}
-    for pts, _, frame in _timed_frames(path, _packets(container, stream, offset), stream):
+    for pts, _, frame in _timed_frames(_packets(container, stream, offset), stream):
         holder = [frame, None] if frame else None
         for window, step in list(steps.items()):
             if pts is None:
@@ -860,7 +849,7 @@ def _pyav_whole(path, filters, size):
         usual = 1 / (rate * stream.time_base)
 
         def timed():
-            for pts, duration, frame in _timed_frames(path, packets, stream):
+            for pts, duration, frame in _timed_frames(packets, stream):
                 if frame is not None:
                     length = duration or rescale(1, usual.numerator, usual.denominator)
                     length = float(length * stream.time_base * rate)
@@ -882,7 +871,7 @@ def _check_decodable(path):
     with _open(path) as container:
         stream = _video_stream(path, container)
         packets = _packets(container, stream, _seek(container, stream, None))
-        for _, _, frame in _timed_frames(path, packets, stream):
+        for _, _, frame in _timed_frames(packets, stream):
             if frame is None:
                 raise DecodeError(f"{path}: no frame of it can be decoded")
             return
@@ -939,34 +928,27 @@ def _ffmpeg_pixels(path, rate, filters, limit, **seek):
 def _run(path, command, limit):
     """Run a command: the first `limit` bytes it writes, its exit status and its messages.
 
-    It is ended once it has written as many; the status is then 0.
+    It is ended once it has written as many; the status is then 0. It does not outlive this process.
     """
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
         except OSError as error:
             raise DecodeError(f"{path}: cannot run {command[0]}: {error.strerror}") from None
-        late = threading.Event()
-
-        def stop():
-            late.set()
-            process.kill()
-
-        killer = threading.Timer(MAX_SECONDS, stop)
-        killer.start()
         try:
             pixels = process.stdout.read(limit)
             if len(pixels) < limit:
                 process.wait()
         finally:
-            killer.cancel()
             process.stdout.close()
             process.kill()
             status = process.wait()
-        if late.is_set():
-            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
         size = errors.seek(0, os.SEEK_END)
         errors.seek(0)
         messages = errors.read(1 << 20)

@@ -1,5 +1,6 @@
 """What several test modules share: golden values, the shared clips, golden weights."""
 
+import contextlib
 import csv
 import fcntl
 import functools
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import zlib
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -237,6 +240,15 @@ def ffmpeg_in_path(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
     return put
+
+
+def await_gone(pid):
+    """Wait for a process of that id to end. It may stay as a zombie if nobody reaps orphans."""
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.01)
 
 
 def private_memory():

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import shutil
@@ -8,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAILURES, run_python, scalars, toy_flags, write_csv
+from conftest import FAILURES, await_gone, run_python, scalars, toy_flags, write_csv
 
 import main_distributed
 from args import get_args
 from checkpoint import load_model, read_checkpoint
 from s3dg import S3D
 from utils import lr_multiplier, read_words, run_script
+from video_loader import QUARANTINE, StepSampler, training_batches
 
 ROOT = Path(main_distributed.__file__).parent
 
@@ -380,6 +382,35 @@ def test_a_training_counts_what_the_ffmpeg_program_fails_at(toy, ffmpeg_in_path,
     with open(tmp_path / "log/run.bad.csv", newline="") as file:
         [(name, reason)] = [tuple(row.values())[:2] for row in csv.DictReader(file)]
     assert name == "toy00003.mp4" and reason.endswith("exited with status 127: no libx264")
+
+
+def test_a_slow_ffmpeg_program_ends_with_its_worker(toy, ffmpeg_in_path, tmp_path):
+    """One limit, that of the worker: it brings the video into quarantine."""
+    args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
+    dataset = main_distributed.training_set(args, read_words(args))
+    ffmpeg_in_path(
+        f'case "$*" in *toy00003*) echo $$ >> {tmp_path}/pids; exec sleep 600;; esac; '
+        'exec {real} "$@"'
+    )
+    sampler, quarantined = StepSampler(len(dataset), 4, 4), set()
+    batches = training_batches(dataset, sampler, workers=2, timeout=2, quarantined=quarantined)
+    with contextlib.closing(batches):
+        bad = [fault for batch in batches for faults in batch["bad"] for fault in faults]
+        assert quarantined == {"toy00003.mp4"}
+        assert dict(bad)["toy00003.mp4"].startswith(QUARANTINE)
+        assert "took its data worker more than 2 s" in bad[0][1]
+        for line in (tmp_path / "pids").read_text().splitlines():
+            await_gone(int(line))
+
+
+def test_the_flag_is_the_limit_of_a_slow_ffmpeg_program(toy, ffmpeg_in_path, tmp_path):
+    flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
+    ffmpeg_in_path('case "$*" in *toy00003*) exec sleep 600;; esac; exec {real} "$@"')
+    run_python("main_distributed.py", *flags, "--sample_timeout=3", "--max_bad_fraction=0.2")
+    with open(tmp_path / "log/run.bad.csv", newline="") as file:
+        [(name, reason)] = [tuple(row.values())[:2] for row in csv.DictReader(file)]
+    assert name == "toy00003.mp4"
+    assert reason == "quarantined: it took its data worker more than 3 s"
 
 
 def test_a_training_ends_if_the_ffmpeg_program_fails_at_all(toy, ffmpeg_in_path, tmp_path):
