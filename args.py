@@ -6,7 +6,8 @@ import re
 import sys
 
 from distributed.device import PRECISIONS
-from video_decoder import BACKENDS
+from utils import InputError
+from video_decoder import BACKENDS, DecodeError, check_backend
 
 
 def positive(kind):
@@ -69,6 +70,16 @@ def add_clip_flags(add):
     add("--decoder", choices=BACKENDS, default="pyav", help="decoder backend; same pixels")
 
 
+def check_decoder(args):
+    """Reject a --decoder that does not run on this machine."""
+    try:
+        check_backend(args.decoder)
+    except DecodeError as error:
+        raise InputError(
+            f"--decoder {args.decoder}: {error}; repair that program, or use --decoder pyav"
+        ) from None
+
+
 def add_inference_flags(add):
     """What a model needs to embed videos, training or not."""
     add(
@@ -88,7 +99,8 @@ def add_inference_flags(add):
         "--sample_timeout",
         type=positive(float),
         default=180.0,
-        help="seconds after which a sample that is still being decoded is given up",
+        help="seconds after which a sample that is still being decoded is given up; without data "
+        "workers there is no limit",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--gpu", type=int, default=None, help="use this GPU only")

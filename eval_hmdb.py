@@ -6,7 +6,7 @@ weights are needed, while labels and splits are those of --eval_csv in every run
 
 import os
 
-from args import get_args
+from args import check_decoder, get_args
 from distributed.device import pick_device
 from evaluation.feature_file import feature_settings, read_features, write_features
 from evaluation.features import inference_model
@@ -22,6 +22,7 @@ def make_features(args, csv):
         device = pick_device(args.device, args.gpu)
     if args.features:
         check_output(args.features, "features")
+    check_decoder(args)
     dataset = HMDB51(
         csv,
         args.eval_video_root,

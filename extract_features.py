@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from annotations.tables import cell_error, read_table, require_non_empty, require_unique
-from args import get_args
+from args import check_decoder, get_args
 from distributed.device import pick_device
 from distributed.launch import detect_shard, workers_per_rank
 from evaluation.feature_file import difference, feature_settings
@@ -161,6 +161,7 @@ def main():
         raise InputError("--feature_root is needed: give the folder that features are written to")
     make_folder(args.feature_root, "feature_root")
     args.stride = args.stride or args.num_frames / args.fps
+    check_decoder(args)
     settings = feature_settings(args, ("layer", "fps", "stride"))
     model = inference_model(args, device)
     root = Path(args.feature_root)
@@ -169,7 +170,7 @@ def main():
     log.info("%d videos%s, %d of them done before", len(videos), part, len(videos) - len(to_do))
 
     failures, unlisted = new_failures(root, share), 0
-    failed = 0
+    failed = windows = black = 0
     outcomes = strided_features(
         model,
         [Path(args.video_path, video) for video, _ in to_do],
@@ -196,10 +197,20 @@ def main():
                 unlisted += not append(failures, text.getvalue())
                 continue
             write_pair(path, video, settings, found)
+            windows += len(found.starts)
+            black += len(found.black)
     log.info("features of %d videos written to %s", len(to_do) - failed, root)
     if failed:
         where = "named above" if unlisted else f"listed in {failures}"
         log.error("%d videos could not be used: they are %s", failed, where)
+    mostly_black = 2 * black > windows
+    if mostly_black:
+        log.error(
+            "%d of %d windows are black: look at the videos, try the other --decoder, and delete "
+            "these features before the next run",
+            *(black, windows),
+        )
+    if failed or mostly_black:
         sys.exit(1)
 
 

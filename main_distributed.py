@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from args import get_args
+from args import check_decoder, get_args
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
 from distributed.process import start
@@ -105,6 +105,7 @@ def setup(args, processes, device):
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
             f"{args.dist_timeout:g}: a slow sample would end the run"
         )
+    check_decoder(args)
     micro_batch = args.batch_size // processes.nproc_per_node
     batch_size = micro_batch * processes.world_size * args.accum_steps
     words = read_words(args)

@@ -25,6 +25,7 @@ from args import (
     Parser,
     add_clip_flags,
     add_inference_flags,
+    check_decoder,
     normalize_flags,
     not_negative,
     positive,
@@ -75,6 +76,7 @@ def index_videos(options):
     with input_error("--device, --gpu"):
         device = pick_device(options.device, options.gpu)
     check_output(options.out, "out")
+    check_decoder(options)
     options.stride = options.stride or options.num_frames / options.fps / 2
     settings = feature_settings(options, ("fps", "stride"), weights="weights")
     words = read_words(options)

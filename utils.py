@@ -18,6 +18,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import s3dg
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a training answers them with a checkpoint
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
+
 log = logging.getLogger("milnce")
 
 
@@ -90,13 +93,18 @@ def run_stoppable_script(main):
         sys.exit(130)
 
 
-def die_with_parent():
-    """Has the kernel kill this child process as soon as its parent is gone, however it went."""
-    if sys.platform == "linux":
+def die_with_parent(parent=None):
+    """Have the kernel kill this child process as soon as its parent is gone, however it went.
+
+    parent: the parent's process id, if this process was not started by multiprocessing. It then
+    has to be the thread that lives on until the child has ended: the kernel goes by threads.
+    """
+    if LIBC:
         set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent and os.getppid() != parent.pid:
+        LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
+    if parent is None and (process := multiprocessing.parent_process()):
+        parent = process.pid
+    if parent and os.getppid() != parent:
         os._exit(1)  # it went before
 
 

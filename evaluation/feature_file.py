@@ -38,14 +38,17 @@ def feature_settings(args, flags=("num_windows_test",), weights="pretrain_cnn_pa
         "video_size": args.video_size,
         **{flag: getattr(args, flag) for flag in flags},
         "amp": inference_amp(args.amp),
+        "decoder": args.decoder,
     }
 
 
 def difference(made, settings):
     """What settings differ in from those that features were made with, for a message, or ''.
 
-    One that is None may be any.
+    One that is None may be any, and so may the decoder of features that were made before it was
+    one of the settings.
     """
+    made = {"decoder": settings.get("decoder"), **made}
     return "; ".join(
         f"--{flag} {made.get(flag)}, not {value}"
         for flag, value in settings.items()

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from args import check_decoder
 from distributed.device import pick_device
 from evaluation.features import inference_model, video_features
 from evaluation.report import (
@@ -120,6 +121,7 @@ def retrieval_script(args, dataset_class, default_csv):
         check_output(args.output)
     if args.report:
         check_report(args.report)
+    check_decoder(args)
     words = read_words(args)
     dataset = retrieval_set(args, dataset_class, default_csv, words)
     model = inference_model(args, device)

@@ -5,13 +5,16 @@ import shutil
 import subprocess
 import sys
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 
+import video_decoder
 from s3dg import S3D
-from tests.helpers import HERE, ROOT, SHARED, golden_weight
+from tests.helpers import HERE, ROOT, SHARED, golden_weight, smallest_memory
 from utils import log
+from video_decoder import ffmpeg_program
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +63,29 @@ def weights(toy, tmp_path_factory):
     state = S3D(word2vec_path=toy / "word2vec.pth").state_dict()
     torch.save({name: golden_weight(name, v.shape).to(v.dtype) for name, v in state.items()}, path)
     return path
+
+
+@pytest.fixture
+def ffmpeg_in_path(tmp_path, monkeypatch):
+    """A function that puts a shell script in PATH as the ffmpeg program.
+
+    The script prints the version of the real program if asked to, unless `version` is false;
+    otherwise it runs the given commands, in which {real} is the real program.
+    """
+    folder = tmp_path / "bin"
+
+    def put(commands, version=True):
+        real = imageio_ffmpeg.get_ffmpeg_exe()
+        limit = smallest_memory(real) if "{limit}" in commands else None
+        delegate = f'case "$*" in -version) exec {real} -version;; esac\n' if version else ""
+        folder.mkdir(exist_ok=True)
+        script = folder / "ffmpeg"
+        script.write_text(f"#!/bin/sh\n{delegate}{commands.format(real=real, limit=limit)}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(video_decoder, "ffmpeg_program", ffmpeg_program)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    return put
 
 
 @pytest.fixture

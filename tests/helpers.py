@@ -1,7 +1,9 @@
 """What several test modules share: golden values, toy flags, small videos, running scripts."""
 
+import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -11,10 +13,13 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -170,3 +175,32 @@ def requests_of(browser):
     events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
     sent = (event["params"] for event in events if event["method"] == "Network.requestWillBeSent")
     return [params["request"]["url"] for params in sent]
+
+
+LIBRARY = "error while loading shared libraries: libx264.so.164: cannot open shared object file"
+# How an ffmpeg program fails that still prints its version: (shell commands, what the error quotes)
+FAILURES = {
+    "status 127": (f"echo first >&2; echo '{LIBRARY}' >&2; exit 127", f"status 127: {LIBRARY}"),
+    "status 1": ("echo 'Unknown encoder' >&2; exit 1", "status 1: Unknown encoder"),
+    "status 255": ("exit 255", "status 255: no message"),
+    "memory limit": ('ulimit -v {limit}; exec {real} "$@"', "the ffmpeg program "),
+}
+
+
+@functools.cache
+def smallest_memory(program):
+    """The address space, in KiB, in which a program just prints its version."""
+    for limit in range(20_000, 2_000_000, 20_000):
+        command = ["sh", "-c", f"ulimit -v {limit}; exec {program} -version"]
+        if not subprocess.run(command, capture_output=True).returncode:
+            return limit
+    pytest.skip("address space cannot be limited here")
+
+
+def await_gone(pid):
+    """Wait for a process of that id to end. It may stay as a zombie if nobody reaps orphans."""
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.01)

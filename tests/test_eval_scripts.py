@@ -276,3 +276,16 @@ def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monk
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1, (fault, error)
         assert named in error, fault
+
+
+@pytest.mark.parametrize("script", TABLES)
+def test_an_ffmpeg_program_that_does_not_run_is_one_line_and_status_2(
+    script, toy, weights, ffmpeg_in_path, monkeypatch, capsys
+):
+    ffmpeg_in_path("echo 'no libx264' >&2; exit 127", version=False)
+    flags = [*small(weights, toy), *toy_set(script, toy), "--decoder=ffmpeg"]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(script, flags, monkeypatch)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1, error
+    assert "--decoder ffmpeg: " in error and "status 127: no libx264; repair" in error

@@ -17,7 +17,7 @@ import extract_features
 from args import get_args
 from evaluation.features import inference_model
 from s3dg import S3D, to_unit_range
-from tests.helpers import ROOT, golden_weight, make_video, write_csv
+from tests.helpers import FAILURES, ROOT, golden_weight, make_video, write_csv
 from training.checkpoint import load_model
 from utils import InputError
 from video_decoder import decode_clips
@@ -126,6 +126,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_features_and_what_they_are(whole
         "fps": 5,
         "stride": 0.8,
         "amp": "none",
+        "decoder": "pyav",
     }
 
 
@@ -236,6 +237,53 @@ def test_videos_that_cannot_be_used_are_listed_and_the_others_go_on(extract, tmp
     assert "failed.csv" not in written(tmp_path / "out")
 
 
+@pytest.mark.parametrize("failure", FAILURES)
+def test_an_ffmpeg_program_that_fails_leaves_no_features(
+    extract, ffmpeg_in_path, tmp_path, failure
+):
+    commands, quoted = FAILURES[failure]
+    ffmpeg_in_path(commands)
+    assert extract(tmp_path / "out", "--decoder=ffmpeg") == 1
+    assert list(written(tmp_path / "out")) == ["failed.csv"]
+    with open(tmp_path / "out/failed.csv", newline="") as file:
+        reasons = {row["video_path"]: row["reason"] for row in csv.DictReader(file)}
+    assert set(reasons) == set(NAMES) and all(quoted in reason for reason in reasons.values())
+
+
+def test_an_ffmpeg_program_that_does_not_run_is_found_first(extract, ffmpeg_in_path, tmp_path):
+    ffmpeg_in_path("echo 'no libx264' >&2; exit 127", version=False)
+    with pytest.raises(InputError, match=r"--decoder ffmpeg: .*/ffmpeg exited .*: no libx264; "):
+        extract(tmp_path / "out", "--decoder=ffmpeg")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_an_extraction_of_mostly_black_windows_is_an_error(extract, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    make_video(folder / "a.mp4", 4)  # five windows
+    make_video(folder / "dark.mp4", 4, "-vf", "drawbox=t=fill:color=black")
+    assert extract(tmp_path / "half", f"--video_path={folder}") == 0
+    shown = capsys.readouterr().out
+    assert "dark.mp4: 5 of 5 windows are black" in shown and "10 windows" not in shown
+    make_video(folder / "dark.mkv", 0.8, "-vf", "drawbox=t=fill:color=black")
+    (folder / "dark.mkv").rename(folder / "b.mkv")
+    assert extract(tmp_path / "most", f"--video_path={folder}") == 1
+    assert capsys.readouterr().out.count("6 of 11 windows are black: look at") == 1
+
+
+def test_features_from_before_the_decoder_was_a_setting_are_done(extract, whole, tmp_path):
+    for name, content in written(whole).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".json"):
+            side = json.loads(content)
+            del side["settings"]["decoder"]
+            content = json.dumps(side).encode()
+        (tmp_path / name).write_bytes(content)
+    before = written(tmp_path)
+    for decoder in ("pyav", "ffmpeg"):
+        assert extract(tmp_path, f"--decoder={decoder}") == 0
+        assert written(tmp_path) == before
+
+
 def test_features_that_lost_their_end_are_made_again(extract, whole, tmp_path):
     for name in ("a.json", "a.npy"):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
@@ -298,6 +346,7 @@ def test_a_file_in_the_folders_place_is_refused(extract, tmp_path):
         (None, ["--stride=1"], "--stride 0.8, not 1.0"),
         (None, ["--layer=embedding"], "--layer mixed_5c, not embedding"),
         (None, ["--video_size=64"], "--video_size 32, not 64"),
+        (None, ["--decoder=ffmpeg"], "--decoder pyav, not ffmpeg"),
         ({"settings": {}}, [], "--pretrain_cnn_path None, not sha256"),
         ({"video": "b.mp4"}, [], "are of b.mp4, not a.mp4"),
         ("half", [], "a.json is damaged"),

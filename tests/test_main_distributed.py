@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import shutil
@@ -11,11 +12,13 @@ import torch
 
 import distributed.process
 import main_distributed
+from args import get_args
 from s3dg import S3D
-from tests.helpers import run_python, scalars, toy_flags, write_csv
+from tests.helpers import FAILURES, await_gone, run_python, scalars, toy_flags, write_csv
 from training.checkpoint import load_model, read_checkpoint
 from training.optimizer import lr_multiplier
-from utils import run_script
+from utils import read_words, run_script
+from video_loader import QUARANTINE, StepSampler, training_batches
 
 ROOT = Path(main_distributed.__file__).parent
 
@@ -417,3 +420,68 @@ def test_an_odd_clip_size_is_refused_with_that_stem(released_run, toy, monkeypat
     with pytest.raises(SystemExit) as stopped:
         run_script(main_distributed.main)
     assert stopped.value.code == 2 and "--num_frames 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_sample_that_the_ffmpeg_program_fails_at_is_a_bad_one(toy, ffmpeg_in_path, failure):
+    commands, quoted = FAILURES[failure]
+    args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
+    dataset = main_distributed.training_set(args, read_words(args))
+    assert dataset[0, 0].keys() == {"video", "text"}
+    ffmpeg_in_path(commands)
+    assert quoted in dataset[0, 0]["error"]
+
+
+def test_a_training_counts_what_the_ffmpeg_program_fails_at(toy, ffmpeg_in_path, tmp_path):
+    flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
+    ffmpeg_in_path(
+        'case "$*" in *toy00003*) echo "no libx264" >&2; exit 127;; esac; exec {real} "$@"'
+    )
+    run_python("main_distributed.py", *flags, "--max_bad_fraction=0.2")
+    assert records(tmp_path)[-1]["bad_samples"] == 1
+    with open(tmp_path / "log/run.bad.csv", newline="") as file:
+        [(name, reason)] = [tuple(row.values())[:2] for row in csv.DictReader(file)]
+    assert name == "toy00003.mp4" and reason.endswith("exited with status 127: no libx264")
+
+
+def test_a_slow_ffmpeg_program_ends_with_its_worker(toy, ffmpeg_in_path, tmp_path):
+    """One limit, that of the worker: it brings the video into quarantine."""
+    args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
+    dataset = main_distributed.training_set(args, read_words(args))
+    ffmpeg_in_path(
+        f'case "$*" in *toy00003*) echo $$ >> {tmp_path}/pids; exec sleep 600;; esac; '
+        'exec {real} "$@"'
+    )
+    sampler, quarantined = StepSampler(len(dataset), 4, 4), set()
+    batches = training_batches(dataset, sampler, workers=2, timeout=2, quarantined=quarantined)
+    with contextlib.closing(batches):
+        bad = [fault for batch in batches for faults in batch["bad"] for fault in faults]
+        assert quarantined == {"toy00003.mp4"}
+        assert dict(bad)["toy00003.mp4"].startswith(QUARANTINE)
+        assert "took its data worker more than 2 s" in bad[0][1]
+        for line in (tmp_path / "pids").read_text().splitlines():
+            await_gone(int(line))
+
+
+def test_the_flag_is_the_limit_of_a_slow_ffmpeg_program(toy, ffmpeg_in_path, tmp_path):
+    flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
+    ffmpeg_in_path('case "$*" in *toy00003*) exec sleep 600;; esac; exec {real} "$@"')
+    run_python("main_distributed.py", *flags, "--sample_timeout=3", "--max_bad_fraction=0.2")
+    with open(tmp_path / "log/run.bad.csv", newline="") as file:
+        [(name, reason)] = [tuple(row.values())[:2] for row in csv.DictReader(file)]
+    assert name == "toy00003.mp4"
+    assert reason == "quarantined: it took its data worker more than 3 s"
+
+
+def test_a_training_ends_if_the_ffmpeg_program_fails_at_all(toy, ffmpeg_in_path, tmp_path):
+    flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
+    for version, named in (
+        (True, "samples in a row cannot be read: "),
+        (False, "--decoder ffmpeg"),
+    ):
+        ffmpeg_in_path("echo 'no libx264' >&2; exit 127", version=version)
+        with pytest.raises(subprocess.CalledProcessError) as stopped:
+            run_python("main_distributed.py", *flags)
+        assert stopped.value.returncode == 2
+        last = stopped.value.stderr.splitlines()[-1]
+        assert named in last and "status 127: no libx264" in last

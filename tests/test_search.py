@@ -21,7 +21,7 @@ from tests.helpers import ROOT, golden_weight, make_video
 from training.checkpoint import load_model
 from utils import InputError
 from video_decoder import decode_clips
-from video_search.index import read_index
+from video_search.index import read_index, write_index
 
 WORDS = ["cut", "tomato", "stir", "pan"]
 NAMES = ["a.mp4", "short.mp4", "sub/b.mkv"]
@@ -195,6 +195,27 @@ def test_a_video_that_cannot_be_used_is_listed_and_tried_again_only_when_asked(
     make_video(videos / "broken.mp4", 1)  # mended: it has changed
     assert index(videos) == 0 and embedded == ["broken.mp4"]
     assert contents(tmp_path / "index")["broken.mp4"][2] == ""
+
+
+def test_an_ffmpeg_program_that_fails_makes_no_windows(index, videos, ffmpeg_in_path, tmp_path):
+    ffmpeg_in_path("echo 'no libx264' >&2; exit 127")
+    assert index(videos, "--decoder=ffmpeg") == 1
+    for starts, _, reason in contents(tmp_path / "index").values():
+        assert starts == [] and reason.endswith("exited with status 127: no libx264")
+    ffmpeg_in_path("echo 'no libx264' >&2; exit 127", version=False)
+    with pytest.raises(InputError, match=r"--decoder ffmpeg: .* status 127: no libx264; repair"):
+        index(videos, "--decoder=ffmpeg")
+
+
+def test_the_decoder_is_a_setting_of_an_index(index, videos, tmp_path, embedded):
+    assert index(videos) == 0
+    with pytest.raises(InputError, match=r"--out: .* was made with --decoder pyav, not ffmpeg:"):
+        index(videos, "--decoder=ffmpeg")
+    found = read_index(tmp_path / "index")
+    del found.about.settings["decoder"]  # as in an index from before it was one
+    write_index(tmp_path / "index", found.about, found.videos)
+    embedded.clear()
+    assert index(videos, "--decoder=ffmpeg") == 0 and embedded == []
 
 
 def test_black_windows_are_left_out(index, tmp_path):

@@ -8,10 +8,14 @@ Two backends give the same pixels, those of the command
 `ffmpeg` runs it, one process per window. `pyav` runs FFmpeg's libraries in process and redoes in
 plain arithmetic what the command does with timestamps, so that it knows which frames are wanted
 before it converts them.
+
+There is no time limit here. Data workers have one (workers.py), and an ffmpeg process ends with the
+worker that started it.
 """
 
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -20,8 +24,6 @@ import stat
 import struct
 import subprocess
 import tempfile
-import threading
-import time
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -31,6 +33,8 @@ import numpy as np
 import torch
 from av.sidedata.sidedata import SideDataContainer
 
+from utils import die_with_parent
+
 BACKENDS = ("pyav", "ffmpeg")
 
 # Demuxers of files that hold their own frames: no playlists, no image sequences, no devices.
@@ -39,10 +43,10 @@ EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
 }
-# What a hostile header may make us allocate or wait for.
+# What a hostile header may make us allocate.
 MAX_PIXELS = 8192 * 4608
 MAX_BYTES = 1 << 30
-MAX_SECONDS = 120
+TRIAL_SECONDS = 60  # for `ffmpeg -version`: a network file system may be slow at first
 # The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
 MAX_REPEATS = 30 * 3600 * 30
 
@@ -141,9 +145,9 @@ def decode_clips(
     and, from there on, those whose picture size changes midway.
 
     Raises DecodeError where the file cannot be opened as a local video file or gives no frame
-    at all, ValueError for arguments out of range.
+    at all, or if the ffmpeg program fails; ValueError for arguments out of range.
     """
-    _check_backend(backend)
+    _check_backend_name(backend)
     starts = [_microseconds(start) for start in starts]
     if not 0 < fps < math.inf or num_frames < 1 or size < 1:
         raise ValueError(f"fps {fps}, num_frames {num_frames} and size {size} must be positive")
@@ -164,7 +168,7 @@ def decode_frames(path, *, size, crop_only=False, crop=(0.5, 0.5), backend="pyav
     The frame rate is made constant as the command (without -ss, -t and fps) does: frames are
     repeated or dropped where the timestamps ask for it. Arguments and errors as decode_clips.
     """
-    _check_backend(backend)
+    _check_backend_name(backend)
     filters = _crop_filters(size, crop_only, crop, False)
     _check_regular_file(path)
     decode = _pyav_whole if backend == "pyav" else _ffmpeg_whole
@@ -187,10 +191,41 @@ def probe_duration(path):
         return container.duration / 1e6
 
 
+def check_backend(backend):
+    """Run a backend's program once, so that a broken one is found before the work starts.
+
+    Raises DecodeError, one line, if the program cannot be run or is not ffmpeg. `pyav` has none.
+    """
+    _check_backend_name(backend)
+    if backend != "ffmpeg":
+        return
+    try:
+        program = ffmpeg_program()
+    except (ImportError, RuntimeError):
+        raise DecodeError(
+            "there is no ffmpeg program in PATH, nor one of the package imageio-ffmpeg"
+        ) from None
+    try:
+        trial = subprocess.run(
+            [program, "-version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TRIAL_SECONDS,
+        )
+    except OSError as error:
+        raise DecodeError(f"cannot run {program}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise DecodeError(f"{program} did not print its version in {TRIAL_SECONDS} s") from None
+    if trial.returncode:
+        raise DecodeError(f"{program} {_ending(trial.returncode, trial.stderr)}")
+    if not trial.stdout.startswith(b"ffmpeg version"):
+        raise DecodeError(f"{program} did not print its version: it is not ffmpeg")
+
+
 # --- arguments ------------------------------------------------------------------------------
 
 
-def _check_backend(backend):
+def _check_backend_name(backend):
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown decoder backend {backend!r}; choose one of {', '.join(BACKENDS)}"
@@ -425,21 +460,9 @@ def _packets(container, stream, offset):
         yield packet
 
 
-def _deadline(path):
-    """A function to call now and then; it raises DecodeError once MAX_SECONDS are over."""
-    end = time.monotonic() + MAX_SECONDS
-
-    def check():
-        if time.monotonic() > end:
-            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
-
-    return check
-
-
-def _decoded(packets, context, hurry):
+def _decoded(packets, context):
     """The frames of packets in the decoder's order. A damaged packet is skipped, as ffmpeg does."""
     for packet in itertools.chain(packets, [None]):
-        hurry()
         try:
             yield from context.decode(packet)
         except av.error.FFmpegError:
@@ -461,14 +484,14 @@ def _frame_length(duration, pts, last, estimate, stream):
     return max(estimate, 1)
 
 
-def _timed_frames(path, packets, stream):
+def _timed_frames(packets, stream):
     """(pts, duration, frame) of a packet sequence, in the stream's time base, as ffmpeg's decoder
     thread gives them; finally (end of the last frame, 0, None)."""
     faulty_pts = faulty_dts = 0
     last_guess_pts = last_guess_dts = -math.inf
     last = None
     estimate = 0
-    for frame in _decoded(packets, stream.codec_context, _deadline(path)):
+    for frame in _decoded(packets, stream.codec_context):
         # libavcodec's guess between the two clocks of a frame (best_effort_timestamp).
         pts, dts = frame.pts, frame.dts
         if dts is not None:
@@ -601,9 +624,8 @@ def _windows_by_packets(path, container, stream, starts, fps, filters, clips):
             shown[window] = True
             showings.setdefault(pts, []).append((window, first, end))
         convert = _converter(path, filters)
-        hurry = _deadline(path)
         for packets in segments:
-            for frame in _wanted_frames(packets, showings, stream.codec_context, hurry):
+            for frame in _wanted_frames(packets, showings, stream.codec_context):
                 picture = convert(frame)
                 for window, first, end in showings.pop(frame.pts):
                     _put(picture, clips[window, :, first:end])
@@ -713,7 +735,7 @@ def _next_packet(source):
     return packet
 
 
-def _wanted_frames(packets, wanted, context, hurry):
+def _wanted_frames(packets, wanted, context):
     """The frames of `packets` (from a keyframe on, in decoding order) whose pts is in `wanted`."""
     # Frames that no other refers to are skipped. In H.265 the mark only speaks of its own layer.
     skipping = context.name == "h264" or all(_slice(packet, context)[1] == 1 for packet in packets)
@@ -728,7 +750,6 @@ def _wanted_frames(packets, wanted, context, hurry):
     needed += group[:end]
     try:
         for packet in [*needed, None]:
-            hurry()
             if packet is not None:
                 skip = skipping and packet.pts not in wanted
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
@@ -780,7 +801,7 @@ def _windows_by_frames(path, starts, fps, filters, clips):
     for windows in passes.values():
         with _open(path) as container:
             stream = _video_stream(path, container)
-            frames = _pass(path, container, stream, starts, windows, fps, clips.shape[2])
+            frames = _pass(container, stream, starts, windows, fps, clips.shape[2])
             for window, frame, first, end in frames:
                 if frame[1] is None:
                     frame[1] = convert(frame[0])
@@ -789,7 +810,7 @@ def _windows_by_frames(path, starts, fps, filters, clips):
     return shown
 
 
-def _pass(path, container, stream, starts, windows, fps, num_frames):
+def _pass(container, stream, starts, windows, fps, num_frames):
     """One pass of the plain way: yields (window, [frame, None], first, end), the runs of fps_runs.
     A frame that several windows show comes in the same list each time."""
     units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
@@ -801,7 +822,7 @@ def _pass(path, container, stream, starts, windows, fps, num_frames):
     shifts = {window: rescale(offset - delays[window], *units_per_us) - base for window in windows}
     steps = {window: fps_runs(num_frames) for window in windows}
     begins = {}
-    for pts, _, frame in _timed_frames(path, _packets(container, stream, offset), stream):
+    for pts, _, frame in _timed_frames(_packets(container, stream, offset), stream):
         holder = [frame, None] if frame else None
         for window, step in list(steps.items()):
             if pts is None:
@@ -851,7 +872,7 @@ def _pyav_whole(path, filters, size):
         usual = 1 / (rate * stream.time_base)
 
         def timed():
-            for pts, duration, frame in _timed_frames(path, packets, stream):
+            for pts, duration, frame in _timed_frames(packets, stream):
                 if frame is not None:
                     length = duration or rescale(1, usual.numerator, usual.denominator)
                     length = float(length * stream.time_base * rate)
@@ -873,7 +894,7 @@ def _check_decodable(path):
     with _open(path) as container:
         stream = _video_stream(path, container)
         packets = _packets(container, stream, _seek(container, stream, None))
-        for _, _, frame in _timed_frames(path, packets, stream):
+        for _, _, frame in _timed_frames(packets, stream):
             if frame is None:
                 raise DecodeError(f"{path}: no frame of it can be decoded")
             return
@@ -913,45 +934,63 @@ def _ffmpeg_pixels(path, rate, filters, limit, **seek):
             video = video.filter(name, **options)
         output = video.output("pipe:", format="rawvideo", pix_fmt="rgb24")
         command = output.compile(ffmpeg_program())
-        command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1"]
-        pixels, messages = _run(path, command, limit)
-        if "Invalid too big or non positive size" not in messages:
+        # Of a damaged file the frames that can be decoded count, however few. By default the
+        # program exits with 69 if more than two thirds of the packets cannot be decoded.
+        tolerant = ["-max_error_rate", "1"]
+        command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1", *tolerant]
+        pixels, status, messages = _run(path, command, limit)
+        if b"Invalid too big or non positive size" not in messages:
             break  # otherwise frames were smaller than the crop
-    for failure in ("Error opening input", "Failed to configure", "Error reinitializing filters"):
-        if failure in messages and not pixels:
-            raise DecodeError(f"{path}: ffmpeg says: {failure}")
+    if status:
+        raise DecodeError(f"{path}: the ffmpeg program {_ending(status, messages)}")
+    if b"Cannot allocate memory" in messages:  # it may drop the frames and exit with 0
+        raise DecodeError(f"{path}: the ffmpeg program ran out of memory")
     return pixels
 
 
 def _run(path, command, limit):
-    """The first `limit` bytes a command writes, and its messages."""
+    """Run a command: the first `limit` bytes it writes, its exit status and its messages.
+
+    It is ended once it has written as many; the status is then 0. It does not outlive this process.
+    """
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
-        )
-        late = threading.Event()
-
-        def stop():
-            late.set()
-            process.kill()
-
-        killer = threading.Timer(MAX_SECONDS, stop)
-        killer.start()
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
+            )
+        except OSError as error:
+            raise DecodeError(f"{path}: cannot run {command[0]}: {error.strerror}") from None
         try:
             pixels = process.stdout.read(limit)
             if len(pixels) < limit:
                 process.wait()
         finally:
-            killer.cancel()
             process.stdout.close()
             process.kill()
             status = process.wait()
-        if late.is_set():
-            raise DecodeError(f"{path}: decoding takes more than {MAX_SECONDS} s")
-        if len(pixels) < limit and status < 0:
-            raise DecodeError(f"{path}: the ffmpeg program crashed (signal {-status})")
+        size = errors.seek(0, os.SEEK_END)
         errors.seek(0)
-        return pixels, errors.read(1 << 20).decode("utf-8", "replace")
+        messages = errors.read(1 << 20)
+        errors.seek(max(len(messages), size - 4096))  # the end, for its last line
+        return pixels, status if len(pixels) < limit else 0, messages + errors.read()
+
+
+def _ending(status, messages):
+    """How a program ended that failed, and the last line of its messages (bytes)."""
+    how = f"crashed (signal {-status})" if status < 0 else f"exited with status {status}"
+    lines = messages.decode("utf-8", "replace").split("\n")
+    last = next((line for line in map(_one_line, reversed(lines)) if line), "no message")
+    return f"{how}: {last}"
+
+
+def _one_line(text):
+    """A program's message without control characters, not too long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _ffmpeg_windows(path, starts, fps, filters, clips):

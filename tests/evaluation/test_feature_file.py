@@ -78,6 +78,19 @@ def test_a_setting_that_is_not_given_may_be_any(path):
     assert (list(features), left_out) == (NAMES[:2], LEFT_OUT)
 
 
+def test_features_of_another_decoder_are_refused(tmp_path):
+    path = tmp_path / "features.npz"
+    write_features(path, {**SETTINGS, "decoder": "pyav"}, some_features(), LEFT_OUT)
+    assert read_features(path, {**SETTINGS, "decoder": "pyav"}, NAMES)[1] == LEFT_OUT
+    assert "--decoder pyav, not ffmpeg:" in refusal(path, {**SETTINGS, "decoder": "ffmpeg"})
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "ffmpeg"])
+def test_features_from_before_the_decoder_was_a_setting_are_read(path, decoder):
+    features, left_out = read_features(path, {**SETTINGS, "decoder": decoder}, NAMES)
+    assert (list(features), left_out) == (NAMES[:2], LEFT_OUT)
+
+
 def test_a_table_with_other_videos_is_refused(path):
     assert "wave/new.avi" in refusal(path, names=[*NAMES, "wave/new.avi"])
 
@@ -137,7 +150,9 @@ def test_the_settings_are_those_of_the_flags_and_the_weights_content(tmp_path):
         "video_size": 224,
         "num_windows_test": 4,
         "amp": "none",
+        "decoder": "pyav",
     }
-    assert settings(b"abc", "--decoder=ffmpeg", "--batch_size_val=1") == one
+    assert settings(b"abc", "--batch_size_val=1") == one
+    assert settings(b"abc", "--decoder=ffmpeg") == {**one, "decoder": "ffmpeg"}
     assert settings(b"abd")["pretrain_cnn_path"] != one["pretrain_cnn_path"]
     assert feature_settings(get_args(argv=[])) == {**one, "pretrain_cnn_path": None}
