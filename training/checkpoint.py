@@ -1,24 +1,25 @@
-"""Checkpoints: {"epoch", "state_dict", "optimizer", "scheduler"}, or a bare state dict to read.
+"""Checkpoints of a training: written, pruned, and read to resume from.
 
-Keys may carry the `module.` of DistributedDataParallel; ours do, as the public release writes and
-expects them. Files are data: nothing pickled is run.
+A checkpoint is {"epoch", "state_dict", "optimizer", "scheduler", "progress"}. Its keys carry the
+`module.` of DistributedDataParallel, as the public release writes and expects them. Files are read
+as data: nothing pickled is run.
 """
 
-import contextlib
 import io
 import itertools
 import os
 import pickle
 import re
 import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import s3dg
-from utils import InputError, atomic_write, check_file, log, one_line
+from utils import DataError, atomic_write, log, one_line
 
-KEPT = 10  # newest checkpoints of a run, one an epoch
+KEPT_EPOCHS = 10  # newest checkpoints of a run, one per epoch
 KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
 NAME = re.compile(r"epoch(\d{4,})(?:_step(\d{8,}))?\.pth\.tar")
 
@@ -28,48 +29,54 @@ OLD_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 CONTENT_FAULT = re.compile(r"PytorchStreamReader failed|record size|hasRecord|unexpected EOF")
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """A file's content is proven not to be a checkpoint. The message is the proof."""
 
 
-@contextlib.contextmanager
-def as_input_error(flag):
-    """What s3dg says of a file becomes an InputError that names the flag it came from."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"--{flag}: {error}") from None
+@dataclass
+class Progress:
+    """How far a run has come. Its checkpoints hold it, as "progress"."""
+
+    epoch: int = 0  # finished ones
+    step: int = 0
+    bad_samples: int = 0  # replaced by another sample
+    bad_in_epoch: int = 0
+    skipped_steps: int = 0  # because the loss or the gradient was not finite
+    skipped_in_row: int = 0
+
+    def content(self, batch_size: int, num_videos: int) -> dict:
+        """Return what a checkpoint holds of it. `batch_size` is that of a step, over all ranks."""
+        return {**asdict(self), "clips": self.step * batch_size, "videos": num_videos}
+
+    @classmethod
+    def resume(cls, checkpoint: dict, batch_size: int, num_videos: int) -> "Progress":
+        """Continue from a checkpoint, with another batch size at the same video.
+
+        One of another video list, or of the public release, is continued at its epoch.
+        """
+        epoch = checkpoint["epoch"]
+        step = steps_before(epoch, num_videos, batch_size)
+        saved = dict(checkpoint.get("progress", {}))
+        if saved.pop("videos", None) != num_videos:
+            return cls(epoch, step)
+        saved["step"] = max(step, saved.pop("clips") // batch_size)
+        return cls(**saved)
 
 
-def read_checkpoint(path, flag="pretrain_cnn_path"):
-    """Reads a checkpoint or the released weights: a dict whose "state_dict" has no `module.`.
-
-    Raises InputError where the file is not one.
+def steps_before(epoch: int, num_videos: int, batch_size: int) -> int:
+    """Count the steps before an epoch. Batches run on from one epoch into the next, so that each
+    epoch visits every video once.
     """
-    check_file(path, flag)
-    with as_input_error(flag):
-        return s3dg.read_weights(path)
+    return epoch * num_videos // batch_size
 
 
-def model_of(state, path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path"):
-    """Builds the S3D that a state dict was made from, on the CPU, in training mode.
-
-    `path` and `flag` name the file in messages. See s3dg.model_of.
-    """
-    with as_input_error(flag):
-        return s3dg.model_of(state, path, token_to_word_path)
+Key = tuple[int, int]  # (finished epochs, step in the middle of an epoch or 0), in order of age
 
 
-def load_model(path, token_to_word_path="data/dict.npy", flag="pretrain_cnn_path"):
-    """The S3D of a checkpoint or of the released weights, on the CPU, in evaluation mode."""
-    state = read_checkpoint(path, flag)["state_dict"]
-    return model_of(state, path, token_to_word_path, flag).eval()
+def list_checkpoints(folder: Path) -> list[tuple[Key, Path]]:
+    """List the run's checkpoints, oldest first.
 
-
-def numbered(folder):
-    """List the run's checkpoints as ((finished epochs, step or 0), path), oldest first.
-
-    Raises InputError if the folder exists but cannot be listed. (Path.glob would return nothing,
+    Raises DataError if the folder exists but cannot be listed. (Path.glob would return nothing,
     and the run would start from scratch.)
     """
     folder = Path(folder)
@@ -78,54 +85,53 @@ def numbered(folder):
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise InputError(
-            f"--checkpoint_root: the folder {folder} cannot be listed ({error.strerror}); fix it "
-            "and start again, or give another"
-        ) from None
+        reason = f"cannot be listed ({error.strerror}); fix it and start again, or give another"
+        raise DataError(folder, reason) from None
     found = ((NAME.fullmatch(name), folder / name) for name in names)
-    return sorted((key_of(match), path) for match, path in found if match)
+    return sorted((parse_key(match), path) for match, path in found if match)
 
 
-def key_of(match):
-    """Return (finished epochs, step or 0) of a NAME match."""
+def parse_key(match: re.Match) -> Key:
+    """Read the key of a match of NAME."""
     return int(match[1]), int(match[2] or 0)
 
 
-def name_of(epoch, step=None):
-    """Return the file name of a checkpoint; `step` is given in the middle of an epoch."""
+def format_name(epoch: int, step: int | None = None) -> str:
+    """Format the file name of a checkpoint; `step` is given in the middle of an epoch."""
     within = "" if step is None else f"_step{step:08d}"
     return f"epoch{epoch:04d}{within}.pth.tar"
 
 
-def save_checkpoint(folder, content, step=None, resumed=None):
+def save_checkpoint(
+    folder: Path, content: dict, step: int | None = None, resumed: tuple[Path, int] | None = None
+) -> Path | None:
     """Write epochNNNN.pth.tar, or epochNNNN_stepNNNNNNNN.pth.tar in the middle of an epoch.
 
-    Half a file never has that name. Then removes old checkpoints, see prune. `resumed` is (path,
-    step) of the checkpoint that the run resumed from and the step at which it did. Returns the
-    path, or None if it could not be written, which is logged: the older ones are still there.
+    The write is atomic. Then removes old checkpoints, see prune. `resumed` is (path, step) of the
+    checkpoint that the run resumed from and the step at which it did. Returns the path, or None if
+    it could not be written, which is logged: the older ones are still there.
     """
     folder = Path(folder)
-    path = folder / name_of(content["epoch"], step)
+    path = folder / format_name(content["epoch"], step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("epoch*.tmp"):  # by a run that was killed
             left.unlink(missing_ok=True)
         with atomic_write(path) as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when a write fails
-        reason = one_line(error)
-        log.error("could not write %s, going on with the older checkpoints: %s", path, reason)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when a write fails
+        log.error("could not write %s, the older checkpoints remain: %s", path, one_line(error))
         return None
     try:
         if resumed and step is not None:
             renumber(folder, (content["epoch"], step), *resumed)
         prune(folder, (content["epoch"], step or 0))
-    except (OSError, InputError) as error:
+    except (OSError, DataError) as error:
         log.warning("could not remove old checkpoints: %s", one_line(error))
     return path
 
 
-def renumber(folder, saved, resumed, first_step):
+def renumber(folder: Path, saved: Key, resumed: Path, first_step: int) -> None:
     """Restore the order of an epoch's files after a resume with larger batches.
 
     Steps of larger batches have lower numbers, so the file that the run resumed from would pass
@@ -133,29 +139,30 @@ def renumber(folder, saved, resumed, first_step):
     files before it, of the same epoch and also numbered too high, are removed: two newer ones
     exist. Files newer than the resumed one are not of this run and stay.
     """
-    last = key_of(NAME.fullmatch(resumed.name))
-    stale = [path for key, path in numbered(folder) if key[0] == saved[0] and saved < key <= last]
+    last = parse_key(NAME.fullmatch(resumed.name))
+    found = list_checkpoints(folder)
+    stale = [path for key, path in found if key[0] == saved[0] and saved < key <= last]
     if resumed in stale:
-        os.replace(resumed, folder / name_of(saved[0], first_step))
+        os.replace(resumed, folder / format_name(saved[0], first_step))
         stale.remove(resumed)
     for path in stale:
         path.unlink(missing_ok=True)
 
 
-def prune(folder, saved):
+def prune(folder: Path, saved: Key) -> None:
     """Remove all but the newest checkpoints of each kind up to `saved`, never one after it.
 
     A damaged file has another name by then. What is newer all the same is intact as far as this
     run knows.
     """
-    found = [(key, path) for key, path in numbered(folder) if key <= saved]
-    for kept, is_step in ((KEPT, False), (KEPT_STEPS, True)):
+    found = [(key, path) for key, path in list_checkpoints(folder) if key <= saved]
+    for kept, is_step in ((KEPT_EPOCHS, False), (KEPT_STEPS, True)):
         same = [path for (_, step), path in found if bool(step) == is_step]
         for path in same[:-kept]:
             path.unlink(missing_ok=True)
 
 
-def check_sums(data):
+def check_sums(data: bytes) -> None:
     """Find what torch.load does not: numbers that have changed on the disk."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -163,13 +170,13 @@ def check_sums(data):
     except (OSError, MemoryError):
         raise
     except Exception as error:  # zipfile raises many types on damaged headers
-        raise Damaged(f"{type(error).__name__}: {one_line(error)}") from None
+        raise DamagedError(f"{type(error).__name__}: {one_line(error)}") from None
     if wrong:
-        raise Damaged(f"the checksum of {wrong} is wrong")
+        raise DamagedError(f"the checksum of {wrong} is wrong")
 
 
-def load(path):
-    """Load a checkpoint's content. Raises Damaged if it is proven damaged.
+def load(path: Path) -> dict:
+    """Load a checkpoint's content. Raises DamagedError if it is proven damaged.
 
     The file is read once, into memory: an I/O error cannot come up inside zipfile or torch.load,
     which report it as a fault of the content, and what is loaded is what was checked. Every other
@@ -182,48 +189,49 @@ def load(path):
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise Damaged(f"torch.load rejects its pickle, {type(error).__name__}") from None
+        raise DamagedError(f"torch.load rejects its pickle, {type(error).__name__}") from None
     except RuntimeError as error:
         text = one_line(error)
         if CONTENT_FAULT.search(text) and "alloc" not in text:
-            raise Damaged(text.split(". ")[0]) from None
+            raise DamagedError(text.split(". ")[0]) from None
         raise
     try:
         return s3dg.weights_of(content, path.name)
     except ValueError as error:
-        raise Damaged(str(error)) from None
+        raise DamagedError(str(error)) from None
 
 
-def newest_checkpoint(folder, damaged=None):
+def newest_checkpoint(folder: Path, damaged: dict[Path, str] | None = None) -> dict | None:
     """Return the content of the newest checkpoint that is not damaged, with its "path", or None.
 
     Changes nothing on the disk. `damaged`, a dict, receives {path: proof} of the files skipped
-    because their content is damaged: see set_aside. Raises InputError if a file cannot be read for
+    because their content is damaged: see set_aside. Raises DataError if a file cannot be read for
     any other reason: it may be intact, and training from an older one would overwrite it.
     """
     damaged = {} if damaged is None else damaged
     skipped, gone = set(), None
-    paths = [path for _, path in numbered(folder)]
+    paths = [path for _, path in list_checkpoints(folder)]
     while paths:
         path = paths.pop()
         if path in skipped:
             continue
         try:
             content = load(path)
-        except Damaged as proof:
+        except DamagedError as proof:
             damaged[path] = str(proof)
             skipped.add(path)
         except Exception as error:
             if isinstance(error, FileNotFoundError) and path != gone:
                 # Renamed or removed since it was listed: another process may have made newer ones.
                 gone = path
-                paths = [path for _, path in numbered(folder)]
+                paths = [path for _, path in list_checkpoints(folder)]
                 continue
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"--resume: {path} cannot be read ({one_line(reason).rstrip(': ')}) but may be "
-                "intact; fix the cause and start again, or move the file to another folder to "
-                "resume from an older one"
+            raise DataError(
+                path,
+                f"cannot be read ({one_line(reason).rstrip(': ')}) but may be intact; fix the "
+                "cause and start again, or move the file to another folder to resume from an older "
+                "one",
             ) from None
         else:
             if {"epoch", "optimizer", "scheduler"} <= content.keys():
@@ -237,11 +245,11 @@ def newest_checkpoint(folder, damaged=None):
     return None
 
 
-def set_aside(damaged):
+def set_aside(damaged: dict[Path, str]) -> None:
     """Rename the damaged files that newest_checkpoint found to *.damaged, and log the proof.
 
     For one process, once all have agreed on what to resume from. No existing file is replaced.
-    Raises InputError if a file cannot be renamed: a new checkpoint would overwrite it.
+    Raises DataError if a file cannot be renamed: a new checkpoint would overwrite it.
     """
     for path, proof in damaged.items():
         try:
@@ -255,9 +263,10 @@ def set_aside(damaged):
         except FileNotFoundError:  # by another process
             log.warning("skipped a damaged checkpoint, which is gone now: %s (%s)", path, proof)
         except OSError as error:
-            raise InputError(
-                f"--resume: {path} is damaged ({proof}) and cannot be renamed ({error.strerror}); "
-                "move it to another folder and start again"
+            raise DataError(
+                path,
+                f"is damaged ({proof}) and cannot be renamed ({error.strerror}); move it to "
+                "another folder and start again",
             ) from None
         else:
             log.warning(

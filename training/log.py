@@ -1,4 +1,4 @@
-"""What a training says of itself: lines and a bar for people, JSON and TensorBoard, bad samples."""
+"""The logs of a training: lines and a bar for people, JSON and TensorBoard, bad samples."""
 
 import contextlib
 import csv
@@ -14,92 +14,98 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from distributed.process import RankContext
+from training.checkpoint import Progress
 from utils import append, lines_above, log, one_line
 from video_loader import QUARANTINE
 
 
-def log_path(args, kind):
-    """<log_root>/<checkpoint_dir>.txt, .jsonl, ..; a run without a name of its own is `train`."""
-    return Path(args.log_root, f"{args.checkpoint_dir or 'train'}.{kind}")
-
-
 class ThroughputMeter:
-    """Counts clips and time from one log line to the next."""
+    """Count clips and time from one log line to the next."""
 
-    def __init__(self, began=None, steps=0):
+    def __init__(self, began: float | None = None, steps: int = 0):
         self.since = time.perf_counter()
-        self.began = began or self.since  # of the epoch's first window in this process
+        self.began = began or self.since  # of the epoch's first meter in this process
         self.steps = steps  # since then
         self.clips, self.waited = 0, 0.0
 
-    def next(self):
+    def restart(self) -> "ThroughputMeter":
+        """Make the meter of the next log line."""
         return ThroughputMeter(self.began, self.steps)
 
     @contextlib.contextmanager
-    def waiting(self):
+    def wait_for_data(self):
+        """Count the time within as waiting for data."""
         asked = time.perf_counter()
         yield
         self.waited += time.perf_counter() - asked
 
-    def count(self, clips):
+    def count_step(self, clips: int) -> None:
         self.clips += clips
         self.steps += 1
 
 
 class MetricLogger:
-    """Says how the training stands: in the log, and on rank 0 to the .jsonl, to TensorBoard
-    (--tensorboard) and, where stderr is a terminal, by a bar of the epoch's steps.
+    """Log a training: lines, and on rank 0 the .jsonl, TensorBoard and a bar of the epoch's steps.
 
-    step: at which this process starts. What TensorBoard has of later ones, from a run that was
-    killed and is resumed before them, it is told to forget.
+    records: the .jsonl file. first_step: the step at which this process starts. TensorBoard is told
+    to forget what it has of later ones, from a run that was killed and is resumed before them.
+    tensorboard: the folder of the event files, or None. show_bar: at a terminal.
     """
 
-    def __init__(self, args, process, step):
-        self.process = process
-        self.records = log_path(args, "jsonl")
-        self.hidden = True if process.rank > 0 or not args.verbose else None  # None: no terminal
-        # By default bars of all processes share a semaphore, which a rank that is spawned would
-        # leave behind (see distributed.end_with).
+    def __init__(
+        self,
+        records: Path,
+        *,
+        rank: int = 0,
+        device: torch.device,
+        first_step: int = 0,
+        tensorboard: Path | None = None,
+        show_bar: bool = True,
+    ):
+        self.records, self.rank, self.device = records, rank, device
+        self.hide_bar = True if rank > 0 or not show_bar else None  # None: if there is no terminal
+        # By default bars of all processes share a semaphore, which a spawned rank would leave
+        # behind, because it ends without Python's clean-up.
         tqdm.set_lock(threading.RLock())
         self.bar = tqdm(disable=True)
         self.events = None
-        if args.tensorboard and process.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter  # seconds; not all have the package
+        if tensorboard and rank == 0:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds, and may be absent
 
             with self.ignore_write_errors():
-                folder = log_path(args, "tensorboard")
-                self.events = SummaryWriter(folder, purge_step=step + 1)
+                self.events = SummaryWriter(tensorboard, purge_step=first_step + 1)
 
     @contextlib.contextmanager
-    def epoch(self, job):
-        """Shows the bar of the epoch that is to be trained, or gone on with."""
-        epoch, step = job.progress.epoch, job.progress.step
-        first = job.steps_before(epoch)
+    def show_epoch(self, epoch: int, step: int, last_step: int, num_steps: int):
+        """Show the bar of an epoch of `num_steps` steps, up to last_step, from `step` on."""
         bar = tqdm(
-            desc=f"epoch {epoch + 1}",
-            total=job.steps_before(epoch + 1) - first,
-            initial=step - first,
+            desc=f"epoch {epoch}",
+            total=num_steps,
+            initial=step - (last_step - num_steps),
             unit="step",
             leave=False,  # the log has its lines
             dynamic_ncols=True,
-            disable=self.hidden,
+            disable=self.hide_bar,
         )
         with bar, lines_above(bar):
             self.bar = bar
             yield
 
-    def show(self, job, window, loss, lr):
-        """How the training stands; `loss` is a number, so the device has done the steps."""
-        progress, now = job.progress, time.perf_counter()
-        elapsed = now - window.since
+    def log_training(
+        self, progress: Progress, meter: ThroughputMeter, loss: float, lr: float, total_steps: int
+    ) -> None:
+        """Log the steps since the last line; `loss` is a number, so the device has done them."""
+        now = time.perf_counter()
+        elapsed = now - meter.since
         record = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "loss": loss,
             "lr": lr,
-            "clips_per_second": window.clips / elapsed,
-            "data_wait": window.waited / elapsed,
-            "seconds_left": (now - window.began) / window.steps * (job.total_steps - progress.step),
+            "clips_per_second": meter.clips / elapsed,
+            "data_wait": meter.waited / elapsed,
+            "seconds_left": (now - meter.began) / meter.steps * (total_steps - progress.step),
             "bad_samples": progress.bad_samples,
             "skipped_steps": progress.skipped_steps,
         }
@@ -108,23 +114,22 @@ class MetricLogger:
             "clips/s, {data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} "
             "bad samples"
         )
-        if self.process.device.type == "cuda":
-            record["gpu_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
+        if self.device.type == "cuda":
+            record["gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             line += ", {gpu_gib:.1f} GiB of GPU memory"
         left = datetime.timedelta(seconds=round(record["seconds_left"]))
         log.info(line.format(**record, left=left))
-        shown = {"loss": f"{loss:.4f}", "clips/s": f"{record['clips_per_second']:.1f}"}
-        self.bar.set_postfix(shown, refresh=False)
+        postfix = {"loss": f"{loss:.4f}", "clips/s": f"{record['clips_per_second']:.1f}"}
+        self.bar.set_postfix(postfix, refresh=False)
         self.write("training", record)
 
-    def show_validation(self, progress, figures):
-        """What evaluate_retrieval found after an epoch."""
-        log.info("epoch %d, YouCook2: %s", progress.epoch, figures)
-        record = {"epoch": progress.epoch, "step": progress.step, **figures}
-        self.write("validation", record)
+    def log_validation(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Log the retrieval metrics after an epoch."""
+        log.info("epoch %d, YouCook2: %s", progress.epoch, metrics)
+        self.write("validation", {"epoch": progress.epoch, "step": progress.step, **metrics})
 
-    def write(self, kind, record):
-        if self.process.rank > 0:
+    def write(self, kind: str, record: dict[str, float]) -> None:
+        if self.rank > 0:
             return
         append_record(self.records, record)
         if self.events:
@@ -132,51 +137,52 @@ class MetricLogger:
                 for name, value in record.items():
                     if name != "step":
                         self.events.add_scalar(f"{kind}/{name}", value, record["step"])
-                self.events.flush()  # what a killed run has said stays said
+                self.events.flush()  # a killed run loses nothing that was logged
 
-    def close(self):
+    def close(self) -> None:
         if self.events:
             with self.ignore_write_errors():
                 self.events.close()
 
     @contextlib.contextmanager
     def ignore_write_errors(self):
-        """A full disk is no reason to end a training. (The writer's thread raises what it met from
-        the call that comes next, and is of no use after it.)
+        """Go on without TensorBoard after an error: a full disk must not end a training.
+
+        The writer's thread raises its error from the next call, and is of no use after it.
         """
         try:
             yield
         except Exception as error:  # each file system that it can write to has its own
-            log.error("going on without TensorBoard, could not write: %s", one_line(error))
+            log.error("continuing without TensorBoard, could not write: %s", one_line(error))
             self.events = None
 
 
 class BadSamples:
-    """The list of what could not be read, <log_root>/<checkpoint_dir>.bad.csv, each video once."""
+    """The list of videos that could not be read, a CSV file (path, reason), each video once."""
 
-    def __init__(self, path, process):
-        self.path, self.process = path, process
+    def __init__(self, path: Path, context: RankContext):
+        self.path, self.context = path, context
         self.found = []  # (video_path, reason) since the last call of write, by this rank
         listed = {}
-        if process.rank == 0 and path.exists():
+        if context.rank == 0 and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
             rows = [next(csv.reader([line]), []) for line in lines]
             listed = {row[0]: row[1] for row in rows if len(row) == 2}  # not half a line
-        listed = process.broadcast(listed)
+        listed = context.broadcast(listed)
         self.listed = set(listed)
-        # Passed over by training_batches, which adds to them.
+        # Skipped by training_batches, which adds to them.
         self.quarantined = {v for v, why in listed.items() if why.startswith(QUARANTINE)}
 
-    def write(self):
-        """Adds what any rank has found since to the list. To be called by all ranks."""
+    def write(self) -> None:
+        """Add to the list what any rank has found since. All ranks call it together."""
         rows = {}
-        for video, reason in chain.from_iterable(self.process.gather(self.found)):
+        for video, reason in chain.from_iterable(self.context.gather(self.found)):
             if reason.startswith(QUARANTINE):
                 self.quarantined.add(video)
             if video not in self.listed:
                 rows.setdefault(video, one_line(reason))
         self.found = []
-        if self.process.rank == 0 and rows:
+        if self.context.rank == 0 and rows:
             text = io.StringIO(newline="")
             head = [] if self.path.exists() else [("path", "reason")]
             csv.writer(text, lineterminator="\n").writerows([*head, *rows.items()])
@@ -184,14 +190,14 @@ class BadSamples:
                 self.listed.update(rows)
 
 
-def append_record(path, record):
-    """Adds one line; a number that JSON does not know, such as a diverged loss, becomes null."""
+def append_record(path: Path, record: dict[str, float]) -> None:
+    """Append a line; a number that JSON does not know, such as a diverged loss, becomes null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
     append(path, json.dumps(record) + "\n")
 
 
-def read_records(path):
-    """The records of append_record; a line that was not written to its end is passed over."""
+def read_records(path: Path) -> list[dict]:
+    """Read the records of append_record; a line that was not written to its end is skipped."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

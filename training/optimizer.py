@@ -3,47 +3,51 @@
 import math
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from utils import InputError
 
+def build_optimizer(
+    model: torch.nn.Module, name: str, lr: float, *, momentum: float = 0.9, fused: bool = True
+) -> Optimizer:
+    """Build Adam ("adam") or SGD ("sgd") over the parameters that are trained.
 
-def build_optimizer(args, model, first_step, total_steps, resumed=None):
-    """The optimizer over what is trained, and the schedule, which moves at every step.
-
-    The schedule follows from the flags and the step alone; the optimizer goes on from `resumed`.
+    lr: the peak learning rate. fused: one kernel updates all weights, without a device sync.
     """
     trained = [p for p in model.parameters() if p.requires_grad]  # not the word embedding
-    fused = True if args.fused_optimizer else None  # None: whatever else torch thinks best
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(trained, args.lr, fused=fused)
+    options = {"fused": True if fused else None}  # None: whatever else torch thinks best
+    if name == "adam":
+        optimizer = torch.optim.Adam(trained, lr, **options)
     else:
-        optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum, fused=fused)
-    if resumed:
-        try:
-            was_adam = "betas" in resumed["optimizer"]["param_groups"][0]
-            if was_adam != (args.optimizer == "adam"):
-                raise ValueError("it is of another --optimizer")
-            optimizer.load_state_dict(resumed["optimizer"])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise InputError(f"--resume: {resumed['path']}: its optimizer: {error}") from None
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = args.lr
-        group["fused"], group["foreach"] = fused, None
+        optimizer = torch.optim.SGD(trained, lr, momentum=momentum, **options)
     match_state_layout(optimizer)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: lr_multiplier(step, args.warmup_steps, total_steps),
-        last_epoch=first_step - 1,
-    )
-    return optimizer, scheduler
+    return optimizer
 
 
-def match_state_layout(optimizer):
-    """Brings an optimizer's state to what its fused form takes for granted.
+def resume_optimizer(optimizer: Optimizer, saved: dict) -> None:
+    """Take over the state of a checkpoint, but keep this run's learning rate and kernels.
 
-    That form reads parameter and state by their place in memory, so both need one layout, and a
-    checkpoint may have another. And where SGD's very first step is left out, it would take memory
-    as it finds it for the momentum.
+    Raises ValueError if the checkpoint's optimizer is another one.
+    """
+    own = [{name: group[name] for name in ("lr", "fused")} for group in optimizer.param_groups]
+    try:
+        was_adam = "betas" in saved["param_groups"][0]
+        if was_adam != isinstance(optimizer, torch.optim.Adam):
+            raise ValueError("it is of another --optimizer")
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"its optimizer cannot be resumed: {error}") from None
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options, foreach=None)
+    match_state_layout(optimizer)
+
+
+def match_state_layout(optimizer: Optimizer) -> None:
+    """Bring the optimizer's state to the form that its fused kernel takes for granted.
+
+    The kernel reads parameter and state by their place in memory, so both need one layout, and a
+    checkpoint may have another. And if SGD's very first step is skipped, it would use memory as it
+    finds it for the momentum.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -57,8 +61,21 @@ def match_state_layout(optimizer):
                     state[name] = torch.empty_like(parameter).copy_(value)
 
 
-def lr_multiplier(step, warmup_steps, total_steps):
-    """The learning rate's share of its peak: linear from 0, then half a cosine to 0 (steps)."""
+def build_scheduler(
+    optimizer: Optimizer, warmup_steps: int, total_steps: int, first_step: int = 0
+) -> LambdaLR:
+    """Build the schedule, which moves at every step and follows from the step alone."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return LambdaLR(
+        optimizer,
+        lambda step: lr_multiplier(step, warmup_steps, total_steps),
+        last_epoch=first_step - 1,
+    )
+
+
+def lr_multiplier(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Compute the learning rate over its peak: linear from 0, then half a cosine to 0."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

@@ -1,16 +1,7 @@
-"""One step of the training: micro-batches, precision, the optimizer, and steps that are left out.
-
-With --accum_steps N a step has N micro-batches of b clips. All are embedded first, keeping nothing
-for a backward pass; the loss of all N*b clips (of all ranks) gives the gradient of the embeddings;
-then each micro-batch is embedded again and handed its share of it. So every clip has the negatives
-of the whole batch, at the memory of one micro-batch (gradient caching, Gao et al., arXiv
-2101.06983).
-
-BatchNorm normalises each micro-batch by its own statistics, as it does each GPU's batch; its
-running averages move once a step, by the mean of the micro-batches' statistics.
-"""
+"""One training step: forward, loss, backward, update."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -19,136 +10,112 @@ from torch.nn.utils import get_total_norm
 from loss import MILNCELoss
 from s3dg import to_unit_range
 
-
-class BatchNormBuffers:
-    """All buffers of a model, which are BatchNorm's running averages and counts."""
-
-    def __init__(self, model):
-        self.groups = {}
-        for buffer in model.buffers():
-            self.groups.setdefault(buffer.dtype, []).append(buffer)
-
-    def read(self):
-        """A copy of their values: {dtype: one-dimensional tensor}."""
-        return {
-            dtype: torch.cat([b.reshape(-1) for b in group]) for dtype, group in self.groups.items()
-        }
-
-    def write(self, values):
-        for dtype, group in self.groups.items():
-            parts = values[dtype].split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(
-                group, [part.view_as(buffer) for buffer, part in zip(group, parts, strict=True)]
-            )
-
-
-def mean_buffers(readings):
-    """The mean of what BatchNormBuffers.read gave several times. Counts are all the same."""
-    return {
-        dtype: torch.stack([r[dtype] for r in readings]).mean(0) if dtype.is_floating_point else one
-        for dtype, one in readings[0].items()
-    }
-
-
-class HostToDevice:
-    """Copies batches to the GPU, from page-locked memory, while it computes what came before."""
-
-    def __init__(self, device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.launched = None  # an event after the work on the batch before the last
-
-    def __call__(self, *tensors):
-        if self.stream is None:
-            return tensors
-        computing = torch.cuda.current_stream(self.device)
-        if self.launched:
-            # The GPU has the last batch to do meanwhile. A host that never waited would run ahead
-            # and fill the memory with batches.
-            self.launched.synchronize()
-        self.launched = computing.record_event()
-        with torch.cuda.stream(self.stream):
-            moved = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        computing.wait_stream(self.stream)
-        for tensor in moved:
-            tensor.record_stream(computing)  # its memory is not free before that stream is past it
-        return moved
+Batch = dict[str, torch.Tensor]  # "video" uint8 [b, 3, T, H, W], "text" int64 [b, (K,) words]
 
 
 class TrainingStep:
-    """Calling it with a step's micro-batches does the step and returns its loss, on the device.
+    """The step of one rank. Call it with the step's micro-batches; it returns the loss.
 
-    A step whose loss or gradient is not finite is left out, and model, optimizer and averages stay
-    as they were. That is decided on the device, which the host need not wait for (it does without a
-    fused optimizer); all ranks decide alike. With float16 a gradient that overflows lowers the
-    loss' scale; that step is left out, too, but is no bad one unless the scale is below 1.
+    A step whose loss or gradient is not finite is skipped: model, optimizer and running statistics
+    stay as they were. The device decides, so the host does not wait for it (except without a fused
+    optimizer), and all ranks decide alike. With float16 a gradient that overflows lowers the scale
+    of the loss; that step is skipped too, but is a bad one only if the scale falls below 1.
 
-    network: the model or its DistributedDataParallel. at: is told how far the step is.
+    network: the S3D, or its DistributedDataParallel. dtype: of convolutions and matrix products.
+    enter_stage: called with the name of each stage of the step, for the watchdog. skipped: the
+    counts (all skipped steps, bad ones in a row) to continue from.
     """
 
-    def __init__(self, network, optimizer, dtype, enter_stage=lambda place: None, skipped=(0, 0)):
-        self.network, self.optimizer, self.dtype, self.enter_stage = (
-            network,
-            optimizer,
-            dtype,
-            enter_stage,
-        )
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        enter_stage: Callable[[str], None] = lambda stage: None,
+        skipped: tuple[int, int] = (0, 0),
+    ):
+        self.network, self.optimizer = network, optimizer
+        self.dtype, self.enter_stage = dtype, enter_stage
         self.criterion = MILNCELoss()
         self.device = next(network.parameters()).device
-        self.averages = BatchNormBuffers(network)
-        self.move = HostToDevice(self.device)
+        self.bn_buffers = BatchNormBuffers(network)
+        self.to_device = HostToDevice(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         total, in_row = skipped
         self.counts = torch.tensor([total, in_row, 0], device=self.device)
 
-    def skipped(self):
-        """Waits for the device: all skipped steps, the bad ones in a row now, the most in a row."""
-        return self.counts.tolist()
+    def __call__(self, batches: list[Batch]) -> torch.Tensor:
+        return self.plain_step(*batches) if len(batches) == 1 else self.cached_step(batches)
 
-    def embed(self, batch):
-        """batch: "video" uint8 [b, 3, T, H, W], "text" [b, (K,) words]; gives [b, D], [b*K, D]."""
-        video, text = self.move(batch["video"], batch["text"])
-        shorter = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=shorter):
-            return self.network(to_unit_range(video), text.flatten(0, -2))
+    def plain_step(self, batch: Batch) -> torch.Tensor:
+        """Do one step on a batch. Returns the loss, on the device."""
+        self.optimizer.zero_grad()
+        bn_before = self.bn_buffers.read()
 
-    def __call__(self, batches):
-        before, moved, embeddings = self.averages.read(), [], []
-        with torch.set_grad_enabled(len(batches) == 1):
-            for n, batch in enumerate(batches):
-                self.enter_stage(f"the forward pass of micro-batch {n + 1}")
-                if n:
-                    self.averages.write(before)
-                embeddings.append(self.embed(batch))
-                moved.append(self.averages.read())
+        self.enter_stage("the forward pass")
+        video_embd, text_embd = self.embed(batch)
+        bn_after = self.bn_buffers.read()
 
         self.enter_stage("the loss")
-        videos, texts = (
-            torch.cat(p).detach().requires_grad_() for p in zip(*embeddings, strict=True)
-        )
-        loss = self.criterion(videos, texts)
-        loss.backward()
+        loss = self.criterion(video_embd, text_embd)
 
-        self.optimizer.zero_grad()
-        gradients = zip(
-            videos.grad.chunk(len(batches)), texts.grad.chunk(len(batches)), strict=True
-        )
-        for n, (batch, gradient) in enumerate(zip(batches, gradients, strict=True)):
-            self.enter_stage(f"the backward pass of micro-batch {n + 1}")
-            with self.no_sync_unless_last(last=n == len(batches) - 1):
-                again = self.embed(batch) if len(batches) > 1 else embeddings[n]
-                torch.autograd.backward(again, self.scaler.scale(gradient))
-        self.update(loss.detach(), before, mean_buffers(moved))
+        self.enter_stage("the backward pass")
+        self.scaler.scale(loss).backward()
+
+        self.update(loss.detach(), bn_before, bn_after)
         return loss.detach()
 
-    def no_sync_unless_last(self, last):
-        """The ranks' gradients are summed with the last micro-batch's."""
+    def cached_step(self, batches: list[Batch]) -> torch.Tensor:
+        """Do one step on micro-batches whose clips all have the negatives of the whole batch.
+
+        Gradient caching (Gao et al., arXiv 2101.06983): embed all micro-batches, keeping nothing
+        for a backward pass; compute the loss of all their clips, over all ranks, and its gradient
+        with respect to the embeddings; embed each micro-batch again and backpropagate its part. So
+        the memory is that of one micro-batch, for a third more computation. BatchNorm normalizes
+        each micro-batch by its own statistics, as it does each GPU's batch; its running statistics
+        move once, by the mean over the micro-batches.
+        """
+        self.optimizer.zero_grad()
+        bn_before, bn_after, embeddings = self.bn_buffers.read(), [], []
+        for number, batch in enumerate(batches, 1):
+            self.enter_stage(f"the forward pass of micro-batch {number}")
+            self.bn_buffers.write(bn_before)
+            with torch.no_grad():
+                embeddings.append(self.embed(batch))
+            bn_after.append(self.bn_buffers.read())
+
+        self.enter_stage("the loss")
+        video_embd, text_embd = (
+            torch.cat(parts).requires_grad_() for parts in zip(*embeddings, strict=True)
+        )
+        loss = self.criterion(video_embd, text_embd)
+        self.scaler.scale(loss).backward()
+        gradients = zip(*(e.grad.chunk(len(batches)) for e in (video_embd, text_embd)), strict=True)
+
+        for number, (batch, gradient) in enumerate(zip(batches, gradients, strict=True), 1):
+            self.enter_stage(f"the backward pass of micro-batch {number}")
+            with self.no_sync_unless_last(number == len(batches)):
+                torch.autograd.backward(self.embed(batch), gradient)
+
+        self.update(loss.detach(), bn_before, mean_buffers(bn_after))
+        return loss.detach()
+
+    def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed a batch: float32 [b, D] and [b*K, D]."""
+        video, text = self.to_device(batch["video"], batch["text"])
+        with torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        ):
+            return self.network(to_unit_range(video), text.flatten(0, -2))
+
+    def no_sync_unless_last(self, last: bool) -> contextlib.AbstractContextManager:
+        """Have DistributedDataParallel sum the ranks' gradients with the last micro-batch only."""
         if last or not isinstance(self.network, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.network.no_sync()
 
-    def update(self, loss, before, after):
-        """The optimizer's step and the averages', where loss and gradient are finite."""
+    def update(self, loss: torch.Tensor, bn_before: dict, bn_after: dict) -> None:
+        """Move the weights and the running statistics, if loss and gradient are finite."""
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         finite = torch.isfinite(loss + get_total_norm(gradients, norm_type=torch.inf))
         skipped = bad = ~finite
@@ -161,7 +128,84 @@ class TrainingStep:
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
-        self.averages.write({d: torch.where(finite, after[d], before[d]) for d in before})
+        self.bn_buffers.write({d: torch.where(finite, bn_after[d], bn_before[d]) for d in bn_after})
         total, in_row, most = self.counts
         in_row = (in_row + 1) * bad
         self.counts = torch.stack((total + skipped, in_row, torch.maximum(most, in_row)))
+
+    def skipped(self) -> list[int]:
+        """Count skipped steps: all, the bad ones in a row now, the most in a row.
+
+        Waits for the device.
+        """
+        return self.counts.tolist()
+
+    def prime_ddp_buckets(self, batch: Batch) -> None:
+        """Take DistributedDataParallel past its first backward pass.
+
+        After that it lays out the gradients again and sums the ranks in another order. Done before
+        the first step, a resumed run computes the same bits as an uninterrupted one.
+        """
+        self.network.train()
+        before = self.bn_buffers.read()
+        sum(embedding.sum() for embedding in self.embed(batch)).backward()
+        self.network.zero_grad()
+        self.bn_buffers.write(before)
+
+
+class BatchNormBuffers:
+    """The running statistics of a network's BatchNorm layers, read and written as a whole.
+
+    They are few and small: one tensor per type keeps the number of kernels low.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        self.groups = {}  # dtype -> its buffers
+        for buffer in network.buffers():
+            self.groups.setdefault(buffer.dtype, []).append(buffer)
+
+    def read(self) -> dict[torch.dtype, torch.Tensor]:
+        """Copy their values: {dtype: one-dimensional tensor}."""
+        return {
+            dtype: torch.cat([b.reshape(-1) for b in group]) for dtype, group in self.groups.items()
+        }
+
+    def write(self, values: dict[torch.dtype, torch.Tensor]) -> None:
+        for dtype, group in self.groups.items():
+            parts = values[dtype].split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(
+                group, [part.view_as(buffer) for buffer, part in zip(group, parts, strict=True)]
+            )
+
+
+def mean_buffers(readings: list[dict]) -> dict[torch.dtype, torch.Tensor]:
+    """Average several readings of BatchNormBuffers. Counts are the same in all."""
+    return {
+        dtype: torch.stack([r[dtype] for r in readings]).mean(0) if dtype.is_floating_point else one
+        for dtype, one in readings[0].items()
+    }
+
+
+class HostToDevice:
+    """Copy batches to the GPU, from page-locked memory, while it computes the step before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.launched = None  # an event after the work on the batch before the last
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.stream is None:
+            return tensors
+        computing = torch.cuda.current_stream(self.device)
+        if self.launched:
+            # The GPU has the last batch to do meanwhile. A host that never waited would run ahead
+            # and fill the memory with batches.
+            self.launched.synchronize()
+        self.launched = computing.record_event()
+        with torch.cuda.stream(self.stream):
+            moved = tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        computing.wait_stream(self.stream)
+        for tensor in moved:
+            tensor.record_stream(computing)  # keeps its memory until that stream is past it
+        return moved
