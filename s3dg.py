@@ -416,6 +416,26 @@ def fuse_for_inference(model, dtype=None):
 # --- files of weights ---------------------------------------------------------------------------
 
 
+def load_model(weights: str | Path, vocabulary: str | Path | None = None) -> S3D:
+    """Load the S3D text-video model with trained weights, on the CPU, in evaluation mode.
+
+    weights: the released weights or a checkpoint of the training; stem, embedding size and the
+    number of words are read off them. vocabulary: the word list made with them, needed for raw text
+    only; it is checked against the weights at once.
+
+    Returns an S3D: model(video, mode="video") for float [B, 3, T, H, W] in [0, 1], and
+    model.text_module(sentences, raw_text=True). Raises FileNotFoundError if a file is absent and
+    ValueError, one line that names the file, if it is damaged, holds something else or the two do
+    not fit each other. Files are read as data: nothing pickled is run.
+    """
+    state = read_weights(weights)["state_dict"]
+    model = model_of(state, weights)
+    if vocabulary is not None:
+        model.text_module.token_to_word_path = vocabulary
+        _ = model.text_module.tokenizer  # reads the vocabulary now, to report a misfit at once
+    return model.eval()
+
+
 def read_weights(path):
     """Reads the released weights or a checkpoint: a dict whose "state_dict" has no `module.`.
 

@@ -34,8 +34,7 @@ from distributed.device import pick_device
 from evaluation.feature_file import checksum, difference, feature_settings
 from evaluation.features import inference_model, strided_features, with_progress
 from retrieval_loader import TEXT_WORDS
-from s3dg import Tokenizer, summarize, tokenize
-from training.checkpoint import load_model
+from s3dg import Tokenizer, load_model, summarize, tokenize
 from utils import (
     STOP_SIGNALS,
     InputError,
@@ -283,7 +282,8 @@ def text_embedder(options, about):
                 f"--{flag}: {getattr(options, flag)} is not the file that {options.index} was made "
                 "with: give that, or index the videos again with this one"
             )
-    tower = load_model(options.weights, flag="weights").text_module
+    with input_error("--weights"):
+        tower = load_model(options.weights).text_module
     tokenizer = Tokenizer(read_words(options), TEXT_WORDS)
 
     @torch.inference_mode()

@@ -50,7 +50,7 @@ def train_side_by_side(options, device):
     flags = toy_flags(options)
     args = get_args(argv=flags)
     words = read_words(args)
-    model, _ = build_model(args, words)
+    model = build_model(args, words)
     ways = [plain_trainer(model, device, get_args(argv=flags), options.steps)]
     for dtype in (torch.float32, torch.bfloat16):
         ways.append(our_trainer(model, device, dtype, args, options.steps))

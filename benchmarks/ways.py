@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import get_args
 from evaluation.features import video_features
 from s3dg import S3D, VOCABULARY_ROWS, MaxPool3dTFPadding, TemporalConv3d, fuse_for_inference
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizer, build_scheduler
 from training.step import TrainingStep
 from video_loader import TEXT_WORDS
 
@@ -149,8 +149,8 @@ class OneVideo:
 def plain_trainer(model, device, args, total_steps=1):
     """Its step takes one micro-batch only."""
     network = plain_copy(model, device).train()
-    args.fused_optimizer = 0
-    optimizer, scheduler = build_optimizer(args, network, 0, total_steps)
+    optimizer = build_optimizer(network, args.optimizer, args.lr, fused=False)
+    scheduler = build_scheduler(optimizer, args.warmup_steps, total_steps)
 
     def step(batches):
         (batch,) = batches
@@ -169,7 +169,8 @@ def our_trainer(model, device, dtype, args, total_steps=1):
     network.grad_checkpoint = args.grad_checkpoint
     if args.compile:
         network.compile()
-    optimizer, scheduler = build_optimizer(args, network, 0, total_steps)
+    optimizer = build_optimizer(network, args.optimizer, args.lr, fused=bool(args.fused_optimizer))
+    scheduler = build_scheduler(optimizer, args.warmup_steps, total_steps)
     return network, TrainingStep(network, optimizer, dtype), scheduler
 
 

@@ -93,8 +93,8 @@ def sample_batches(
                     batch[2] -= 1
             start, errors, _ = waiting.popleft()
             tensors = {name: t[start : start + len(errors)] for name, t in memory.items()}
-            if pin_memory:
-                tensors = {name: t.pin_memory() for name, t in tensors.items()}
+            # A copy of the caller's own: the ring's memory is used again.
+            tensors = {n: t.pin_memory() if pin_memory else t.clone() for n, t in tensors.items()}
             yield {**tensors, "errors": errors}
     finally:
         pool.close()

@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from distributed.device import PRECISIONS, check_compiler, inference_amp
 from distributed.workers import described, sample_batches
-from s3dg import fuse_for_inference, to_unit_range
-from training.checkpoint import load_model
-from utils import check_clip_size, input_error, lines_above, log
+from s3dg import fuse_for_inference, load_model, to_unit_range
+from utils import check_clip_size, check_file, input_error, lines_above, log
 from video_decoder import DecodeError, decode_clips, probe_duration
 
 # Windows that are decoded at once: what a worker holds, however long the video. Each group opens
@@ -129,7 +128,9 @@ def inference_model(args, device, weights="pretrain_cnn_path"):
     if args.compile:
         with input_error("--compile"):
             check_compiler()
-    model = load_model(getattr(args, weights), flag=weights)
+    check_file(getattr(args, weights), weights)
+    with input_error(f"--{weights}"):
+        model = load_model(getattr(args, weights))
     check_clip_size(args, model)
     if args.channels_last:
         model.to(memory_format=torch.channels_last_3d)

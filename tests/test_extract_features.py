@@ -16,9 +16,8 @@ import torch
 import extract_features
 from args import get_args
 from evaluation.features import inference_model
-from s3dg import S3D, to_unit_range
+from s3dg import S3D, load_model, to_unit_range
 from tests.helpers import FAILURES, ROOT, golden_weight, make_video, write_csv
-from training.checkpoint import load_model
 from utils import InputError
 from video_decoder import decode_clips
 

@@ -13,9 +13,8 @@ import torch
 import distributed.process
 import main_distributed
 from args import get_args
-from s3dg import S3D
+from s3dg import S3D, load_model, read_weights
 from tests.helpers import FAILURES, await_gone, run_python, scalars, toy_flags, write_csv
-from training.checkpoint import load_model, read_checkpoint
 from training.optimizer import lr_multiplier
 from utils import read_words, run_script
 from video_loader import QUARANTINE, StepSampler, training_batches
@@ -48,7 +47,7 @@ def test_the_releases_command_trains_on_a_tree_of_the_real_layout(toy, tmp_path)
     )
     smaller = "--batch_size=4 --num_thread_reader=2 --num_frames=4 --video_size=32 --epochs=1"
     run_python("main_distributed.py", *(command + smaller).split(), cwd=tmp_path)
-    saved = read_checkpoint(tmp_path / "checkpoint/milnce/epoch0001.pth.tar")
+    saved = read_weights(tmp_path / "checkpoint/milnce/epoch0001.pth.tar")
     assert {"epoch", "state_dict", "optimizer", "scheduler"} < saved.keys() and saved["epoch"] == 1
     assert "step 2" in (tmp_path / "log/milnce.txt").read_text()
     assert [r["step"] for r in records(tmp_path, "milnce")] == [1, 2]
@@ -132,8 +131,8 @@ def test_resuming_skips_a_damaged_file_and_ends_with_the_weights_of_the_uninterr
     text = (tmp_path / "log/run.txt").read_text()
     assert text.count("skipped a damaged checkpoint") == 1
     assert "(BadZipFile: File is not a zip file), renamed to epoch0002.pth.tar.damaged" in text
-    resumed = read_checkpoint(tmp_path / "checkpoint/run/epoch0002.pth.tar")
-    expected = read_checkpoint(folder / "checkpoint/run/epoch0002.pth.tar")
+    resumed = read_weights(tmp_path / "checkpoint/run/epoch0002.pth.tar")
+    expected = read_weights(folder / "checkpoint/run/epoch0002.pth.tar")
     for name, value in expected["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], value), name
 
@@ -150,8 +149,8 @@ def test_micro_batches_in_float16_resume_to_the_bit(toy, weights, tmp_path):
     shutil.copy(whole / "epoch0001.pth.tar", tmp_path / "checkpoint/broken")
     run_python("main_distributed.py", *flags, *run_flags(tmp_path, "broken"), "--resume")
     assert [r["step"] for r in records(tmp_path, "broken")] == [2, 3]
-    expected = read_checkpoint(whole / "epoch0003.pth.tar")
-    resumed = read_checkpoint(tmp_path / "checkpoint/broken/epoch0003.pth.tar")
+    expected = read_weights(whole / "epoch0003.pth.tar")
+    resumed = read_weights(tmp_path / "checkpoint/broken/epoch0003.pth.tar")
     assert resumed["scaler"] == expected["scaler"] and expected["progress"]["clips"] == 24
     for name, value in expected["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], value), name

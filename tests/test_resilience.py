@@ -17,8 +17,9 @@ import psutil
 import pytest
 import torch
 
+from s3dg import read_weights
 from tests.helpers import ROOT, scalars, toy_flags
-from training.checkpoint import numbered, read_checkpoint
+from training.checkpoint import list_checkpoints
 from training.log import read_records
 
 pytestmark = pytest.mark.slow
@@ -91,7 +92,7 @@ def bad_samples(folder):
 
 
 def final(folder):
-    return read_checkpoint(numbered(folder / "checkpoint/run")[-1][1])
+    return read_weights(list_checkpoints(folder / "checkpoint/run")[-1][1])
 
 
 def assert_same_end(folder, other):
@@ -188,7 +189,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
     assert run.wait() == 75, text(tmp_path)
     assert_all_gone(family)
     assert f"stopped by {number.name}" in text(tmp_path)
-    (_, step), path = numbered(tmp_path / "checkpoint/run")[-1]
+    (_, step), path = list_checkpoints(tmp_path / "checkpoint/run")[-1]
     assert step == run.steps()[-1] >= 21, path
     assert Run(toy, weights, tmp_path, *flags, "--resume").wait() == 0, text(tmp_path)
     assert_same_end(uninterrupted, tmp_path)

@@ -1,4 +1,5 @@
 import functools
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 import s3dg
 from loss import MILNCELoss
-from s3dg import S3D, Tokenizer
+from s3dg import S3D, Tokenizer, load_model
 from tests.helpers import golden_json, golden_random, golden_weight
 
 STEMS = {"std": False, "s2d": True}
@@ -326,3 +327,75 @@ def test_the_model_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for value, other in zip(compiled(video, tokens), expected, strict=True):
         torch.testing.assert_close(value, other)
+
+
+# --- files of weights ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model with a short word table, so that its files are small."""
+    model = S3D(num_classes=16)
+    model.text_module.word_embd = torch.nn.Embedding.from_pretrained(torch.randn(5, 300))
+    return model.eval()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_weights_load_with_or_without_prefix_and_wrapping(tmp_path, small, prefix, bare):
+    state = {prefix + name: value for name, value in small.state_dict().items()}
+    torch.save(state if bare else {"epoch": 1, "state_dict": state}, tmp_path / "weights.pth")
+    model = load_model(tmp_path / "weights.pth")
+    assert not model.training and model.num_classes == 16
+    for name, value in small.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("stem", ["standard", "space_to_depth"])
+def test_a_file_with_the_released_keys_and_shapes_loads_with_its_stem(tmp_path, stem):
+    keys = golden_json("state_dict")["state_dict"][stem]
+    torch.save({name: torch.zeros(shape) for name, shape in keys}, tmp_path / "s3d.pth")
+    model = load_model(tmp_path / "s3d.pth")
+    assert model.space_to_depth == (stem == "space_to_depth")
+
+
+def test_keys_and_shapes_that_differ_are_named(tmp_path, small):
+    state = dict(small.state_dict())
+    state["fc.bias"] = torch.zeros(7)
+    state["extra.weight"] = state.pop("conv_2b.conv1.weight")
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError) as refused:
+        load_model(tmp_path / "weights.pth")
+    message = str(refused.value)
+    for part in ("weights.pth", "conv_2b.conv1.weight", "extra.weight", "fc.bias is [7], not [16]"):
+        assert part in message
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+@pytest.mark.parametrize(
+    "damage", ["absent", "text", "more text", "empty", "truncated", "pickle", "list", "other model"]
+)
+def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, capsys):
+    path = tmp_path / "weights.pth"
+    if damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "more text":
+        path.write_text("Kitchen weights, not a checkpoint")
+    elif damage == "empty":
+        path.touch()
+    elif damage == "truncated":
+        torch.save(small.state_dict(), path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    elif damage == "list":
+        torch.save([1, 2], path)
+    elif damage == "other model":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"weights\.pth"):
+        load_model(path)
+    assert "must not run" not in capsys.readouterr().out

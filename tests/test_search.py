@@ -16,9 +16,8 @@ import pytest
 import torch
 
 import search
-from s3dg import S3D, to_unit_range
+from s3dg import S3D, load_model, to_unit_range
 from tests.helpers import ROOT, golden_weight, make_video
-from training.checkpoint import load_model
 from utils import InputError
 from video_decoder import decode_clips
 from video_search.index import read_index, write_index
@@ -75,8 +74,8 @@ def embedded(monkeypatch):
 @pytest.fixture
 def run(weights, monkeypatch):
     """Runs the script in this process: its exit status. Without workers, which is quicker."""
-    monkeypatch.setattr("evaluation.features.load_model", lambda path, flag: loaded(weights))
-    monkeypatch.setattr("search.load_model", lambda path, flag: loaded(weights))
+    monkeypatch.setattr("evaluation.features.load_model", lambda path: loaded(weights))
+    monkeypatch.setattr("search.load_model", lambda path: loaded(weights))
     monkeypatch.setattr(sys.stdout.__class__, "reconfigure", lambda *_, **__: None, raising=False)
 
     def run(*given):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from s3dg import read_weights
 from tests.helpers import ROOT, toy_flags
-from training.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # what SLURM starts finds our python
@@ -170,7 +170,7 @@ def test_a_job_goes_on_to_the_bit_after_a_preemption_and_at_its_time_limit(slurm
     job = submit(slurm, flags, whole, "--epochs=2")
     assert slurm.wait_for_end(job)["Restarts"] == "0"
     weights, expected = (
-        read_checkpoint(folder / "checkpoint/run/epoch0002.pth.tar")["state_dict"]
+        read_weights(folder / "checkpoint/run/epoch0002.pth.tar")["state_dict"]
         for folder in (stopped, whole)
     )
     for name, value in expected.items():

@@ -8,6 +8,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -77,12 +78,12 @@ class MetricLogger:
                 self.events = SummaryWriter(tensorboard, purge_step=first_step + 1)
 
     @contextlib.contextmanager
-    def show_epoch(self, epoch: int, step: int, last_step: int, num_steps: int):
-        """Show the bar of an epoch of `num_steps` steps, up to last_step, from `step` on."""
+    def show_epoch(self, epoch: int, done: int, num_steps: int):
+        """Show the bar of an epoch of num_steps steps, of which some are done."""
         bar = tqdm(
             desc=f"epoch {epoch}",
             total=num_steps,
-            initial=step - (last_step - num_steps),
+            initial=done,
             unit="step",
             leave=False,  # the log has its lines
             dynamic_ncols=True,
@@ -163,6 +164,7 @@ class BadSamples:
     def __init__(self, path: Path, context: RankContext):
         self.path, self.context = path, context
         self.found = []  # (video_path, reason) since the last call of write, by this rank
+        self.unlisted = False  # whether any rank has found some since
         listed = {}
         if context.rank == 0 and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
@@ -173,15 +175,22 @@ class BadSamples:
         # Skipped by training_batches, which adds to them.
         self.quarantined = {v for v, why in listed.items() if why.startswith(QUARANTINE)}
 
+    def add(self, found: Iterable[tuple[str, str]], any_rank: bool) -> None:
+        """Note what this rank has found, and whether any rank has found something."""
+        self.found.extend(found)
+        self.unlisted |= any_rank
+
     def write(self) -> None:
         """Add to the list what any rank has found since. All ranks call it together."""
+        if not self.unlisted:
+            return
         rows = {}
         for video, reason in chain.from_iterable(self.context.gather(self.found)):
             if reason.startswith(QUARANTINE):
                 self.quarantined.add(video)
             if video not in self.listed:
                 rows.setdefault(video, one_line(reason))
-        self.found = []
+        self.found, self.unlisted = [], False
         if self.context.rank == 0 and rows:
             text = io.StringIO(newline="")
             head = [] if self.path.exists() else [("path", "reason")]

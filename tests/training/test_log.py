@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.helpers import ROOT, run_at_terminal, scalars
+from training.checkpoint import Progress
 from training.log import BadSamples, MetricLogger, ThroughputMeter, append_record, read_records
 from utils import append
 
@@ -35,10 +37,13 @@ def listed(path):
 def test_each_bad_video_is_listed_once_over_restarts(tmp_path):
     path = tmp_path / "run.bad.csv"
     bad = BadSamples(path, Alone())
-    bad.found = [("a.mp4", "absent"), ("b, c.mp4", 'says "no"\nand more'), ("a.mp4", "again")]
+    bad.add(
+        [("a.mp4", "absent"), ("b, c.mp4", 'says "no"\nand more'), ("a.mp4", "again")],
+        any_rank=True,
+    )
     bad.write()
     again = BadSamples(path, Alone())
-    again.found = [("a.mp4", "absent"), ("日本.mp4", "absent")]
+    again.add([("a.mp4", "absent"), ("日本.mp4", "absent")], any_rank=True)
     again.write()
     expected = [("a.mp4", "absent"), ("b, c.mp4", 'says "no" and more'), ("日本.mp4", "absent")]
     assert listed(path) == expected
@@ -47,10 +52,10 @@ def test_each_bad_video_is_listed_once_over_restarts(tmp_path):
 def test_quarantine_is_read_back_and_learnt_from_other_ranks(tmp_path):
     path = tmp_path / "run.bad.csv"
     bad = BadSamples(path, Alone())
-    bad.process = SimpleNamespace(
+    bad.context = SimpleNamespace(
         rank=0, gather=lambda own: [own, [("b.mp4", "quarantined: it crashed")]]
     )
-    bad.found = [("a.mp4", "absent")]
+    bad.add([("a.mp4", "absent")], any_rank=True)
     bad.write()
     assert bad.quarantined == BadSamples(path, Alone()).quarantined == {"b.mp4"}
 
@@ -58,11 +63,11 @@ def test_quarantine_is_read_back_and_learnt_from_other_ranks(tmp_path):
 def test_what_could_not_be_written_is_tried_again(tmp_path, milnce_log):
     path = tmp_path / "absent folder" / "run.bad.csv"
     bad = BadSamples(path, Alone())
-    bad.found = [("a.mp4", "absent")]
+    bad.add([("a.mp4", "absent")], any_rank=True)
     bad.write()
     assert "could not write" in milnce_log.text
     path.parent.mkdir()
-    bad.found = [("a.mp4", "absent")]  # met again
+    bad.add([("a.mp4", "absent")], any_rank=True)  # met again
     bad.write()
     assert listed(path) == [("a.mp4", "absent")]
 
@@ -73,7 +78,7 @@ def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path, half):
     path.write_text(f"path,reason\nc.mp4,absent\n{half}")
     bad = BadSamples(path, Alone())
     assert "c.mp4" in bad.listed
-    bad.found = [("d.mp4", "absent")]
+    bad.add([("d.mp4", "absent")], any_rank=True)
     bad.write()
     assert "d.mp4" in BadSamples(path, Alone()).listed
 
@@ -87,25 +92,28 @@ def test_json_lines_survive_half_a_line_and_numbers_that_are_none(tmp_path):
     assert read_records(path) == [{"loss": None, "step": 1}, {"loss": 2.5, "step": 2}]
 
 
-def report_epochs(folder, first, last, *, loss=2.5, validated=False, **flags):
-    """What a training says from one epoch to another, of ten steps each, with a line for each."""
-    args = SimpleNamespace(log_root=folder, checkpoint_dir="run", tensorboard=True, verbose=1)
-    vars(args).update(flags)
-    progress = SimpleNamespace(epoch=first, step=10 * first, bad_samples=0, skipped_steps=0)
-    job = SimpleNamespace(progress=progress, total_steps=30, steps_before=lambda epoch: 10 * epoch)
-    reporter = MetricLogger(args, Alone(), progress.step)
-    for _ in range(first, last):
-        with reporter.epoch(job):
-            window = ThroughputMeter()
+def report_epochs(folder, first, last, *, loss=2.5, validated=False, tensorboard=True, verbose=1):
+    """Log a training from one epoch to another, of ten steps each, with a line for each."""
+    progress = Progress(epoch=first, step=10 * first)
+    logger = MetricLogger(
+        Path(folder, "run.jsonl"),
+        device=torch.device("cpu"),
+        first_step=progress.step,
+        tensorboard=Path(folder, "run.tensorboard") if tensorboard else None,
+        show_bar=bool(verbose),
+    )
+    for epoch in range(first, last):
+        with logger.show_epoch(epoch + 1, 0, 10):
+            meter = ThroughputMeter()
             for _ in range(10):
                 progress.step += 1
-                window.count(4)
-                reporter.bar.update()
-                reporter.show(job, window, loss, 0.001)
+                meter.count_step(4)
+                logger.bar.update()
+                logger.log_training(progress, meter, loss, 0.001, total_steps=30)
         progress.epoch += 1
         if validated:
-            reporter.show_validation(progress, {"R1": 0.25, "MR": 7.0})
-    reporter.close()
+            logger.log_validation(progress, {"R1": 0.25, "MR": 7.0})
+    logger.close()
 
 
 def report_script(folder, **flags):
@@ -174,20 +182,20 @@ def test_event_files_that_cannot_be_written_do_not_end_a_training(
 ):
     """The folder goes when the training has begun; the thread that writes ends with an error."""
     monkeypatch.setattr(threading, "excepthook", lambda ended: None)
-    args = SimpleNamespace(log_root=tmp_path, checkpoint_dir="run", tensorboard=True, verbose=0)
-    reporter = MetricLogger(args, Alone(), 0)
+    folder, cpu = tmp_path / "run.tensorboard", torch.device("cpu")
+    reporter = MetricLogger(tmp_path / "run.jsonl", device=cpu, tensorboard=folder)
     for step in (1, 2, 3):
         reporter.write("training", {"loss": 2.5, "step": step})
         if step == 1:
             shutil.rmtree(tmp_path / "run.tensorboard")
     reporter.close()
     assert len(read_records(tmp_path / "run.jsonl")) == 3
-    assert milnce_log.text.count("going on without TensorBoard") == 1
+    assert milnce_log.text.count("continuing without TensorBoard") == 1
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    args = SimpleNamespace(log_root=tmp_path, checkpoint_dir="run", tensorboard=True, verbose=1)
-    reporter = MetricLogger(args, SimpleNamespace(rank=1), 0)
+    folder, cpu = tmp_path / "run.tensorboard", torch.device("cpu")
+    reporter = MetricLogger(tmp_path / "run.jsonl", rank=1, device=cpu, tensorboard=folder)
     reporter.write("training", {"loss": 2.5, "step": 1})
     reporter.close()
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from distributed.device import training_dtype
 from loss import MILNCELoss
 from s3dg import S3D, to_unit_range
 from tests.helpers import golden_weight
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizer, resume_optimizer
 from training.step import BatchNormBuffers, TrainingStep
 
 CPU = torch.device("cpu")
@@ -42,8 +42,9 @@ def micro_batches(batch, parts):
 
 def step_of(network, *flags, dtype=torch.float32):
     """The step at a learning rate of 0.001, as the flags of main_distributed.py make it."""
-    args = get_args(argv=["--warmup_steps=0", *flags])
-    optimizer, _ = build_optimizer(args, network, 0, 100)
+    args = get_args(argv=[*flags])
+    fused = bool(args.fused_optimizer)
+    optimizer = build_optimizer(network, args.optimizer, args.lr, fused=fused)
     return TrainingStep(network, optimizer, dtype)
 
 
@@ -279,7 +280,11 @@ def test_a_resumed_optimizer_goes_on_whatever_layout_its_state_has(flags):
     def trained(layout, resumed=None):
         torch.manual_seed(0)
         conv = torch.nn.Conv3d(3, 4, 3, bias=False).to(memory_format=layout)
-        optimizer, _ = build_optimizer(get_args(argv=flags), conv, 0, 100, resumed)
+        args = get_args(argv=flags)
+        fused = bool(args.fused_optimizer)
+        optimizer = build_optimizer(conv, args.optimizer, 0.001, fused=fused)
+        if resumed:
+            resume_optimizer(optimizer, resumed)
         return conv, optimizer
 
     def step(conv, optimizer):
@@ -290,7 +295,7 @@ def test_a_resumed_optimizer_goes_on_whatever_layout_its_state_has(flags):
 
     plain, optimizer = trained(torch.contiguous_format)
     step(plain, optimizer)
-    resumed = {"optimizer": copy.deepcopy(optimizer.state_dict()), "path": "run"}
+    resumed = copy.deepcopy(optimizer.state_dict())
     other, continued = trained(torch.channels_last_3d, resumed)
     other.load_state_dict(plain.state_dict())
     step(plain, optimizer)
@@ -300,7 +305,7 @@ def test_a_resumed_optimizer_goes_on_whatever_layout_its_state_has(flags):
 
 def test_the_optimizer_leaves_the_frozen_word_embedding_alone():
     network = model(torch.float32)
-    optimizer, _ = build_optimizer(get_args(argv=[]), network, 0, 100)
+    optimizer = build_optimizer(network, "adam", 0.001)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = {name for name, p in network.named_parameters() if id(p) not in trained}
     assert names == {"text_module.word_embd.weight"}
