@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -45,12 +46,27 @@ from youcook_loader import YouCook2
 
 def main():
     args = get_args(__doc__, "main_distributed")
-    launch = detect_launch(args)
+    launch = detect_launch(
+        device=args.device,
+        gpu=args.gpu,
+        dist_url=args.dist_url,
+        dist_file=args.dist_file,
+        nproc_per_node=args.nproc_per_node,
+        world_size=args.world_size,
+        rank=args.rank,
+    )
     if launch.spawn > 1:
         args.resume = args.resume or launch.restarts > 0
         setup_logging(verbose=False)
         setup(args, launch, torch.device("cpu"))  # what is wrong is said once, not by each
-    start(train, args, launch)
+    start(
+        partial(train, args),
+        launch,
+        device=args.device,
+        gpu=args.gpu,
+        backend=args.dist_backend,
+        timeout=args.dist_timeout,
+    )
 
 
 @dataclass
@@ -261,7 +277,7 @@ def train(args, process):
         rank=process.rank,
         world_size=process.world_size,
     )
-    workers = workers_per_rank(args, process)
+    workers = workers_per_rank(args.num_thread_reader, process.nproc_per_node)
     batches = training_batches(
         job.dataset,
         sampler,
@@ -376,7 +392,7 @@ def train_epoch(args, process, job, step, batches, bad, reporter):
     while progress.step < last_step:
         process.enter_stage(f"waiting for the data of step {progress.step + 1}")
         with window.waiting():
-            micro_batches = [own_memory(args, next(batches)) for _ in range(args.accum_steps)]
+            micro_batches = [next(batches) for _ in range(args.accum_steps)]
             process.enter_stage(f"the start of step {progress.step + 1}")
             found = [
                 fault for batch in micro_batches for fault in chain.from_iterable(batch["bad"])
@@ -420,14 +436,6 @@ def train_epoch(args, process, job, step, batches, bad, reporter):
             save(args, process, job, step, within_epoch=True)
         if signalled:
             stop(process)
-
-
-def own_memory(args, batch):
-    """A batch that stays as it is when the next one is asked for (see sample_batches)."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    if args.accum_steps == 1 or all(tensor.is_pinned() for tensor in tensors.values()):
-        return batch
-    return {**batch, **{name: tensor.clone() for name, tensor in tensors.items()}}
 
 
 def count_skipped(args, process, progress, step):
@@ -492,7 +500,7 @@ def validate(args, process, job, reporter):
         job.validation,
         process.device,
         batch_size=args.batch_size_val,
-        workers=workers_per_rank(args, process),
+        workers=workers_per_rank(args.num_thread_reader, process.nproc_per_node),
         sample_timeout=args.sample_timeout,
         rank=process.rank,
         world_size=process.world_size,
