@@ -152,7 +152,7 @@ def new_failures(root, share):
 def main():
     args = get_args(__doc__, "extract_features")
     setup_logging(args.verbose)
-    share = detect_shard(args)
+    share = detect_shard(args.shard)
     with input_error("--device, --gpu"):
         local_rank = share.local_rank % max(1, torch.cuda.device_count())
         device = pick_device(args.device, args.gpu, local_rank)
@@ -180,7 +180,7 @@ def main():
         fps=args.fps,
         stride=args.stride,
         batch_size=args.batch_size_val,
-        workers=workers_per_rank(args, share),
+        workers=workers_per_rank(args.num_thread_reader, share.nproc_per_node),
         sample_timeout=args.sample_timeout,
         decoder=args.decoder,
         mixed5c=args.layer == "mixed_5c",

@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -55,11 +56,26 @@ from youcook_loader import YouCook2
 
 def main():
     args = get_args(__doc__, "main_distributed")
-    launch = detect_launch(args)
+    launch = detect_launch(
+        device=args.device,
+        gpu=args.gpu,
+        dist_url=args.dist_url,
+        dist_file=args.dist_file,
+        nproc_per_node=args.nproc_per_node,
+        world_size=args.world_size,
+        rank=args.rank,
+    )
     if launch.spawn > 1:  # report input errors once, not per rank
         setup_logging(verbose=False)
         setup(args, launch, torch.device("cpu"), args.resume or launch.restarts > 0)
-    start(train, args, launch)
+    start(
+        partial(train, args),
+        launch,
+        device=args.device,
+        gpu=args.gpu,
+        backend=args.dist_backend,
+        timeout=args.dist_timeout,
+    )
 
 
 @dataclass
@@ -235,7 +251,7 @@ def validate(state, context):
         state.validation,
         context.device,
         batch_size=args.batch_size_val,
-        workers=workers_per_rank(args, context),
+        workers=workers_per_rank(args.num_thread_reader, context.nproc_per_node),
         sample_timeout=args.sample_timeout,
         rank=context.rank,
         world_size=context.world_size,
@@ -482,7 +498,7 @@ def prepare_loop(state, context):
         rank=context.rank,
         world_size=context.world_size,
     )
-    workers = workers_per_rank(args, context)
+    workers = workers_per_rank(args.num_thread_reader, context.nproc_per_node)
     state.batches = training_batches(
         state.dataset,
         sampler,

@@ -1,49 +1,72 @@
-"""The ranks of a run: how they start, meet, talk and end."""
+"""The ranks of a run: how they start, find each other, communicate and end."""
 
 import contextlib
 import datetime
+import functools
 import logging
+import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from multiprocessing.connection import wait
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from distributed.device import pick_device
+from distributed.launch import Launch, LaunchError, pick_rank_device
 from distributed.watchdog import Watchdog
-from utils import STOP_SIGNALS, InputError, die_with_parent, input_error, log, one_line, run_script
+from utils import STOP_SIGNALS, die_with_parent, log, one_line, run_script
 
-COLLECTIVE_TIMEOUT_FACTOR = (
-    10  # of collective operations, in dist_timeouts: the watchdog knows which rank hangs
-)
+# Timeout of collective operations, in timeouts of the watchdog: it comes first, as it knows which
+# rank hangs.
+COLLECTIVE_TIMEOUT_FACTOR = 10
+
+
+class Rendezvous(NamedTuple):
+    """What the ranks share once they have found each other."""
+
+    store: dist.Store  # with no keys but this start's
+    group: dist.ProcessGroup | None = None  # of gloo; None: the default group, or a single rank
+    launcher_store: dist.Store | None = None  # torchrun's, which outlives its processes
 
 
 class RankContext:
-    """One process of a run, as the training sees it."""
+    """A rank of a run, as the training sees it.
 
-    def __init__(self, rank, launch, device, watchdog, group, launchers_store):
+    signal: the name of the first one of STOP_SIGNALS that arrived, or None. For enter_stage and
+    on_sample see Watchdog.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        launch: Launch,
+        device: torch.device,
+        watchdog: Watchdog,
+        rendezvous: Rendezvous,
+    ):
         self.rank, self.device, self.launch = rank, device, launch
         self.world_size, self.nproc_per_node = launch.world_size, launch.nproc_per_node
         self.enter_stage, self.on_sample = watchdog.enter_stage, watchdog.on_sample
-        self.group = group  # of gloo, on the CPU: small talk does not wait for the GPUs
-        self.launchers_store = launchers_store  # torchrun's, which lives longer than its processes
-        self.signal = None  # the name of the first one of STOP_SIGNALS that came
+        self.group = rendezvous.group  # on the CPU, so that exchanging values syncs no GPU
+        self.launcher_store = rendezvous.launcher_store
+        self.signal: str | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         nodes = self.world_size // self.nproc_per_node
         return (
             f"{self.launch.launcher}: {nodes} x {self.nproc_per_node} processes, on "
-            f"{self.device.type}, meeting at {self.launch.init_method}"
+            f"{self.device.type}, rendezvous at {self.launch.init_method}"
         )
 
-    def answer_signals(self):
+    def handle_signals(self) -> None:
+        """Note STOP_SIGNALS in `signal` instead of ending at them."""
+
         def note(number, frame):
             self.signal = self.signal or signal.Signals(number).name
 
@@ -51,43 +74,43 @@ class RankContext:
             signal.signal(number, note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def is_restarted(self):
-        """Whether the launcher has started the run before, and past begin()."""
-        if self.launchers_store is None:
+    def mark_started(self) -> None:
+        """Record that the input is valid: whatever the launcher starts from now on is a restart."""
+        if self.launcher_store is not None:
+            self.launcher_store.set("started", "")
+
+    def is_restarted(self) -> bool:
+        """Whether the launcher has started this run before, and it got as far as mark_started."""
+        if self.launcher_store is None:
             return self.launch.restarts > 0
-        return self.launchers_store.check(["begun"])
+        return self.launcher_store.check(["started"])
 
-    def mark_started(self):
-        """The input is all right: what the launcher starts after this is a restart."""
-        if self.launchers_store is not None:
-            self.launchers_store.set("begun", "")
-
-    def sum(self, *values):
-        """The sums of these whole numbers over all ranks."""
+    def sum(self, *values: int) -> list[int]:
+        """Sum each value over all ranks."""
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
-    def gather(self, value):
-        """The ranks' values, in their order."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank. It is a barrier, too."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def broadcast(self, value):
-        """Rank 0's value."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of rank 0."""
         if self.world_size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def abort(self, message):
-        """Ends the run for a reason that all ranks have found; it is said once."""
+    def abort(self, message: str) -> None:
+        """End the run with status 2, for a reason that all ranks have found; rank 0 reports it."""
         if self.rank == 0:
             log.error(message)
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -95,33 +118,58 @@ class RankContext:
         sys.exit(2)
 
 
-def start(work, args, launch):
-    """Runs work(args, process) in every process of this node and waits for them."""
+def start(
+    work: Callable[[RankContext], None],
+    launch: Launch,
+    *,
+    device: str,
+    gpu: int | None,
+    backend: str,
+    timeout: float,
+) -> None:
+    """Run work(context) in every rank of this node and wait for them.
+
+    work: picklable. device, gpu: see pick_device. backend: of the process group on GPUs. timeout:
+    seconds without progress of any rank after which the run ends. Returns when all ranks of this
+    node have succeeded; otherwise exits with the status of the one that failed first, with 1 where
+    it was killed, or with os.EX_TEMPFAIL where a signal stopped them.
+    """
+    settings = {"device": device, "gpu": gpu, "backend": backend, "timeout": timeout}
+    run = functools.partial(run_rank, work, launch, **settings)
     if launch.world_size == 1:
-        run_process(0, work, args, launch)
-        return
-    if launch.spawn == 1:
-        end_with(lambda: run_process(0, work, args, launch))
-    context = mp.get_context("spawn")
-    # What is started here inherits the blocked signals: a rank until it can answer them, Python's
-    # resource tracker for good.
+        run(0)
+    elif launch.spawn == 1:
+        run_and_exit(run, 0)
+    else:
+        wait_for_ranks(spawn_ranks(run, launch))
+
+
+def spawn_ranks(run: Callable[[int], None], launch: Launch) -> dict:
+    """Start the ranks and forward STOP_SIGNALS to them: {sentinel: (rank, process)}."""
+    context = multiprocessing.get_context("spawn")
+    # The processes inherit the blocked signals: a rank until it handles them, Python's resource
+    # tracker for good.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     processes = [
-        context.Process(target=run_spawned, args=(index, work, args, launch))
-        for index in range(launch.spawn)
+        context.Process(target=run_spawned, args=(run, index)) for index in range(launch.spawn)
     ]
     for process in processes:
         process.start()
     running = {p.sentinel: (launch.first_rank + i, p) for i, p in enumerate(processes)}
 
-    def pass_on(number, frame):
+    def forward(number, frame):
         for _, process in running.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
     for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return running
+
+
+def wait_for_ranks(running: dict) -> None:
+    """Wait for the ranks of spawn_ranks. When one fails, kill the others and exit."""
     status = 0
     while running:
         ended = []
@@ -131,7 +179,8 @@ def start(work, args, launch):
             del running[sentinel]
             ended.append((process.exitcode, rank))
         failed = [end for end in ended if end[0] not in (0, os.EX_TEMPFAIL)]
-        code, rank = min(failed or ended)  # a signal's, if any: what it killed, others failed for
+        # A killed rank, if any (its code is negative): the others failed because of it.
+        code, rank = min(failed or ended)
         if code < 0:
             print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
         if failed:
@@ -145,18 +194,20 @@ def start(work, args, launch):
         sys.exit(status)
 
 
-def run_spawned(index, work, args, launch):
+def run_spawned(run: Callable[[int], None], index: int) -> None:
     die_with_parent()
-    end_with(lambda: run_process(index, work, args, launch))
+    run_and_exit(run, index)
 
 
-def end_with(main):
-    """Runs main() as run_script does and ends the process, without Python's own way of ending: a
-    thread of a process group that then asks for the interpreter aborts all, with the work done.
+def run_and_exit(main: Callable, *args: Any) -> None:
+    """Call main as run_script does and end the process without Python's finalization.
+
+    A thread of a process group that asks for the interpreter during finalization aborts the
+    process, although the work is done.
     """
     status = 1
     try:
-        run_script(main)
+        run_script(functools.partial(main, *args))
         status = 0
     except SystemExit as ended:
         status = ended.code or 0
@@ -169,36 +220,45 @@ def end_with(main):
     os._exit(status)
 
 
-def run_process(index, work, args, launch):
-    """Joins the process group as the index-th process of this launch and does the work."""
+def run_rank(
+    work: Callable[[RankContext], None],
+    launch: Launch,
+    index: int,
+    *,
+    device: str,
+    gpu: int | None,
+    backend: str,
+    timeout: float,
+) -> None:
+    """Join the process group as the index-th rank of this launch and do the work: see start."""
     if launch.launcher == "torchrun":
         die_with_parent()
     rank, local_rank = launch.first_rank + index, launch.local_rank + index
-    with input_error("--device, --gpu"):
-        local_gpu = local_rank if torch.cuda.device_count() > 1 else 0
-        device = pick_device(args.device, args.gpu, local_gpu)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    local_gpu = local_rank if torch.cuda.device_count() > 1 else 0
+    own_device = pick_rank_device(device, gpu, local_gpu)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.nproc_per_node))
-    store, group, launchers = dist.HashStore(), None, None
+    rendezvous = Rendezvous(dist.HashStore())
     if launch.world_size > 1:
-        store, group, launchers = join_group(args, launch, rank, device)
-    watchdog = Watchdog(store, rank, launch.world_size, args.dist_timeout)
-    process = RankContext(rank, launch, device, watchdog, group, launchers)
-    process.answer_signals()
+        backend = backend if own_device.type == "cuda" else "gloo"
+        rendezvous = join_group(launch, rank, backend, timeout)
+    watchdog = Watchdog(rendezvous.store, rank, launch.world_size, timeout)
+    context = RankContext(rank, launch, own_device, watchdog, rendezvous)
+    context.handle_signals()
     try:
-        process.gather(None)  # every rank has a watchdog
+        context.gather(None)  # every rank has a watchdog
         watchdog.start()
-        work(args, process)
-        process.enter_stage("the end")
-        process.gather(None)  # rank 0 keeps the store until all are done
+        work(context)
+        context.enter_stage("the end")
+        context.gather(None)  # rank 0 may hold the store: it stays until all are done
     except RuntimeError as error:
         # Most likely a collective operation that lacks a rank.
         print(f"rank {rank}: {one_line(error)}", file=sys.stderr, flush=True)
-        if launch.world_size > 1 and (gone := watchdog.find_dead_ranks()):
-            log.error("stopping: %s", gone)
-            print(f"error: rank {rank}: {gone}", file=sys.stderr)
+        if launch.world_size > 1 and (dead := watchdog.find_dead_ranks()):
+            log.error("stopping: %s", dead)
+            print(f"error: rank {rank}: {dead}", file=sys.stderr)
             sys.exit(1)
         raise
     finally:
@@ -207,71 +267,63 @@ def run_process(index, work, args, launch):
             dist.destroy_process_group()
 
 
-def join_group(args, launch, rank, device):
-    """Meets the other ranks: the store they share, a group of gloo, and torchrun's store if any."""
-    timeout = datetime.timedelta(seconds=args.dist_timeout)
-    patience = timeout * COLLECTIVE_TIMEOUT_FACTOR
+def join_group(launch: Launch, rank: int, backend: str, timeout: float) -> Rendezvous:
+    """Meet the other ranks and initialize the process group.
+
+    timeout: of the rendezvous, seconds. Raises LaunchError where ranks are missing after it.
+    """
+    patience = datetime.timedelta(seconds=timeout)
+    collective_timeout = COLLECTIVE_TIMEOUT_FACTOR * patience
     try:
-        rendezvous = dist.rendezvous(launch.init_method, rank, launch.world_size, timeout=timeout)
-        store, launchers_store = next(rendezvous)[0], None
-        store.set_timeout(timeout)
+        meeting = dist.rendezvous(launch.init_method, rank, launch.world_size, timeout=patience)
+        store, prefix, launcher_store = next(meeting)[0], "run", None
+        store.set_timeout(patience)
         if launch.init_method == "env://":
-            launchers_store, store = store, fresh_store(store, launch, rank, timeout)
-        backend = args.dist_backend if device.type == "cuda" else "gloo"
+            launcher_store = store
+            prefix = agree_on_prefix(store, rank, launch.world_size, timeout)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("group", store),
+            store=dist.PrefixStore(f"{prefix}/group", store),
             rank=rank,
             world_size=launch.world_size,
-            timeout=patience,
+            timeout=collective_timeout,
         )
     except (RuntimeError, OSError) as error:
-        raise InputError(
+        raise LaunchError(
             f"rank {rank} of {launch.world_size} did not find the others at {launch.init_method} "
-            f"within {args.dist_timeout:g} s (--dist_timeout): {one_line(error)}"
+            f"within {timeout:g} s (--dist_timeout): {one_line(error)}"
         ) from None
-    group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=patience)
-    return store.clone(), group, launchers_store
+    group = None
+    if backend != "gloo":
+        group = dist.new_group(backend="gloo", timeout=collective_timeout)
+    # A connection of its own: the watchdog must not wait for calls of the process group.
+    return Rendezvous(dist.PrefixStore(prefix, store.clone()), group, launcher_store)
 
 
-def fresh_store(store, launch, rank, timeout):
-    """A store of this start's own, which rank 0 opens. torchrun's has what ranks of earlier starts
-    left in it, and no number in the environment tells one start from the next on all nodes: rank 0
-    answers whoever says hello, and goes by who is then here.
+def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """Agree with the other ranks on a prefix for the keys of this start.
+
+    torchrun's store keeps the keys of earlier starts, and no number in the environment tells one
+    start from the next on all nodes. So rank 0 draws the prefix and answers every request, those
+    of earlier starts included, until each rank has confirmed this prefix.
     """
     if rank > 0:
-        name = uuid.uuid4().hex
-        store.set(f"hello/{rank}", name)
-        host, port = store.get(f"answer/{name}").decode().rsplit(":", 1)
-        fresh = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
-        fresh.set(f"here/{rank}", "")
-        return fresh
-    fresh = dist.TCPStore("0.0.0.0", 0, is_master=True, timeout=timeout, wait_for_workers=False)
-    address = f"{own_address(launch)}:{fresh.port}"
-    missing = set(range(1, launch.world_size))
-    deadline = time.monotonic() + timeout.total_seconds()
+        request = uuid.uuid4().hex
+        store.set(f"request/{rank}", request)
+        prefix = store.get(f"answer/{request}").decode()
+        store.set(f"{prefix}/joined/{rank}", "")
+        return prefix
+    prefix = uuid.uuid4().hex
+    missing = set(range(1, world_size))
+    deadline = time.monotonic() + timeout
     while missing:
         for other in list(missing):
-            if fresh.check([f"here/{other}"]):
+            if store.check([f"{prefix}/joined/{other}"]):
                 missing.remove(other)
-            elif store.check([f"hello/{other}"]):
-                name = store.get(f"hello/{other}").decode()
-                store.set(f"answer/{name}", address)
+            elif store.check([f"request/{other}"]):
+                request = store.get(f"request/{other}").decode()
+                store.set(f"answer/{request}", prefix)
         if time.monotonic() > deadline:
             raise RuntimeError(f"ranks {sorted(missing)} are missing")
         time.sleep(0.1)
-    return fresh
-
-
-def own_address(launch):
-    """The address under which the other nodes find this one."""
-    master = os.environ["MASTER_ADDR"]
-    if launch.nproc_per_node == launch.world_size:
-        return "127.0.0.1"
-    port = int(os.environ["MASTER_PORT"])
-    family, kind, _, _, target = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)
-        address = probe.getsockname()[0]
-    # A node may know itself as a loopback address, by which no other finds it.
-    return master if address.startswith("127.") or address == "::1" else address
+    return prefix

@@ -1,4 +1,4 @@
-"""Ends a process of a run that no rank of the run gets any further with, and says which rank."""
+"""Abort a hung run and report the rank responsible."""
 
 import contextlib
 import faulthandler
@@ -11,151 +11,169 @@ import threading
 import time
 from typing import NamedTuple
 
+import torch.distributed as dist
+
 from utils import log
 
 
 class Heartbeat(NamedTuple):
-    """What a rank tells the others every few seconds."""
+    """What a rank reports to the others every few seconds."""
 
-    beats: int  # of its watchdog
-    signs: int  # of life: places passed and samples done
-    passed: int  # places
-    rank: str
-    place: str
-    line: str  # of the program, that the main thread is at
-    communicates: bool  # whether that is in a collective operation
+    beats: int  # heartbeats so far
+    progress: int  # stages entered and samples done so far
+    stages: int  # stages entered so far
+    rank: str  # and host, for messages
+    stage: str
+    line: str  # of the program, where the main thread is
+    in_collective: bool  # whether that is inside a collective operation
 
 
-def line_of_main_thread():
-    """Heartbeat's line and communicates, of this process."""
-    code = sys._current_frames()[threading.main_thread().ident]
-    path = code.f_code.co_filename
-    communicates = "torch/distributed/" in path or path.endswith("torch/nn/parallel/distributed.py")
-    return f"{os.path.basename(path)}:{code.f_lineno}", communicates
+class Seen(NamedTuple):
+    """The last heartbeat of a rank, and by this process's clock when its counts rose."""
+
+    heartbeat: Heartbeat
+    beat_at: float
+    progress_at: float
 
 
 class Watchdog:
-    """Tells the other ranks where this one is, and watches whether any of them gets on.
+    """Reports where this rank is and watches that the ranks make progress.
 
-    Every rank passes the same places in the same order: a hung rank is the one that has passed the
-    fewest, a dead one is that whose watchdog is silent. They talk through the rendezvous's store,
-    which works where the process group is stuck.
+    Every rank enters the same stages in the same order: a hung rank is the one that has entered the
+    fewest, a dead one sends no heartbeats. They communicate through the store of the rendezvous,
+    which works while the process group hangs.
     """
 
-    def __init__(self, store, rank, world_size, timeout):
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
         """timeout: seconds without progress of any rank after which this process ends."""
         self.store, self.rank, self.timeout = store, rank, timeout
         self.keys = [f"watchdog/{other}" for other in range(world_size)]
         self.interval = min(timeout / 10, max(5, world_size / 20))
-        self.passed, self.place, self.samples, self.beats = 0, "the start", 0, 0
+        self.beats, self.stages, self.samples = 0, 0, 0
+        self.stage = "the start"
         self.host = socket.gethostname()
-        self.seen = {}  # rank -> (its last report, when its beats rose, when its signs rose)
-        self.answered = time.monotonic()  # when the store last did
-        self.awake = self.answered  # since when this process was not suspended
-        self.ended = threading.Event()
+        self.seen: dict[int, Seen] = {}  # by rank
+        self.store_answered_at = time.monotonic()
+        self.awake_since = self.store_answered_at  # when this process was last suspended, if ever
+        self.stopped = threading.Event()
         self.threads = [
-            threading.Thread(target=work, daemon=True) for work in (self.watch, self.guard)
+            threading.Thread(target=loop, daemon=True)
+            for loop in (self.watch_ranks, self.watch_store)
         ]
-        self.report()
+        self.send_heartbeat()
 
-    def start(self):
-        """To be called when every rank has made its own."""
+    def start(self) -> None:
+        """Begin to watch, once every rank has made its watchdog."""
         for thread in self.threads:
             thread.start()
 
-    def enter_stage(self, place):
-        """The main thread has come to this place, named for a message."""
-        self.place = place
-        self.passed += 1
-
-    def on_sample(self):
-        """A sample is done: a sign of life at a place that may take long."""
-        self.samples += 1
-
-    def stop(self):
-        self.ended.set()
+    def stop(self) -> None:
+        self.stopped.set()
         for thread in self.threads:
             if thread.is_alive():
-                thread.join(self.interval)  # longer only in a call of a store that is gone
+                thread.join(self.interval)  # it takes longer only if the store is gone
 
-    def report(self):
+    def enter_stage(self, stage: str) -> None:
+        """Note that the main thread has come to this stage, named for messages."""
+        self.stage = stage
+        self.stages += 1
+
+    def on_sample(self) -> None:
+        """Note that a sample is done, which is progress in a stage that may take long."""
+        self.samples += 1
+
+    def send_heartbeat(self) -> None:
         self.beats += 1
-        name = f"rank {self.rank} ({self.host})"
-        signs = self.passed + self.samples
-        report = (self.beats, signs, self.passed, name, self.place, *line_of_main_thread())
-        self.store.set(self.keys[self.rank], json.dumps(report))
+        heartbeat = Heartbeat(
+            self.beats,
+            self.stages + self.samples,
+            self.stages,
+            f"rank {self.rank} ({self.host})",
+            self.stage,
+            *locate_main_thread(),
+        )
+        self.store.set(self.keys[self.rank], json.dumps(heartbeat))
 
-    def look(self):
-        """Reads where all ranks are."""
+    def read_heartbeats(self) -> None:
         now = time.monotonic()
         for rank, text in enumerate(self.store.multi_get(self.keys)):
-            report = Heartbeat(*json.loads(text))
-            before, beat, rose = self.seen.get(rank, (report, now, now))
-            beat = now if report.beats != before.beats else beat
-            rose = now if report.signs != before.signs else rose
-            self.seen[rank] = (report, beat, rose)
+            new = Heartbeat(*json.loads(text))
+            old, beat_at, progress_at = self.seen.get(rank, (new, now, now))
+            self.seen[rank] = Seen(
+                new,
+                now if new.beats != old.beats else beat_at,
+                now if new.progress != old.progress else progress_at,
+            )
 
-    def watch(self):
-        while not self.ended.wait(self.interval):
+    def watch_ranks(self) -> None:
+        while not self.stopped.wait(self.interval):
             try:
-                self.report()
-                self.look()
-            except Exception:  # the store has as many ways to fail as it has backends
-                continue  # which guard() counts
-            self.answered = time.monotonic()
-            quiet = time.monotonic() - max(self.awake, *(rose for *_, rose in self.seen.values()))
-            if quiet > self.timeout:
-                self.end_process(f"no rank got any further for {quiet:.0f} s: {self.diagnose()}")
+                self.send_heartbeat()
+                self.read_heartbeats()
+            except Exception:  # of many types; watch_store measures how long it lasts
+                continue
+            now = self.store_answered_at = time.monotonic()
+            idle = now - max(self.awake_since, *(seen.progress_at for seen in self.seen.values()))
+            if idle > self.timeout:
+                self.end_process(f"no rank made progress for {idle:.0f} s: {self.diagnose()}")
 
-    def guard(self):
-        """Watches watch(): rank 0, which holds the store, may be frozen, and a call of it too."""
+    def watch_store(self) -> None:
+        """Watch that the store answers: if rank 0 holds it and is frozen, calls of it hang."""
         last = time.monotonic()
-        while not self.ended.wait(self.interval):
+        while not self.stopped.wait(self.interval):
             now = time.monotonic()
-            if now - last > 3 * self.interval:  # the whole job was, as SLURM can do
-                self.awake = now
+            if now - last > 3 * self.interval:  # the whole job was suspended, as SLURM can do
+                self.awake_since = now
             last = now
-            if now - max(self.answered, self.awake) > self.timeout:
+            if now - max(self.store_answered_at, self.awake_since) > self.timeout:
                 self.end_process(f"rank 0 has not answered for {self.timeout:g} s")
 
-    def dead_ranks(self):
-        """The ranks that report nothing any more, as a message, or ''."""
-        now = time.monotonic()
-        gone = [
-            f"{report.rank}, last seen at {report.place}, no longer answers"
-            for report, beat, _ in self.seen.values()
-            if now - beat > 2.5 * self.interval
-        ]
-        return "; ".join(gone)
-
-    def diagnose(self):
+    def diagnose(self) -> str:
+        """Describe the ranks that the others wait for."""
         if dead := self.dead_ranks():
             return dead
-        reports = [report for report, _, _ in self.seen.values()]
-        fewest = min(report.passed for report in reports)
-        behind = [report for report in reports if report.passed == fewest]
-        # Where all wait for each other, the one to blame is none that waits.
-        behind = [report for report in behind if not report.communicates] or behind
-        if len(behind) == len(reports) > 1:
-            return f"all ranks are at {self.place}"
-        return "; ".join(f"{r.rank} is at {r.place}, {r.line}" for r in behind)
+        heartbeats = [seen.heartbeat for seen in self.seen.values()]
+        fewest = min(heartbeat.stages for heartbeat in heartbeats)
+        behind = [heartbeat for heartbeat in heartbeats if heartbeat.stages == fewest]
+        # A rank in a collective operation waits for the others: it is not the one responsible.
+        behind = [heartbeat for heartbeat in behind if not heartbeat.in_collective] or behind
+        if len(behind) == len(heartbeats) > 1:
+            return f"all ranks are at {self.stage}"
+        return "; ".join(f"{b.rank} is at {b.stage}, {b.line}" for b in behind)
 
-    def find_dead_ranks(self):
-        """Which ranks are gone, once a collective operation has failed; takes a few intervals."""
+    def dead_ranks(self) -> str:
+        """Describe the ranks whose heartbeats have stopped; "" if there are none."""
+        now = time.monotonic()
+        return "; ".join(
+            f"{seen.heartbeat.rank}, last seen at {seen.heartbeat.stage}, no longer answers"
+            for seen in self.seen.values()
+            if now - seen.beat_at > 2.5 * self.interval
+        )
+
+    def find_dead_ranks(self) -> str:
+        """Wait a few intervals, after a failed collective operation, and describe dead ranks."""
         try:
             for _ in range(4):
                 time.sleep(self.interval)
-                self.look()
+                self.read_heartbeats()
         except Exception:
             return "rank 0 no longer answers"
         return self.dead_ranks()
 
-    def end_process(self, why):
-        log.error("stopping: %s", why)
-        print(f"error: rank {self.rank}: {why}; where this rank is:", file=sys.stderr, flush=True)
+    def end_process(self, reason: str) -> None:
+        log.error("stopping: %s", reason)
+        print(f"error: rank {self.rank}: {reason}; its threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback()
         with contextlib.suppress(Exception):
             logging.shutdown()
-        if self.rank == 0:  # without the store the others would blame this rank
+        if self.rank == 0:  # it may hold the store, without which the others would blame this rank
             time.sleep(2 * self.interval)
-        os._exit(1)  # the data workers go with it
+        os._exit(1)  # the data workers end with it
+
+
+def locate_main_thread() -> tuple[str, bool]:
+    """The fields `line` and `in_collective` of this process's Heartbeat."""
+    code = sys._current_frames()[threading.main_thread().ident]
+    path = code.f_code.co_filename
+    in_torch = "torch/distributed/" in path or path.endswith("torch/nn/parallel/distributed.py")
+    return f"{os.path.basename(path)}:{code.f_lineno}", in_torch

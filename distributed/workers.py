@@ -1,8 +1,8 @@
-"""Processes that read samples, and a pool that outlives the samples that kill or hang them.
+"""Read samples in worker processes, and survive samples that kill or hang them.
 
-A data set says in `fields` what an item holds: {name: (shape, dtype)}. Items are written into
-memory that all processes share, so that neither pixels nor file handles travel. torch's DataLoader
-ends the run where a worker dies, and at any line of the main program; this is what it lacks.
+A data set describes an item in `item_spec`: {name: (shape, dtype)}. Workers write items into memory
+that all processes share, so neither pixels nor file handles pass through pipes. torch's DataLoader,
+in contrast, ends the run when a worker dies.
 """
 
 import gc
@@ -13,106 +13,146 @@ import signal
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from utils import STOP_SIGNALS, die_with_parent
 
-QUEUED = 500  # tasks that wait at a worker: few enough for a pipe, so that sending never blocks
+MAX_QUEUED = 500  # tasks that wait at a worker: they fit into its pipe, so sending never blocks
+
+
+class ItemDataset(Protocol):
+    """A data set of which an item is a dict of tensors as in item_spec, or {"error": one line}."""
+
+    item_spec: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def __getitem__(self, key: Any) -> dict[str, Any]: ...
 
 
 class WorkerFailure(str):
-    """An error that cost the worker: what the item did to it."""
+    """The error of an item that crashed or hung its worker: what the item did to it."""
 
 
-def described(error, path):
-    """An item's error as one line that names its file, as those of the decoder do."""
-    return f"{path}: it {error}" if isinstance(error, WorkerFailure) else error
+class Task(NamedTuple):
+    slot: int  # where in the shared memory its item goes
+    key: Any
+
+
+class Result(NamedTuple):
+    slot: int
+    key: Any
+    error: str | None
+
+
+class PendingBatch:
+    """A batch whose items are being read into the slots from `start` on."""
+
+    def __init__(self, start: int, size: int):
+        self.start, self.remaining = start, size
+        self.errors: list[str | None] = [None] * size
+
+    def covers(self, slot: int) -> bool:
+        return self.start <= slot < self.start + len(self.errors)
 
 
 def sample_batches(
-    dataset,
-    batches,
+    dataset: ItemDataset,
+    batches: Iterable[list],
     *,
-    workers,
-    timeout,
-    prefetch=None,
-    pin_memory=False,
-    retry=lambda key, error: None,
-    on_sample=lambda: None,
-):
-    """Yields, for each list of keys, the items as one dict of tensors [len(keys), ...].
+    workers: int,
+    timeout: float,
+    prefetch: int | None = None,
+    pin_memory: bool = False,
+    retry: Callable[[Any, str], Any] = lambda key, error: None,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """Yield, for each list of keys, its items as one dict of tensors [len(keys), ...].
 
-    It also has "errors", a list with None or the item's error: its own, or a WorkerFailure where it
-    crashed its worker or took more than `timeout` seconds. That costs this item only. retry(key,
-    error) gives another key to take its place, or None to leave it at that; its tensors are then
-    not filled. on_sample is called for every item that is done. `prefetch` batches are in work
-    besides the one yielded, whose tensors are used again after the next one is asked for. Without
-    workers all is done here, crashes included.
+    The tensors are the caller's own, in page-locked memory with pin_memory. The dict also has
+    "errors": for each item None or its error, which is the item's own, or a WorkerFailure if it
+    crashed its worker or took more than `timeout` seconds. Such an item costs itself only.
+
+    The first batch is the largest. retry(key, error) returns another key to take the item's place,
+    or None to keep the error; the item's tensors are then undefined. on_sample is called after each
+    item. `prefetch` batches are read while the caller uses one. With 0 workers everything happens
+    in this process, crashes included.
     """
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         return
     batches = chain([first], batches)
-    size = len(first)  # of the largest batch: none that follows is larger
-    if prefetch is None:
+    size = len(first)
+    if not workers:
+        prefetch = 0
+    elif prefetch is None:
         prefetch = prefetch_depth(size, workers)
-    ring = (prefetch + 1) * size if workers else size
-    memory = {name: shared_tensor((ring, *s), t) for name, (s, t) in dataset.item_spec.items()}
+    slots = max(1, prefetch) * size
+    memory = {name: allocate_shared((slots, *s), t) for name, (s, t) in dataset.item_spec.items()}
     pool = Pool(dataset, memory, workers, timeout) if workers else SerialPool(dataset, memory)
-    # Position n, counted over all keys, is written at n % ring: a batch lies in one piece.
-    waiting = deque()  # batches in work: (first position, errors, positions that are not done)
-    submitted = 0
+    pending: deque[PendingBatch] = deque()
+    start = 0  # the first slot of the next batch; the slots are a ring
 
-    def submit(keys):
-        nonlocal submitted
-        for place, key in enumerate(keys):
-            pool.submit((submitted + place) % ring, key)
-        waiting.append([submitted % ring, [None] * len(keys), len(keys)])
-        submitted += size
+    def submit(depth):
+        nonlocal start
+        while len(pending) < depth and (keys := next(batches, None)):
+            pending.append(PendingBatch(start, len(keys)))
+            for slot, key in enumerate(keys, start):
+                pool.submit(Task(slot, key))
+            start = (start + size) % slots
 
     try:
         while True:
-            while len(waiting) <= prefetch * bool(workers) and (keys := next(batches, None)):
-                submit(keys)
-            if not waiting:
+            submit(max(1, prefetch))
+            if not pending:
                 return
-            while waiting[0][2]:
-                for slot, key, error in pool.finished():
+            while pending[0].remaining:
+                for slot, key, error in pool.collect():
                     on_sample()
                     other = retry(key, error) if error else None
                     if other is not None:
-                        pool.submit(slot, other)
+                        pool.submit(Task(slot, other))
                         continue
-                    batch = next(b for b in waiting if b[0] == slot - slot % size)
-                    batch[1][slot % size] = error
-                    batch[2] -= 1
-            start, errors, _ = waiting.popleft()
-            tensors = {name: t[start : start + len(errors)] for name, t in memory.items()}
-            # A copy of the caller's own: the ring's memory is used again.
-            tensors = {n: t.pin_memory() if pin_memory else t.clone() for n, t in tensors.items()}
-            yield {**tensors, "errors": errors}
+                    batch = next(b for b in pending if b.covers(slot))
+                    batch.errors[slot - batch.start] = error
+                    batch.remaining -= 1
+            batch = pending.popleft()
+            items = slice(batch.start, batch.start + len(batch.errors))
+            tensors = {
+                name: tensor[items].pin_memory() if pin_memory else tensor[items].clone()
+                for name, tensor in memory.items()
+            }
+            submit(prefetch)
+            yield {**tensors, "errors": batch.errors}
     finally:
         pool.close()
 
 
-def prefetch_depth(size, workers):
-    """How many batches to have in work: two items a worker, three batches where they are small."""
+def prefetch_depth(size: int, workers: int) -> int:
+    """How many batches to prefetch: two items per worker, but three batches of several items."""
     return max(3, math.ceil(2 * workers / size)) if size > 1 else 2 * workers
 
 
-def shared_tensor(shape, dtype):
-    """A tensor that forked processes share. Unlike torch's own it needs no space in /dev/shm."""
+def describe_error(error: str, path: Any) -> str:
+    """Describe an item's error in one line that names its file, as the decoder's errors do."""
+    return f"{path}: it {error}" if isinstance(error, WorkerFailure) else error
+
+
+def allocate_shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Allocate a tensor that forked processes share. Unlike torch's it takes no /dev/shm."""
     count = math.prod(shape)
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
 
 
-def read_item(dataset, key, memory, slot):
-    """Reads an item into its slot. Returns its error or None."""
+def read_item(
+    dataset: ItemDataset, key: Any, memory: dict[str, torch.Tensor], slot: int
+) -> str | None:
+    """Read an item into its slot and return its error, if any."""
     item = dataset[key]
     if "error" in item:
         return item["error"]
@@ -122,50 +162,52 @@ def read_item(dataset, key, memory, slot):
 
 
 class SerialPool:
-    """The interface of Pool without a process."""
+    """Has the interface of Pool, without processes."""
 
-    def __init__(self, dataset, memory):
+    def __init__(self, dataset: ItemDataset, memory: dict[str, torch.Tensor]):
         self.dataset, self.memory = dataset, memory
-        self.tasks = deque()
+        self.tasks: deque[Task] = deque()
 
-    def submit(self, slot, key):
-        self.tasks.append((slot, key))
+    def submit(self, task: Task) -> None:
+        self.tasks.append(task)
 
-    def finished(self):
+    def collect(self) -> list[Result]:
         slot, key = self.tasks.popleft()
-        return [(slot, key, read_item(self.dataset, key, self.memory, slot))]
+        return [Result(slot, key, read_item(self.dataset, key, self.memory, slot))]
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 class Pool:
-    """Worker processes; each task costs at most `timeout` seconds and at most itself."""
+    """Worker processes. A task costs at most `timeout` seconds, and no other task its result."""
 
-    def __init__(self, dataset, memory, workers, timeout):
+    def __init__(
+        self, dataset: ItemDataset, memory: dict[str, torch.Tensor], workers: int, timeout: float
+    ):
         self.dataset, self.memory, self.timeout = dataset, memory, timeout
-        self.pending = deque()  # tasks (slot, key) that no worker has yet
-        self.retried = set()  # tasks at which a worker was killed from outside
-        self.workers = []
-        # At the program's exit, multiprocessing would send what still runs a SIGTERM, which the
-        # workers ignore, and wait for them.
-        self.close = Finalize(self, end_workers, (self.workers,), exitpriority=0)
+        self.queue: deque[Task] = deque()  # that no worker has yet
+        self.retried: list[Task] = []  # their worker was killed; keys may be unhashable
+        self.workers: list[Worker] = []
+        # At the program's exit multiprocessing would send the workers a SIGTERM, which they ignore,
+        # and wait for them.
+        self.close = Finalize(self, kill_workers, (self.workers,), exitpriority=0)
         for _ in range(workers):
             self.workers.append(Worker(dataset, memory))
 
-    def submit(self, slot, key):
-        self.pending.append((slot, key))
-        self.hand_out()
+    def submit(self, task: Task) -> None:
+        self.queue.append(task)
+        self.dispatch()
 
-    def hand_out(self):
-        while self.pending:
+    def dispatch(self) -> None:
+        while self.queue:
             worker = min(self.workers, key=lambda worker: len(worker.tasks))
-            if len(worker.tasks) == QUEUED or not worker.send(self.pending[0]):
+            if len(worker.tasks) == MAX_QUEUED or not worker.send(self.queue[0]):
                 return
-            self.pending.popleft()
+            self.queue.popleft()
 
-    def finished(self):
-        """Waits for something to happen. Returns what is done: a list of (slot, key, error)."""
+    def collect(self) -> list[Result]:
+        """Wait for something to happen and return what is done since. Replaces lost workers."""
         now = time.monotonic()
         late = min((w.since + self.timeout for w in self.workers if w.tasks), default=math.inf)
         channels = [end for w in self.workers for end in (w.results, w.process.sentinel)]
@@ -174,33 +216,30 @@ class Pool:
         for place, worker in enumerate(self.workers):
             alive = worker.receive(done)
             if alive and worker.is_late(self.timeout):
-                # The whole job may have been suspended: a second look.
+                # The whole job may have been suspended: look again.
                 wait([worker.results], 1)
                 alive = worker.receive(done)
             if alive and worker.is_late(self.timeout):
                 worker.process.kill()
                 reason = f"took its data worker more than {self.timeout:g} s"
             elif not alive:
-                reason = f"crashed its data worker ({worker.end()})"
+                reason = f"crashed its data worker ({worker.describe_exit()})"
             else:
                 continue
-            if (
-                worker.tasks
-                and reason.endswith("(SIGKILL)")
-                and worker.tasks[0] not in self.retried
-            ):
-                # From outside, for lack of memory as a rule: not its fault the first time.
-                self.retried.add(worker.tasks[0])
+            killed = reason.endswith("(SIGKILL)")
+            if worker.tasks and killed and worker.tasks[0] not in self.retried:
+                # From outside, usually by the OOM killer: not the task's fault the first time.
+                self.retried.append(worker.tasks[0])
             elif worker.tasks:
-                done.append((*worker.tasks.popleft(), WorkerFailure(reason)))
-            self.pending.extendleft(reversed(worker.tasks))
+                done.append(Result(*worker.tasks.popleft(), WorkerFailure(reason)))
+            self.queue.extendleft(reversed(worker.tasks))
             self.workers[place] = Worker(self.dataset, self.memory)
             worker.close()
-        self.hand_out()
+        self.dispatch()
         return done
 
 
-def end_workers(workers):
+def kill_workers(workers: list["Worker"]) -> None:
     for worker in workers:
         worker.process.kill()
     for worker in workers:
@@ -208,9 +247,12 @@ def end_workers(workers):
 
 
 class Worker:
-    """A process, the tasks it was sent, the first of which it is at, and since when it is."""
+    """A process and the tasks that it was sent.
 
-    def __init__(self, dataset, memory):
+    tasks: the first one is in work, since the time `since`.
+    """
+
+    def __init__(self, dataset: ItemDataset, memory: dict[str, torch.Tensor]):
         context = multiprocessing.get_context("fork")  # shares the data set and the memory
         tasks, self.outbox = context.Pipe(duplex=False)
         self.results, results = context.Pipe(duplex=False)
@@ -222,13 +264,13 @@ class Worker:
         gc.unfreeze()
         tasks.close()
         results.close()
-        self.tasks = deque()
+        self.tasks: deque[Task] = deque()
         self.since = 0.0
 
-    def send(self, task):
-        """False where it is dead, which Pool.finished will find: the task is not to blame."""
+    def send(self, task: Task) -> bool:
+        """Return False if the process is dead, as Pool.collect will find; the task is unsent."""
         try:
-            self.outbox.send(task)
+            self.outbox.send(tuple(task))  # fewer bytes: without the name of the class
         except BrokenPipeError:
             return False
         if not self.tasks:
@@ -236,40 +278,39 @@ class Worker:
         self.tasks.append(task)
         return True
 
-    def receive(self, done):
-        """Adds to `done` what it has finished. False where it is dead."""
+    def receive(self, done: list[Result]) -> bool:
+        """Append the results so far to `done`. Return False if the process is dead."""
         try:
             while self.results.poll():
                 error, failure = self.results.recv()
                 if failure:
                     raise RuntimeError(f"a data worker failed\n{failure}")
-                done.append((*self.tasks.popleft(), error))
+                done.append(Result(*self.tasks.popleft(), error))
                 self.since = time.monotonic()
         except (EOFError, OSError):
             return False
         return True
 
-    def is_late(self, timeout):
+    def is_late(self, timeout: float) -> bool:
         return bool(self.tasks) and time.monotonic() > self.since + timeout
 
-    def end(self):
-        """How it ended, for a message."""
+    def describe_exit(self) -> str:
         self.process.join()
         status = self.process.exitcode
         return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
-    def close(self):
+    def close(self) -> None:
         self.outbox.close()
         self.results.close()
-        self.process.join(5)  # longer where it hangs in the kernel, on a file system that is gone
+        self.process.join(5)  # longer if it hangs in the kernel, on a file system that is gone
         if self.process.exitcode is not None:
             self.process.close()
 
 
-def worker_main(dataset, memory, tasks, results):
-    """What a worker does, until its parent ends it."""
+def worker_main(dataset, memory, tasks, results) -> None:
+    """Read the items of a worker's tasks until the parent ends it."""
     die_with_parent()
-    for number in (signal.SIGINT, *STOP_SIGNALS):  # they are for the parent to answer
+    for number in (signal.SIGINT, *STOP_SIGNALS):  # the parent handles them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from distributed.device import PRECISIONS, check_compiler, inference_amp
-from distributed.workers import described, sample_batches
+from distributed.workers import describe_error, sample_batches
 from s3dg import fuse_for_inference, load_model, to_unit_range
 from utils import check_clip_size, check_file, input_error, lines_above, log
 from video_decoder import DecodeError, decode_clips, probe_duration
@@ -36,16 +36,18 @@ def clip_batches(items, batch_size):
     items: (owner, windows [W, 3, T, H, W]) pairs. At most batch_size windows are held, and what one
     video has over, so memory does not grow with the number of windows.
     """
-    owners, clips = [], []
+    owners = []
     for owner, windows in items:
         for clip in windows:
+            if not owners:
+                clips = clip.new_empty(batch_size, *clip.shape)
+            clips[len(owners)] = clip
             owners.append(owner)
-            clips.append(clip)
-            if len(clips) == batch_size:
-                yield owners, torch.stack(clips)
-                owners, clips = [], []
-    if clips:
-        yield owners, torch.stack(clips)
+            if len(owners) == batch_size:
+                yield owners, clips
+                owners = []
+    if owners:
+        yield owners, clips[: len(owners)]
 
 
 @torch.inference_mode()
@@ -97,10 +99,10 @@ def video_features(
         with bar, lines_above(bar):
             for index, video in zip(bar, videos, strict=True):
                 if error := video["errors"][0]:
-                    reason = described(error, dataset.path(index))
+                    reason = describe_error(error, dataset.path(index))
                     log.warning("left out of the evaluation: %s", reason)
                 else:
-                    windows = video["video"][0].clone()  # its memory is used again
+                    windows = video["video"][0]
                     on_windows(index, windows)
                     yield index, windows
                 nonlocal stopped
@@ -231,7 +233,7 @@ def strided_features(
     def keys():
         for index, item in enumerate(probes):
             if error := item["errors"][0]:
-                failed.append((index, described(error, paths[index])))
+                failed.append((index, describe_error(error, paths[index])))
                 continue
             duration = item["seconds"].item()
             starts = strided_starts(duration, num_frames=num_frames, fps=fps, stride=stride)
@@ -256,10 +258,10 @@ def strided_features(
                 continue
             if error := item["errors"][0]:
                 del work[index]
-                failed.append((index, described(error, paths[index])))
+                failed.append((index, describe_error(error, paths[index])))
                 continue
             video = work[index]
-            clips = item["video"][0, : len(video.starts) - first].clone()  # used again
+            clips = item["video"][0, : len(video.starts) - first]
             video.black.extend(k for k, clip in enumerate(clips, first) if not clip.any())
             yield index, clips
 

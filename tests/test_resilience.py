@@ -267,7 +267,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, rank, toy, weights,
         if rank == 0:
             assert "has not answered for 10 s" in line
         else:
-            assert "no rank got any further for 1" in line
+            assert "no rank made progress for 1" in line
             assert ("no longer answers" if silent else "step 7, faulty_training.py") in line
 
 

@@ -133,7 +133,7 @@ def test_a_task_a_node_and_a_task_a_process_train_alike(slurm, flags, toy, tmp_p
         short = f"--train_csv={toy}/howto100m_videos.csv"
         slurm.srun(f"--ntasks-per-node={tasks}", *command, short, "--epochs=3")
         log = (tmp_path / name / "log/run.txt").read_text()
-        assert f"SLURM, a task a {name}: 2 x 2 processes, on cpu, meeting at tcp://n1:" in log
+        assert f"SLURM, a task per {name}: 2 x 2 processes, on cpu, rendezvous at tcp://n1:" in log
         losses.append([record["loss"] for record in records(tmp_path / name)])
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

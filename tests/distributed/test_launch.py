@@ -2,41 +2,44 @@ import pytest
 import torch
 
 from args import get_args
-from distributed.launch import Shard, detect_launch, detect_shard, first_host
-from utils import InputError
+from distributed.launch import LaunchError, Shard, detect_launch, detect_shard, first_host
+
+FLAGS = ("device", "gpu", "dist_url", "dist_file", "nproc_per_node", "world_size", "rank")
 
 
-def plan(line="", **env):
-    return detect_launch(get_args(argv=[*line.split(), "--device", "cpu"]), env)
+def detect(line="", device="cpu", **env):
+    """detect_launch with the flags of a command line."""
+    args = get_args(argv=[*line.split(), f"--device={device}"])
+    return detect_launch(**{flag: getattr(args, flag) for flag in FLAGS}, env=env)
 
 
 @pytest.fixture
-def plan_with_gpus(monkeypatch):
-    """plan, on a node where this process sees so many GPUs."""
+def detect_with_gpus(monkeypatch):
+    """detect, on a node where this process sees so many GPUs."""
 
-    def plan(gpus, line="", **env):
+    def detect_on_node(gpus, line="", **env):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        return detect_launch(get_args(argv=line.split()), env)
+        return detect(line, device="auto", **env)
 
-    return plan
+    return detect_on_node
 
 
 def test_plain_python_is_one_process_or_as_many_as_asked():
-    launch = plan()
+    launch = detect()
     assert (launch.launcher, launch.world_size, launch.spawn) == ("python", 1, 1)
-    launch = plan("--nproc_per_node 3")
+    launch = detect("--nproc_per_node 3")
     assert (launch.world_size, launch.first_rank, launch.spawn) == (3, 0, 3)
     assert launch.init_method.startswith("tcp://127.0.0.1:")
 
 
 def test_plain_python_on_several_nodes_needs_an_address():
-    launch = plan("--world-size 2 --rank 1 --nproc_per_node 4 --dist-url tcp://a:1")
+    launch = detect("--world-size 2 --rank 1 --nproc_per_node 4 --dist-url tcp://a:1")
     assert (launch.world_size, launch.first_rank, launch.init_method) == (8, 4, "tcp://a:1")
-    with pytest.raises(InputError, match="--dist_url"):
-        plan("--world-size 2 --rank 0")
-    with pytest.raises(InputError, match="--rank"):
-        plan("--world-size 2 --rank 2 --dist-url tcp://a:1")
+    with pytest.raises(LaunchError, match="--dist_url"):
+        detect("--world-size 2 --rank 0")
+    with pytest.raises(LaunchError, match="--rank"):
+        detect("--world-size 2 --rank 2 --dist-url tcp://a:1")
 
 
 TORCHRUN = {
@@ -50,7 +53,7 @@ TORCHRUN = {
 
 
 def test_torchrun_has_started_every_process_already():
-    launch = plan(**TORCHRUN)
+    launch = detect(**TORCHRUN)
     assert (launch.launcher, launch.world_size, launch.first_rank) == ("torchrun", 4, 3)
     assert (launch.local_rank, launch.nproc_per_node, launch.spawn) == (1, 2, 1)
     assert launch.init_method == "env://"
@@ -62,19 +65,19 @@ SLURM = {
     "SLURM_STEP_NODELIST": "gpu[03-04]",
     "SLURM_STEP_NUM_NODES": "2",
 }
-TASK_A_NODE = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
-TASK_A_PROCESS = {**SLURM, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+TASK_PER_NODE = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+TASK_PER_PROCESS = {**SLURM, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 
 
-def test_a_slurm_task_a_node_spawns_the_nodes_processes():
-    launch = plan("--nproc_per_node 4", **TASK_A_NODE)
+def test_a_slurm_task_per_node_spawns_the_nodes_processes():
+    launch = detect("--nproc_per_node 4", **TASK_PER_NODE)
     assert (launch.world_size, launch.first_rank, launch.local_rank) == (8, 4, 0)
     assert (launch.nproc_per_node, launch.spawn) == (4, 4)
     assert launch.init_method.startswith("tcp://gpu03:")
 
 
-def test_a_slurm_task_a_process_spawns_none():
-    launch = plan(**TASK_A_PROCESS)
+def test_a_slurm_task_per_process_spawns_none():
+    launch = detect(**TASK_PER_PROCESS)
     assert (launch.world_size, launch.first_rank, launch.local_rank) == (8, 5, 1)
     assert (launch.nproc_per_node, launch.spawn) == (4, 1)
 
@@ -87,15 +90,15 @@ def test_older_slurm_names_and_a_given_master_are_understood():
         "SLURM_JOBID": "7",
         "SLURM_STEP_ID": "3",
     }
-    assert plan(**old, SLURM_NODELIST="a,b").init_method == "tcp://a:10220"
-    assert plan(**old, MASTER_ADDR="m", MASTER_PORT="9").init_method == "tcp://m:9"
-    assert plan(**old, SLURM_NODELIST="a,b").world_size == 2
+    assert detect(**old, SLURM_NODELIST="a,b").init_method == "tcp://a:10220"
+    assert detect(**old, MASTER_ADDR="m", MASTER_PORT="9").init_method == "tcp://m:9"
+    assert detect(**old, SLURM_NODELIST="a,b").world_size == 2
 
 
 def test_every_step_of_a_slurm_job_meets_at_a_port_of_its_own_below_the_systems():
     def port(job, step):
-        env = {**TASK_A_NODE, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
-        return int(plan(**env).init_method.rpartition(":")[2])
+        env = {**TASK_PER_NODE, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        return int(detect(**env).init_method.rpartition(":")[2])
 
     ports = {(job, step): port(job, step) for job in (1, 77, 645, 9_999_999) for step in range(31)}
     assert all(10000 <= port <= 29999 for port in ports.values())
@@ -106,24 +109,25 @@ def test_every_step_of_a_slurm_job_meets_at_a_port_of_its_own_below_the_systems(
 
 def test_a_slurm_job_that_starts_no_step_of_several_tasks_is_plain_python():
     alone = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
-    assert plan(**alone).launcher == "python"
-    assert plan("--nproc_per_node 2", **alone, SLURM_STEP_ID="0").spawn == 2
+    assert detect(**alone).launcher == "python"
+    assert detect("--nproc_per_node 2", **alone, SLURM_STEP_ID="0").spawn == 2
     # A shell of salloc has no SLURM_PROCID.
-    assert plan(SLURM_JOB_ID="7", SLURM_NTASKS="2").launcher == "python"
+    assert detect(SLURM_JOB_ID="7", SLURM_NTASKS="2").launcher == "python"
 
 
-def test_gpus_are_what_python_and_a_slurm_task_a_node_spawn_for(plan_with_gpus):
-    assert plan_with_gpus(4).spawn == 4
-    assert plan_with_gpus(4, "--nproc_per_node 2").spawn == 2
-    assert plan_with_gpus(4, "--gpu 3").spawn == 1
-    launch = plan_with_gpus(4, **TASK_A_NODE)
+def test_gpus_are_what_python_and_a_slurm_task_per_node_spawn_for(detect_with_gpus):
+    assert detect_with_gpus(4).spawn == 4
+    assert detect_with_gpus(4, "--nproc_per_node 2").spawn == 2
+    assert detect_with_gpus(4, "--gpu 3").spawn == 1
+    assert detect_with_gpus(4, "--gpu 3", **TASK_PER_NODE).spawn == 1
+    launch = detect_with_gpus(4, **TASK_PER_NODE)
     assert (launch.world_size, launch.first_rank, launch.spawn) == (8, 4, 4)
 
 
-def test_a_process_that_is_shown_its_own_gpu_only_is_one_of_several(plan_with_gpus):
-    launch = plan_with_gpus(1, **TASK_A_PROCESS)
+def test_a_process_that_is_shown_its_own_gpu_only_is_one_of_several(detect_with_gpus):
+    launch = detect_with_gpus(1, **TASK_PER_PROCESS)
     assert (launch.world_size, launch.nproc_per_node, launch.spawn) == (8, 4, 1)
-    assert plan_with_gpus(1, **TORCHRUN).nproc_per_node == 2
+    assert detect_with_gpus(1, **TORCHRUN).nproc_per_node == 2
 
 
 @pytest.mark.parametrize(
@@ -131,33 +135,33 @@ def test_a_process_that_is_shown_its_own_gpu_only_is_one_of_several(plan_with_gp
     [
         (2, "--nproc_per_node 4", {}),
         (1, "--nproc_per_node 4", {}),
-        (1, "--nproc_per_node 2", TASK_A_NODE),
-        (2, "", TASK_A_PROCESS),
+        (1, "--nproc_per_node 2", TASK_PER_NODE),
+        (2, "", TASK_PER_PROCESS),
     ],
 )
-def test_more_processes_than_gpus_are_refused(plan_with_gpus, gpus, line, env):
-    with pytest.raises(InputError, match=f"but {gpus} GPUs"):
-        plan_with_gpus(gpus, line, **env)
+def test_more_processes_than_gpus_are_refused(detect_with_gpus, gpus, line, env):
+    with pytest.raises(LaunchError, match=f"but {gpus} GPUs"):
+        detect_with_gpus(gpus, line, **env)
 
 
 @pytest.mark.parametrize(
-    ("line", "env"), [("--nproc_per_node 2", {}), ("", TORCHRUN), ("", TASK_A_PROCESS)]
+    ("line", "env"), [("--nproc_per_node 2", {}), ("", TORCHRUN), ("", TASK_PER_PROCESS)]
 )
-def test_several_processes_cannot_share_the_one_gpu_of_a_flag(plan_with_gpus, line, env):
-    with pytest.raises(InputError, match="--gpu"):
-        plan_with_gpus(4, line + " --gpu 1", **env)
+def test_several_processes_cannot_share_the_one_gpu_of_a_flag(detect_with_gpus, line, env):
+    with pytest.raises(LaunchError, match="--gpu"):
+        detect_with_gpus(4, line + " --gpu 1", **env)
 
 
 @pytest.mark.parametrize(
     ("env", "line"),
     [
         (TORCHRUN, "--nproc_per_node 2 --world_size 2 --rank 1"),
-        (TASK_A_NODE, "--nproc_per_node 4 --world_size 2 --rank 1"),
-        (TASK_A_PROCESS, "--nproc_per_node 4 --world_size 2 --rank 1"),
+        (TASK_PER_NODE, "--nproc_per_node 4 --world_size 2 --rank 1"),
+        (TASK_PER_PROCESS, "--nproc_per_node 4 --world_size 2 --rank 1"),
     ],
 )
 def test_flags_may_repeat_what_the_launcher_says(env, line):
-    launch = plan(line, **env)
+    launch = detect(line, **env)
     assert launch.first_rank // launch.nproc_per_node == 1
 
 
@@ -165,23 +169,23 @@ def test_flags_may_repeat_what_the_launcher_says(env, line):
     ("env", "lines"),
     [
         (TORCHRUN, ["--nproc_per_node 4", "--world_size 4", "--rank 3"]),
-        (TASK_A_NODE, ["--world_size 8", "--rank 0"]),
-        (TASK_A_PROCESS, ["--nproc_per_node 8", "--world_size 8", "--rank 5"]),
+        (TASK_PER_NODE, ["--world_size 8", "--rank 0"]),
+        (TASK_PER_PROCESS, ["--nproc_per_node 8", "--world_size 8", "--rank 5"]),
     ],
 )
 def test_flags_that_contradict_the_launcher_are_refused(env, lines):
     for line in lines:
-        with pytest.raises(InputError, match=line):
-            plan(line, **env)
+        with pytest.raises(LaunchError, match=line):
+            detect(line, **env)
 
 
-def test_how_often_its_launcher_started_a_run_again_is_known():
-    assert plan(**TORCHRUN, TORCHELASTIC_RESTART_COUNT="1").restarts == 1
-    assert plan(**TASK_A_NODE, SLURM_RESTART_COUNT="2").restarts == 2
-    assert plan(**TASK_A_PROCESS, SLURM_RESTART_COUNT="3").restarts == 3
-    assert plan(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1").restarts == 1
-    for env in (TORCHRUN, TASK_A_NODE, TASK_A_PROCESS, {}):
-        assert plan(**env).restarts == 0
+def test_launchers_tell_how_often_they_restarted_a_run():
+    assert detect(**TORCHRUN, TORCHELASTIC_RESTART_COUNT="1").restarts == 1
+    assert detect(**TASK_PER_NODE, SLURM_RESTART_COUNT="2").restarts == 2
+    assert detect(**TASK_PER_PROCESS, SLURM_RESTART_COUNT="3").restarts == 3
+    assert detect(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1").restarts == 1
+    for env in (TORCHRUN, TASK_PER_NODE, TASK_PER_PROCESS, {}):
+        assert detect(**env).restarts == 0
 
 
 @pytest.mark.parametrize(
@@ -194,28 +198,28 @@ def test_how_often_its_launcher_started_a_run_again_is_known():
         ("", {"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x"),
         ("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "many"}, "SLURM_NTASKS=many"),
         ("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "srun"),
-        ("", {**TASK_A_PROCESS, "SLURM_STEP_NUM_TASKS": "3"}, "3 SLURM tasks on 2 nodes"),
+        ("", {**TASK_PER_PROCESS, "SLURM_STEP_NUM_TASKS": "3"}, "3 SLURM tasks on 2 nodes"),
         ("--dist_url foo", {}, "--dist_url"),
         ("--dist_url tcp://a:1 --dist_file store", {}, "--dist_file"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(line, env, named):
-    with pytest.raises(InputError, match=named):
-        plan(line, **env)
+    with pytest.raises(LaunchError, match=named):
+        detect(line, **env)
 
 
 def test_dist_file_overrides_the_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = f"file://{tmp_path}/store"
-    assert plan("--dist-file store").init_method == store
-    assert plan("--dist-file store", **TORCHRUN).init_method == store
+    assert detect("--dist-file store").init_method == store
+    assert detect("--dist-file store", **TORCHRUN).init_method == store
 
 
 def test_under_slurm_every_start_has_a_dist_file_of_its_own():
     line = "--dist-file /d/store"
-    assert plan(line, **TASK_A_NODE).init_method == "file:///d/store.77.0.0"
-    again = {**TASK_A_NODE, "SLURM_STEP_ID": "4", "SLURM_RESTART_COUNT": "2"}
-    assert plan(line, **again).init_method == "file:///d/store.77.4.2"
+    assert detect(line, **TASK_PER_NODE).init_method == "file:///d/store.77.0.0"
+    again = {**TASK_PER_NODE, "SLURM_STEP_ID": "4", "SLURM_RESTART_COUNT": "2"}
+    assert detect(line, **again).init_method == "file:///d/store.77.4.2"
 
 
 @pytest.mark.parametrize(
@@ -226,11 +230,11 @@ def test_first_host_of_a_slurm_node_list(nodes, host):
     assert first_host(nodes) == host
 
 
-# ---- shares of processes that work by themselves -------------------------------------------------
+# ---- shards of processes that work without a process group ---------------------------------------
 
 
-def share(line="", **env):
-    return detect_shard(get_args(argv=line.split()), env)
+def detect_part(part=None, **env):
+    return detect_shard(part, env)
 
 
 def array(task, first, last, step, count):
@@ -249,16 +253,16 @@ def step(task, tasks, nodes=1):
 
 
 def test_a_process_by_itself_takes_all():
-    assert share() == share(SLURM_PROCID="0", SLURM_NTASKS="4") == Shard(0, 1, 0, 1)
+    assert detect_part() == detect_part(SLURM_PROCID="0", SLURM_NTASKS="4") == Shard(0, 1, 0, 1)
 
 
-def test_torchrun_srun_and_the_flag_say_which_share():
-    assert share(**TORCHRUN) == Shard(3, 4, 1, 2)
-    assert share(**step(5, 8, nodes=2)) == Shard(5, 8, 1, 4)
-    assert share("--shard 2/5") == Shard(2, 5, 0, 1)
-    # The processes of a launcher share the part, which counts instead of the array's task.
-    assert share("--shard 2/5", **step(1, 2), **array(3, 0, 9, 1, 10)) == Shard(5, 10, 1, 2)
-    assert share("--shard 2/5", **TORCHRUN) == Shard(11, 20, 1, 2)
+def test_torchrun_srun_and_the_flag_give_the_shard():
+    assert detect_part(**TORCHRUN) == Shard(3, 4, 1, 2)
+    assert detect_part(**step(5, 8, nodes=2)) == Shard(5, 8, 1, 4)
+    assert detect_part((2, 5)) == Shard(2, 5, 0, 1)
+    # The processes of a launcher share the part, which replaces the array's task.
+    assert detect_part((2, 5), **step(1, 2), **array(3, 0, 9, 1, 10)) == Shard(5, 10, 1, 2)
+    assert detect_part((2, 5), **TORCHRUN) == Shard(11, 20, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -266,18 +270,18 @@ def test_torchrun_srun_and_the_flag_say_which_share():
 )
 def test_the_tasks_of_an_array_share_without_overlap(first, last, by):
     tasks = range(first, last + 1, by)
-    found = [share(**array(task, first, last, by, len(tasks))) for task in tasks]
+    found = [detect_part(**array(task, first, last, by, len(tasks))) for task in tasks]
     assert [(s.index, s.count) for s in found] == [(i, len(tasks)) for i in range(len(tasks))]
 
 
 def test_the_processes_of_an_arrays_tasks_share_too():
     found = {
-        share(**array(task, 1, 3, 1, 3), **step(rank, 2)).index
+        detect_part(**array(task, 1, 3, 1, 3), **step(rank, 2)).index
         for task in (1, 2, 3)
         for rank in (0, 1)
     }
     assert found == set(range(6))
-    assert share(**array(3, 1, 3, 1, 3), **step(1, 2)) == Shard(5, 6, 1, 2)
+    assert detect_part(**array(3, 1, 3, 1, 3), **step(1, 2)) == Shard(5, 6, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +295,6 @@ def test_the_processes_of_an_arrays_tasks_share_too():
         {"RANK": "2", "WORLD_SIZE": "2"},
     ],
 )
-def test_variables_that_do_not_say_which_share_are_refused(env):
-    with pytest.raises(InputError):
-        share(**env)
+def test_variables_that_do_not_say_which_shard_are_refused(env):
+    with pytest.raises(LaunchError):
+        detect_part(**env)
