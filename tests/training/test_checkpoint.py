@@ -14,6 +14,7 @@ from training import checkpoint
 from training.checkpoint import (
     KEPT_EPOCHS,
     KEPT_STEPS,
+    Progress,
     list_checkpoints,
     newest_checkpoint,
     save_checkpoint,
@@ -438,3 +439,14 @@ def test_a_checkpoint_in_the_old_format_is_resumed_from(tmp_path):
 def test_a_checkpoint_reads_without_its_prefix(tmp_path):
     path = save_checkpoint(tmp_path, content(3, {"module.w": torch.ones(1)}))
     assert list(read_weights(path)["state_dict"]) == ["w"]
+
+
+def test_a_checkpoint_of_other_batches_is_resumed_at_the_same_video():
+    progress = {"epoch": 2, "step": 60, "bad_samples": 3, "bad_in_epoch": 1, "skipped_steps": 2}
+    progress |= {"skipped_in_row": 1, "clips": 240, "videos": 100}
+    resumed = {"epoch": 2, "progress": progress}
+    assert Progress.resume(resumed, 4, 100) == Progress(2, 60, 3, 1, 2, 1)
+    assert Progress.resume(resumed, 8, 100).step == 30
+    # Of another list, the place in the epoch means nothing: from the epoch's start.
+    assert Progress.resume(resumed, 4, 50).step == 25
+    assert Progress.resume({"epoch": 2}, 4, 100).step == 50  # a checkpoint of the release
