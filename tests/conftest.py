@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import video_decoder
 from s3dg import S3D
 from tests.helpers import HERE, ROOT, SHARED, golden_weight, smallest_memory
 from utils import log
@@ -82,7 +81,7 @@ def ffmpeg_in_path(tmp_path, monkeypatch):
         script = folder / "ffmpeg"
         script.write_text(f"#!/bin/sh\n{delegate}{commands.format(real=real, limit=limit)}\n")
         script.chmod(0o755)
-        monkeypatch.setattr(video_decoder, "ffmpeg_program", ffmpeg_program)
+        monkeypatch.setattr("video_decoder.ffmpeg.ffmpeg_program", ffmpeg_program)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
     return put

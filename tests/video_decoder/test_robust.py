@@ -15,15 +15,22 @@ import psutil
 import pytest
 import torch
 
-import video_decoder
-from tests.helpers import FAILURES, await_gone
+from tests.helpers import FAILURES, ROOT, await_gone
 from tests.video_decoder.test_video_decoder import (  # the last two are fixtures
     VIDEOS,
     ffmpeg_program,
     pinned_program,  # noqa: F401
     video,  # noqa: F401
 )
-from video_decoder import BACKENDS, DecodeError, check_backend, decode_clip, decode_frames
+from video_decoder import (
+    BACKENDS,
+    DecodeError,
+    check_backend,
+    decode_clip,
+    decode_frames,
+    ffmpeg,
+    pyav,
+)
 
 SOURCES = [
     "h264_bpyramid.mp4",
@@ -123,7 +130,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 
 def run_alone(code, *arguments):
     """What a fresh process prints that runs this code."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(video_decoder.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env=environment
@@ -192,7 +199,8 @@ def hostile_clock(folder):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_million_frames_a_second(tmp_path, backend, monkeypatch):
     """A window costs what it shows; the whole file is refused, or what the command makes of it."""
-    monkeypatch.setattr(video_decoder, "MAX_BYTES", 64 << 20)
+    monkeypatch.setattr(pyav, "MAX_BYTES", 64 << 20)
+    monkeypatch.setattr(ffmpeg, "MAX_BYTES", 64 << 20)
     path = hostile_clock(tmp_path)
     clip = decode_clip(path, 0, fps=5, num_frames=16, size=32, backend=backend)
     assert clip.any()
@@ -205,9 +213,11 @@ def test_a_million_frames_a_second(tmp_path, backend, monkeypatch):
 def test_a_whole_file_too_large_for_memory_is_refused(video, backend, monkeypatch):  # noqa: F811
     path = video("h264_bpyramid.mp4")
     frames = decode_frames(path, size=32, backend=backend)
-    monkeypatch.setattr(video_decoder, "MAX_BYTES", frames.numel() - 1)
+    monkeypatch.setattr(pyav, "MAX_BYTES", frames.numel() - 1)
+    monkeypatch.setattr(ffmpeg, "MAX_BYTES", frames.numel() - 1)
     assert "more frames than" in outcome(path, backend, True)
-    monkeypatch.setattr(video_decoder, "MAX_BYTES", frames.numel())
+    monkeypatch.setattr(pyav, "MAX_BYTES", frames.numel())
+    monkeypatch.setattr(ffmpeg, "MAX_BYTES", frames.numel())
     assert torch.equal(outcome(path, backend, True), frames)
 
 
@@ -238,7 +248,7 @@ def test_an_ffmpeg_process_ends_with_the_process_that_started_it(
 ):
     path = video("h264_bpyramid.mp4")
     ffmpeg_in_path(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 600")
-    environment = {**os.environ, "PYTHONPATH": str(Path(video_decoder.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", DECODE, str(path)], env=environment)
     try:
         while not (tmp_path / "pid").exists():
@@ -256,7 +266,7 @@ def test_a_hostile_clock_does_not_hold_the_process(video, monkeypatch):  # noqa:
     """The program is ended once it has written enough, whatever it still means to write."""
     path = video("h264_bpyramid.mp4")
     command = [sys.executable, "-c", "while True: print('x' * 1000)"]
-    pixels, status, _ = video_decoder._run(path, command, 5000)
+    pixels, status, _ = ffmpeg.run_program(path, command, 5000)
     assert len(pixels) == 5000 and status == 0
 
 
@@ -338,7 +348,7 @@ def test_an_ffmpeg_program_that_dies_is_an_error(video, tmp_path, monkeypatch, d
     program.write_text(f"#!/bin/sh\n{dies}\n")
     program.chmod(0o755)
     path = video("h264_bpyramid.mp4")
-    monkeypatch.setattr(video_decoder, "ffmpeg_program", lambda: str(program))
+    monkeypatch.setattr(ffmpeg, "ffmpeg_program", lambda: str(program))
     for whole in (False, True):
         assert message in outcome(path, "ffmpeg", whole)
 
@@ -417,7 +427,7 @@ def test_a_program_that_does_not_run_is_found_before_the_work(
     ffmpeg_in_path, monkeypatch, commands, named
 ):
     if "sleep" in commands:
-        monkeypatch.setattr(video_decoder, "TRIAL_SECONDS", 0.2)
+        monkeypatch.setattr(ffmpeg, "TRIAL_SECONDS", 0.2)
     ffmpeg_in_path(commands, version=False)
     with pytest.raises(DecodeError, match=f"bin/ffmpeg {named}") as error:
         check_backend("ffmpeg")
@@ -428,7 +438,7 @@ def test_a_program_that_cannot_be_started_is_an_error(video, tmp_path, monkeypat
     program = tmp_path / "ffmpeg"
     program.write_text("#!/absent/interpreter\n")
     program.chmod(0o755)
-    monkeypatch.setattr(video_decoder, "ffmpeg_program", lambda: str(program))
+    monkeypatch.setattr(ffmpeg, "ffmpeg_program", lambda: str(program))
     path = video("h264_bpyramid.mp4")
     with pytest.raises(DecodeError, match=r"cannot run .*/ffmpeg: No such file"):
         check_backend("ffmpeg")
@@ -439,7 +449,7 @@ def test_a_machine_without_the_program_is_an_error(monkeypatch):
     def absent():
         raise RuntimeError("No ffmpeg exe could be found.")
 
-    monkeypatch.setattr(video_decoder, "ffmpeg_program", absent)
+    monkeypatch.setattr(ffmpeg, "ffmpeg_program", absent)
     with pytest.raises(DecodeError, match="there is no ffmpeg program in PATH"):
         check_backend("ffmpeg")
 
@@ -447,11 +457,9 @@ def test_a_machine_without_the_program_is_an_error(monkeypatch):
 def test_a_long_stretch_without_keyframes_is_not_held_in_memory(video, monkeypatch):  # noqa: F811
     path = video("h264_bpyramid.mp4")
     held = decode_clip(path, 1, fps=5, num_frames=8, size=32)
-    monkeypatch.setattr(video_decoder, "MAX_HELD", 100)
+    monkeypatch.setattr(pyav, "MAX_HELD", 100)
     plain = []
-    by_frames = video_decoder._windows_by_frames
-    monkeypatch.setattr(
-        video_decoder, "_windows_by_frames", lambda *a: plain.append(1) or by_frames(*a)
-    )
+    by_frames = pyav.slow_path
+    monkeypatch.setattr(pyav, "slow_path", lambda *a: plain.append(1) or by_frames(*a))
     assert torch.equal(decode_clip(path, 1, fps=5, num_frames=8, size=32), held)
     assert plain

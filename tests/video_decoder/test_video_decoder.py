@@ -14,7 +14,15 @@ import torch
 
 import video_decoder
 from tests.helpers import SHARED, frames_digest, golden_json
-from video_decoder import BACKENDS, DecodeError, decode_clip, decode_clips, decode_frames
+from video_decoder import (
+    BACKENDS,
+    DecodeError,
+    decode_clip,
+    decode_clips,
+    decode_frames,
+    pyav,
+    timing,
+)
 
 VIDEOS = SHARED / "videos"
 
@@ -251,9 +259,7 @@ def test_the_files_are_what_their_names_say(video):
         with av.open(str(video(name))) as container:
             stream = container.streams.video[0]
             keyframes = [p for p in container.demux(stream) if p.size and p.is_keyframe]
-            assert not all(
-                video_decoder._refreshes(packet, stream.codec_context) for packet in keyframes
-            )
+            assert not all(pyav.starts_afresh(packet, stream.codec_context) for packet in keyframes)
 
 
 # --- which way each file goes -----------------------------------------------------------------
@@ -276,24 +282,22 @@ BY_FRAMES = ["packed_b.avi", "mpeg2.ts", "h264.ts", "vp9.webm", "av1.mkv", "inte
 @pytest.mark.parametrize("name", [*BY_PACKETS, *BY_FRAMES])
 def test_the_short_way_is_taken_by_rule(video, name, monkeypatch):
     taken = []
-    plain = video_decoder._windows_by_frames
-    monkeypatch.setattr(
-        video_decoder, "_windows_by_frames", lambda *args: taken.append("frames") or plain(*args)
-    )
+    plain = pyav.slow_path
+    monkeypatch.setattr(pyav, "slow_path", lambda *args: taken.append("frames") or plain(*args))
     decode_clip(video(name), 2.5, fps=5, num_frames=8, size=32)
     assert taken == ["frames"] * (name in BY_FRAMES)
 
 
 def test_the_short_way_decodes_fewer_frames(video, monkeypatch):
     """With B-frames it must not decode those that no window shows and no frame refers to."""
-    sent, wanted_frames = [], video_decoder._wanted_frames
+    sent, wanted_frames = [], pyav.decode_wanted
 
     def counting(packets, wanted, *others):
         frames = list(wanted_frames(packets, wanted, *others))
         sent.append((len(packets), len(frames), len(wanted)))
         return iter(frames)
 
-    monkeypatch.setattr(video_decoder, "_wanted_frames", counting)
+    monkeypatch.setattr(pyav, "decode_wanted", counting)
     decode_clips(video(BASE), [0.5, 0.7, 0.9], fps=5, num_frames=8, size=32)
     [(packets, frames, wanted)] = sent  # one pass for three windows
     assert frames == wanted < packets
@@ -366,12 +370,12 @@ def test_of_two_video_streams_the_first_is_decoded(video, backend):
     ("value", "expected"), [(5, 3), (-5, -3), (4, 2), (3, 2), (-3, -2), (0, 0), (1, 1), (-1, -1)]
 )
 def test_rescale_rounds_halves_away_from_zero(value, expected):
-    assert video_decoder.rescale(value, 1, 2) == expected
+    assert timing.rescale(value, 1, 2) == expected
 
 
 def printable(ticks, num_frames):
     """Which of the frames a, b, c, ... each output frame shows, as a string."""
-    step, output = video_decoder.fps_runs(num_frames), ["."] * num_frames
+    step, output = timing.fps_runs(num_frames), ["."] * num_frames
     names = [*"abcdefghijklmnop"[: len(ticks) - 1], None]
     for tick, name in zip(ticks, names, strict=True):
         run = step(tick, name)
@@ -404,7 +408,7 @@ def test_fps_runs(ticks, expected):
 
 def repeated(times):
     frames = [(when, 1.0, name) for when, name in zip(times, "abcdefgh", strict=False)]
-    return "".join(name * count for name, count in video_decoder.constant_rate_runs(frames))
+    return "".join(name * count for name, count in timing.constant_rate_runs(frames))
 
 
 @pytest.mark.parametrize(
