@@ -5,6 +5,8 @@ source "$(dirname "$0")/setup_env.sh"
 ruff check .
 ruff format --check .
 if [ $# -eq 0 ]; then
-    set -- -m "not slow"
+    # A process per core; the tests of a file share its trainings, so they stay together. The slow
+    # proofs run one by one: they start processes of their own, and some watch the clock.
+    set -- -m "not slow" -n auto --dist loadfile
 fi
 python -m pytest "$@"
