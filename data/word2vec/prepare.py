@@ -98,13 +98,19 @@ def read_vocabulary(path: str) -> tuple[list[str], list[str]]:
     return words, notes
 
 
-def count_words(root: str, corpus: TextIO | None = None) -> tuple[Counter, list[str]]:
-    """Return how often each word occurs in the captions of a source, and notes.
+def read_source(root: str) -> Iterator:
+    """Yield what iter_captions yields of --caption_root."""
+    with input_error("--caption_root"):
+        yield from iter_captions(root, len(os.sched_getaffinity(0)))
 
-    Also writes each video's words to `corpus`, on a line of its own. Raises DataError or OSError.
+
+def count_words(root: str, corpus: TextIO | None = None) -> tuple[Counter, list[str]]:
+    """Return how often each word occurs in the captions of --caption_root, and notes.
+
+    Also writes each video's words to `corpus`, on a line of its own.
     """
     counts, videos, faults = Counter(), 0, []
-    for _, captions in iter_captions(root, len(os.sched_getaffinity(0))):
+    for _, captions in read_source(root):
         if isinstance(captions, CaptionError):
             faults.append(str(captions))
             continue
@@ -115,7 +121,7 @@ def count_words(root: str, corpus: TextIO | None = None) -> tuple[Counter, list[
             corpus.write(" ".join(words) + "\n")
     if not counts:
         reason = f" ({faults[0]})" if faults else ""
-        raise DataError(root, f"no caption in it has words{reason}; give another source")
+        raise InputError(f"--caption_root: no caption in {root} has words{reason}; give others")
     notes = [f"read the captions of {videos} videos, {counts.total()} words"]
     if faults:
         notes.append(f"skipped: {len(faults)} videos without usable captions ({faults[0]})")
@@ -139,9 +145,9 @@ def most_frequent(
 
 # ---- a file of vectors ---------------------------------------------------------------------------
 #
-# gensim's KeyedVectors would read these files, but it holds a file whole: 474 MiB for each 300,000
-# of GoogleNews' three million words, where this reader takes the chosen rows alone. It also needs
-# to be told whether a file is binary, and accepts infinite numbers and a file of too many words.
+# gensim's KeyedVectors reads these files too, but holds all of one: 474 MiB per 300,000 words, and
+# GoogleNews has three million; this reader holds the chosen rows. gensim also cannot tell binary
+# from text, and accepts infinite numbers, trailing words and text that is read as binary.
 
 
 def select_vectors(path: str, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,10 +160,10 @@ def select_vectors(path: str, words: list[str]) -> tuple[np.ndarray, np.ndarray]
     found = np.zeros(len(words), np.int8)
     with open_vectors(path) as file:
         count = read_header(file)
-        read, parse = (
-            (text_entries, parse_text) if is_text(file) else (binary_entries, np.frombuffer)
-        )
-        for entry, numbers in tqdm(read(file, count), total=count, unit="word", disable=None):
+        text = is_text(file)
+        entries = text_entries(file, count) if text else binary_entries(file, count)
+        parse = parse_text if text else np.frombuffer
+        for entry, numbers in tqdm(entries, total=count, unit="word", disable=None):
             word, kind = entry.decode("utf-8", "replace"), EXACT
             if word not in places:
                 word, kind = word.lower(), OTHER_CASE
@@ -286,14 +292,14 @@ def train(corpus: Path, counts: dict[str, int], documents: int) -> tuple[list[st
 # ---- the pair ------------------------------------------------------------------------------------
 
 
-def check_pair(folder: Path, flag: str = "out") -> tuple[int, list[str]]:
+def check_pair(folder: Path) -> tuple[int, list[str]]:
     """Reject a pair that a training would reject. Returns its size and notes on oddities."""
     for name in (WORDS, VECTORS):
-        check_file(folder / name, flag)
-    with input_error(f"--{flag}"):
+        check_file(folder / name, "out")
+    with input_error("--out"):
         words = load_words(folder / WORDS)
         vectors = load_word_vectors(folder / VECTORS)
-        check_words_fit(words, len(vectors), folder / WORDS, flag)
+        check_words_fit(words, len(vectors), folder / WORDS, "out")
         if not torch.isfinite(vectors).all():
             raise DataError(folder / VECTORS, "has numbers that are not finite; get another")
     known, notes = find_words(words.tolist())
@@ -430,8 +436,7 @@ def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
         with input_error("--vocabulary"):
             words, notes = read_vocabulary(args.vocabulary)
     else:
-        with input_error("--caption_root"):
-            counts, read = count_words(args.caption_root)
+        counts, read = count_words(args.caption_root)
         frequent, notes = most_frequent(counts, args.num_words, args.min_count)
         words, notes = list(frequent), read + notes
     for note in notes:
@@ -450,7 +455,7 @@ def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
 def train_words(args: argparse.Namespace, folder: Path) -> tuple[list[str], np.ndarray]:
     """Return the words and vectors of --train. The folder is for the text, which can be large."""
     corpus = folder / "corpus.txt"
-    with input_error("--caption_root"), open(corpus, "w", encoding="utf-8") as file:
+    with open(corpus, "w", encoding="utf-8") as file:
         counts, read = count_words(args.caption_root, file)
     frequent, notes = most_frequent(counts, args.num_words, args.min_count)
     for note in read + notes:
