@@ -178,8 +178,6 @@ def training_set(args, words):
     with input_error("--train_csv"):
         names = read_video_list(args.train_csv)
     check_folder(args.video_path, "video_path")
-    if not args.caption_root:
-        raise InputError("--caption_root is needed: give the folder of the captions, or a store")
     with input_error("--caption_root"):
         captions = open_captions(args.caption_root)
     dataset = HowTo100M(

@@ -86,7 +86,7 @@ def run_in_process(function, *arguments):
 
 
 def list_files(root):
-    return [path for path in Path(root).rglob("*") if path.is_file()]
+    return [path for path in (root, *root.rglob("*")) if path.is_file()]
 
 
 def disk_usage(root):
@@ -211,13 +211,8 @@ def main():
         print("| --- | --- | --- | --- | --- | --- |")
         for source, out in (("csv", "store"), ("all.json", "from_json")):
             seconds, cpu, peak = run_in_process(pack, root / source, root / out)
-            size = (
-                disk_usage(root / source)
-                if source == "csv"
-                else (root / source).stat().st_size / 1e6
-            )
             print(f"| {source} | {seconds:.1f} | {cpu:.1f} | {peak:.0f} ", end="")
-            print(f"| {size:.0f} | {disk_usage(root / out):.0f} |")
+            print(f"| {disk_usage(root / source):.0f} | {disk_usage(root / out):.0f} |")
         print("\n| captions from | files | open files | to open, ms | cold, ms per video |", end="")
         print(f" warm, CPU ms per video | CPU ms per item | {options.workers} workers, MB |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -232,11 +227,8 @@ def main():
             run_in_process(read, path, drawn)
             opening, _, warm, files = run_in_process(read, path, drawn)
             memory = run_in_process(workers_memory, path, drawn, options.workers)
-            print(
-                f"| {way} | {len(list_files(path)):,} | {files} | {opening:.1f} | {cold:.3f} ",
-                end="",
-            )
-            print(f"| {warm:.3f} | {item[way]:.1f} | {memory:.1f} |")
+            print(f"| {way} | {len(list_files(path)):,} | {files} | {opening:.1f} ", end="")
+            print(f"| {cold:.3f} | {warm:.3f} | {item[way]:.1f} | {memory:.1f} |")
         count = count_equal([*roots.values(), root / "from_json"], names[:1000])
         print(f"\nthe same captions in all three: {count:,} of {len(names[:1000]):,} videos")
 

@@ -230,9 +230,14 @@ def open_captions(root: str | os.PathLike[str]) -> CaptionFolder | CaptionStore:
     """
     if os.path.isfile(root):
         raise DataError(root, "is a file; make a store of it (data/howto100m/prepare.py pack)")
-    if not os.path.isdir(root):
-        raise DataError(root, "is not an existing folder; give that of the captions")
+    check_root(root)
     return CaptionStore(root) if is_store(root) else CaptionFolder(root)
+
+
+def check_root(root: str | os.PathLike[str]) -> None:
+    """Raise DataError if this is not an existing folder."""
+    if not os.path.isdir(root):
+        raise DataError(root or "''", "is not an existing folder; give that of the captions")
 
 
 def compute_checksum(*parts) -> int:

@@ -20,6 +20,7 @@ from captions.readers import (
     CaptionError,
     Captions,
     CaptionStore,
+    check_root,
     is_store,
     read_captions,
     usable_captions,
@@ -182,6 +183,7 @@ def parse_captions(name: str, value) -> Captions:
 
 def find_caption_files(folder: str) -> list[str]:
     """Return the caption files below a folder, sorted: their paths in it without `.csv`."""
+    check_root(folder)
     files = tqdm(find_files(folder, {".csv"}), "caption files", unit="file", disable=None)
     paths = [file.removesuffix(".csv") for file in sorted(files) if file.endswith(".csv")]
     if not paths:

@@ -367,10 +367,8 @@ def test_two_videos_of_the_same_captions_are_refused_and_named(tmp_path, capsys)
     with pytest.raises(InputError, match="--video_path: 2 videos have the captions of another"):
         list_videos(tmp_path / "videos", tmp_path / "store", tmp_path / "list.csv")
     printed = capsys.readouterr().err
-    assert (
-        "duplicate: a.mp4 and a.webm\n" in printed
+    assert "duplicate: a.mp4 and a.webm\n" in printed
     assert "duplicate: x/b.mp4 and y/b.mp4\n" in printed
-    )
     assert not (tmp_path / "list.csv").exists()
 
 
@@ -471,8 +469,6 @@ def test_a_reading_process_that_is_killed_ends_the_packing_with_one_line(
     monkeypatch.setattr(caption_source, "FILES_PER_TASK", 1)
     monkeypatch.setattr(caption_source, "read_files", kill)
     before = set(psutil.Process().children())
-    with pytest.raises(
-        InputError, match=r"--caption_root: .*csv: a process .* was killed"
-    ):
+    with pytest.raises(InputError, match=r"--caption_root: .*csv: a process .* was killed"):
         pack(tmp_path / "csv", tmp_path / "store", "--num_workers", str(workers))
     assert written(tmp_path) == ["csv"] and set(psutil.Process().children()) <= before

@@ -244,7 +244,7 @@ def test_captions_without_words_are_refused(prepare, files, source, captions, tm
     write_csv(tmp_path / "empty/a.csv", ("start", "end", "text"), (0, 1, ""), (1, 2, "..."))
     with pytest.raises(InputError, match=r"--caption_root: no caption in .* has words"):
         run(prepare, *source, "--caption_root", tmp_path / "empty", *out)
-    with pytest.raises(InputError, match=r"--caption_root: .*absent: No such file"):
+    with pytest.raises(InputError, match=r"--caption_root: .*absent: is not an existing"):
         run(prepare, *source, "--caption_root", tmp_path / "absent", *out)
     with pytest.raises(InputError, match=r"--min_count: no word .* 9 times"):
         run(prepare, *source, "--caption_root", captions, "--min_count", 9, *out)
@@ -318,7 +318,7 @@ def test_bytes_that_are_no_word_are_passed_over(prepare, files, tmp_path):
         ("w.txt", b"cut the\n\n", "no words"),
         ("w.txt", b"caf\xe9\n", "is not a list of words"),
         ("w.npy", b"no list", "is not a list of words"),
-        ("absent/w.txt", None, "there is no file"),
+        ("absent/w.txt", None, "No such file"),
     ],
 )
 def test_unusable_vocabularies_are_refused(prepare, files, name, content, complaint, tmp_path):
