@@ -1,16 +1,17 @@
 """Linear action recognition on frozen features: HMDB-51 (paper, section 4).
 
-Apart from evaluation.py, as trainings have no use for scikit-learn, which takes as long as torch to
-import.
+A module of its own, because importing scikit-learn takes as long as importing torch, and trainings
+do not need it.
 """
 
-import joblib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from sklearn.svm import LinearSVC
 
 from annotations.hmdb import SPLITS, TEST, TRAIN
 from evaluation.features import video_features
-from utils import InputError, die_with_parent, log
+from utils import InputError, log
 
 
 def fit_predict_split(features, labels, parts):
@@ -19,10 +20,13 @@ def fit_predict_split(features, labels, parts):
     features [N, W, D]: W windows a video, each a training sample of its own; a test video's score
     is the sum of its windows' decision values. labels [N], parts [N]: 1 train, 2 test. Returns
     labels, as many as there are test videos.
+
+    The SVM is that of the release, LinearSVC(C=100), but solved in the primal, which has no seed.
+    The release's dual solver may stop short of convergence; its result then depends on the seed.
     """
     train, test = parts == TRAIN, parts == TEST
     windows, dim = features.shape[1:]
-    svm = LinearSVC(C=100, random_state=0)
+    svm = LinearSVC(C=100, dual=False, max_iter=10_000)
     svm.fit(features[train].reshape(-1, dim), np.repeat(labels[train], windows))
     scores = svm.decision_function(features[test].reshape(-1, dim))
     if scores.ndim == 1:  # two classes have one score, of the second
@@ -72,10 +76,9 @@ def evaluate_hmdb(dataset, features, left_out):
         absent, undecodable = reasons.count("absent"), reasons.count("undecodable")
         log.info("left out: %d absent videos, %d undecodable", absent, undecodable)
     windows = np.stack([features[dataset.names[index]] for index in kept])
-    # Processes: threads would share liblinear's random numbers, and no two runs would agree.
-    predictions = joblib.Parallel(n_jobs=len(SPLITS), initializer=die_with_parent)(
-        joblib.delayed(fit_predict_split)(windows, labels, part) for part in splits.T
-    )
+    with ThreadPoolExecutor(len(SPLITS)) as pool:  # liblinear releases the interpreter's lock
+        fitted = pool.map(lambda parts: fit_predict_split(windows, labels, parts), splits.T)
+        predictions = list(fitted)
     truths = [labels[part == TEST] for part in splits.T]
     outcomes = list(zip(truths, predictions, strict=True))
     accuracies = [float(np.mean(truth == predicted)) for truth, predicted in outcomes]
