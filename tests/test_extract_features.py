@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import extract_features
-from args import get_args
-from evaluation.features import inference_model
+from args import get_args, inference_model
 from s3dg import S3D, load_model, to_unit_range
 from tests.helpers import FAILURES, ROOT, golden_weight, make_video, write_csv
 from utils import InputError
