@@ -5,9 +5,9 @@ import math
 import re
 import sys
 
-from distributed.device import PRECISIONS
-from utils import InputError
-from video_decoder import BACKENDS, DecodeError, check_backend
+from distributed.device import PRECISIONS, check_compiler
+from utils import InputError, check_file, check_output, input_error, make_folder
+from video_decoder import BACKENDS, ClipSpec, DecodeError, check_backend
 
 
 def positive(kind):
@@ -247,3 +247,44 @@ def get_args(description="MIL-NCE", script=None, argv=None):
     add("--pretrained", action="store_true", help=argparse.SUPPRESS)
 
     return parser.parse_args(normalize_flags(argv))
+
+
+# --- what several scripts make of their flags ----------------------------------------------------
+
+
+def clip_spec(args):
+    """Return the ClipSpec that the flags describe."""
+    return ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder)
+
+
+def inference_model(args, device, weights="pretrain_cnn_path"):
+    """Load the model of --pretrain_cnn_path, or of another flag; it has to fit the flags."""
+    from evaluation.features import load_inference_model
+
+    path = getattr(args, weights)
+    check_file(path, weights)
+    if args.compile:
+        with input_error("--compile"):
+            check_compiler()
+    with input_error(f"--{weights}"):
+        model = load_inference_model(
+            path,
+            device,
+            amp=args.amp,
+            channels_last=bool(args.channels_last),
+            compile=args.compile,
+        )
+    with input_error("--num_frames, --video_size"):
+        model.check_clip(args.num_frames, args.video_size)
+    return model
+
+
+def check_evaluation_outputs(args):
+    """Reject, before the work, an --output or --report that could not be written after it."""
+    if args.output:
+        check_output(args.output)
+    if args.report:
+        from evaluation.report import page_path
+
+        make_folder(args.report, "report")
+        check_output(page_path(args.report), "report")

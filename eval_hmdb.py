@@ -1,39 +1,66 @@
 """Linear action recognition on HMDB-51: python eval_hmdb.py --pretrain_cnn_path FILE
 
---features FILE keeps the features. Where FILE exists they are read from it: then neither videos nor
-weights are needed, while labels and splits are those of --eval_csv in every run.
+--features FILE stores the features. If FILE exists they are read from it, and neither videos nor
+weights are needed; labels and splits are those of --eval_csv in every run.
 """
 
+import argparse
 import os
 
-from args import check_decoder, get_args
+import pandas as pd
+
+from annotations.hmdb import hmdb_table
+from annotations.tables import log_notes
+from args import check_decoder, check_evaluation_outputs, clip_spec, get_args, inference_model
 from distributed.device import pick_device
-from evaluation.feature_file import feature_settings, read_features, write_features
-from evaluation.features import inference_model
-from evaluation.linear_probe import evaluate_hmdb, hmdb_features
-from evaluation.report import check_report, evaluation_settings, hmdb_data, write_page
+from evaluation.feature_file import FeatureSet, feature_settings, read_features, write_features
+from evaluation.linear_probe import check_splits, hmdb_features, predict_splits, top1_metrics
+from evaluation.report import describe_settings, hmdb_data, write_page
 from hmdb_loader import HMDB51
-from utils import check_output, input_error, print_metrics, run_script, setup_logging
+from utils import (
+    check_file,
+    check_folder,
+    check_output,
+    input_error,
+    log,
+    one_line,
+    print_metrics,
+    run_script,
+    setup_logging,
+)
 
 
-def make_features(args, csv):
-    """Decodes the videos and runs the model: the data set, the features, what has none and why."""
+def settings_of_features(args: argparse.Namespace) -> dict:
+    """Return what the features depend on, see feature_settings."""
+    if args.pretrain_cnn_path:
+        check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
+    return feature_settings(
+        args.pretrain_cnn_path,
+        num_frames=args.num_frames,
+        video_size=args.video_size,
+        num_windows_test=args.num_windows_test,
+        amp=args.amp,
+        decoder=args.decoder,
+    )
+
+
+def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMDB51, FeatureSet]:
+    """Decode the videos, run the model on their windows, and store the features if asked to."""
     with input_error("--device, --gpu"):
         device = pick_device(args.device, args.gpu)
     if args.features:
         check_output(args.features, "features")
     check_decoder(args)
-    dataset = HMDB51(
-        csv,
-        args.eval_video_root,
-        num_frames=args.num_frames,
-        size=args.video_size,
-        num_windows=args.num_windows_test,
-        decoder=args.decoder,
-    )
+    check_folder(args.eval_video_root, "eval_video_root")
+    with input_error("--eval_video_root"):
+        dataset = HMDB51(
+            table, args.eval_video_root, clip_spec(args), num_windows=args.num_windows_test
+        )
     # The weights' sum is taken now: a training may remove its old checkpoints in the meantime.
-    settings = feature_settings(args) if args.features else None
-    features, left_out = hmdb_features(
+    settings = settings_of_features(args) if args.features else {}
+    with input_error("--eval_csv, --eval_video_root"):  # before the hours of decoding
+        check_splits(dataset, dataset.names)
+    found = hmdb_features(
         inference_model(args, device),
         dataset,
         device,
@@ -41,30 +68,60 @@ def make_features(args, csv):
         workers=args.num_thread_reader,
         sample_timeout=args.sample_timeout,
     )
+    with input_error("--eval_csv, --eval_video_root"):
+        check_splits(dataset, found.features)
     if args.features:
-        write_features(args.features, settings, features, left_out)
-    return dataset, features, left_out
+        try:
+            write_features(args.features, settings, found)
+        except OSError as error:  # the metrics can still be reported
+            log.error("--features: could not write %s: %s", args.features, one_line(error))
+    return dataset, found
 
 
-def main():
+def main() -> None:
     args = get_args(__doc__, "eval_hmdb")
     setup_logging(args.verbose)
-    if args.output:
-        check_output(args.output)
-    if args.report:
-        check_report(args.report)
+    check_evaluation_outputs(args)
+
+    # The clips with their labels and splits.
     csv = args.eval_csv or "data/hmdb51.csv"
+    with input_error("--eval_csv"):
+        table, notes = hmdb_table(csv)
+    log_notes(csv, notes)
+
+    # Pooled mixed_5c features of evenly spaced windows of each clip.
     if os.path.isfile(args.features):
-        dataset = HMDB51(csv, video_root=None)
-        features, left_out = read_features(args.features, feature_settings(args), dataset.names)
+        dataset = HMDB51(table, video_root=None)
+        settings = settings_of_features(args)
+        with input_error("--features"):
+            found = read_features(args.features, settings, dataset.names)
     else:
-        dataset, features, left_out = make_features(args, csv)
-    figures, outcomes = evaluate_hmdb(dataset, features, left_out)
-    print_metrics("HMDB-51", figures, args.output)
+        dataset, found = extract_features(args, table)
+    if reasons := list(found.left_out.values()):
+        counts = reasons.count("absent"), reasons.count("undecodable")
+        log.info("left out: %d absent videos, %d undecodable", *counts)
+
+    # A linear SVM on each split's training windows; a test clip sums its windows' scores.
+    with input_error("--eval_csv, --eval_video_root"):
+        predictions = predict_splits(dataset, found.features)
+    metrics = top1_metrics(predictions)
+    print_metrics("HMDB-51", metrics, args.output)
+
     if args.report:
-        counts = {"num_videos": len(features), "num_missing": len(left_out)}
-        settings = evaluation_settings(args, csv)
-        write_page(args.report, "HMDB-51", {**figures, **counts}, settings, hmdb_data(outcomes))
+        settings = describe_settings(
+            csv,
+            args.pretrain_cnn_path,
+            args.features,
+            num_windows_test=args.num_windows_test,
+            num_frames=args.num_frames,
+            video_size=args.video_size,
+            amp=args.amp,
+        )
+        counts = {"num_videos": len(found.features), "num_missing": len(found.left_out)}
+        data = hmdb_data(predictions)
+        with input_error("--report"):
+            page = write_page(args.report, "HMDB-51", {**metrics, **counts}, settings, data)
+        print(f"report: {page}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,82 @@
 """Zero-shot text-to-video retrieval on MSR-VTT: python eval_msrvtt.py --pretrain_cnn_path FILE"""
 
-from args import get_args
-from evaluation.retrieval import retrieval_script
+from annotations.msrvtt import msrvtt_table
+from annotations.tables import log_notes
+from args import check_decoder, check_evaluation_outputs, clip_spec, get_args, inference_model
+from distributed.device import pick_device
+from evaluation.features import video_features
+from evaluation.report import animate_middle_window, describe_settings, retrieval_data, write_page
+from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scores
 from msrvtt_loader import MSRVTT
-from utils import run_script
+from retrieval_loader import RETRIEVAL_WORDS
+from s3dg import Tokenizer, check_vocabulary, load_words
+from utils import check_folder, input_error, print_metrics, run_script, setup_logging
 
 
-def main():
-    retrieval_script(get_args(__doc__, "eval_msrvtt"), MSRVTT, "data/msrvtt_test.csv")
+def main() -> None:
+    args = get_args(__doc__, "eval_msrvtt")
+    setup_logging(args.verbose)
+    with input_error("--device, --gpu"):
+        device = pick_device(args.device, args.gpu)
+    check_evaluation_outputs(args)
+    check_decoder(args)
+
+    # The model, and the vocabulary that belongs to its weights.
+    model = inference_model(args, device)
+    with input_error("--token_to_word_path"):
+        words = load_words(args.token_to_word_path)
+        check_vocabulary(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
+
+    # The 1k-A test list: a sentence per video.
+    csv = args.eval_csv or "data/msrvtt_test.csv"
+    with input_error("--eval_csv"):
+        table, notes = msrvtt_table(csv)
+    log_notes(csv, notes)
+    check_folder(args.eval_video_root, "eval_video_root")
+    tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
+    with input_error("--eval_video_root"):
+        dataset = MSRVTT(
+            table, args.eval_video_root, tokenizer, clip_spec(args), num_windows=windows
+        )
+
+    # A video is embedded as the mean of evenly spaced windows; here are those of the windows.
+    thumbnails = {}
+
+    def add_thumbnail(index, windows):
+        if args.report:
+            thumbnails[index] = animate_middle_window(windows)
+
+    videos = video_features(
+        model,
+        dataset,
+        device,
+        batch_size=args.batch_size_val,
+        workers=args.num_thread_reader,
+        sample_timeout=args.sample_timeout,
+        on_windows=add_thumbnail,
+    )
+
+    # Each sentence ranks all videos by the dot product with its own embedding.
+    with input_error("--eval_video_root"):
+        scores = retrieval_scores(model, dataset, videos, device)
+    metrics = {**retrieval_metrics(scores), **count_videos(dataset, videos)}
+    print_metrics("MSRVTT", metrics, args.output)
+
+    if args.report:
+        settings = describe_settings(
+            csv,
+            args.pretrain_cnn_path,
+            num_windows_test=args.num_windows_test,
+            num_frames=args.num_frames,
+            video_size=args.video_size,
+            fps=args.fps,
+            amp=args.amp,
+        )
+        pairs = [dataset.pairs[index] for index in videos]
+        data = retrieval_data(pairs, args.eval_video_root, list(thumbnails.values()), scores)
+        with input_error("--report"):
+            page = write_page(args.report, "MSRVTT", metrics, settings, data)
+        print(f"report: {page}")
 
 
 if __name__ == "__main__":

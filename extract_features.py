@@ -1,35 +1,40 @@
-"""Features all along videos.
+"""Extract features of windows at a constant stride from videos.
 
     python extract_features.py --pretrain_cnn_path FILE --video_path DIR --feature_root OUT
 
-For each video OUT gets a .npy, float32 [W, 1024] or [W, 512], a row a window, and beside it a .json
-that says what the rows are. Videos that have both are passed over, so the same command goes on
-where it was stopped. Started several times, by torchrun, srun, as a SLURM job array or with
---shard, the processes share the videos. Which windows a video has is said in video_windows.py.
+For each video, OUT gets a .npy, float32 [W, 1024] or [W, 512], a row per window, and a sidecar
+.json that describes the rows. Videos that have both are skipped, so the same command resumes a run
+that was stopped. Processes that are started by torchrun, srun, as a SLURM job array or with --shard
+share the videos. evaluation/features.py describes which windows a video has.
 """
 
+import argparse
 import contextlib
 import csv
 import io
 import json
+import os
 import posixpath
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from annotations.tables import cell_error, read_table, require_non_empty, require_unique
-from args import check_decoder, get_args
+from args import check_decoder, clip_spec, get_args, inference_model
 from distributed.device import pick_device
-from distributed.launch import detect_shard, workers_per_rank
+from distributed.launch import Shard, detect_shard, workers_per_rank
 from evaluation.feature_file import difference, feature_settings
-from evaluation.features import inference_model, strided_features, with_progress
+from evaluation.features import VideoFeatures, strided_features, track_progress
 from utils import (
     InputError,
     append,
     atomic_write,
+    check_file,
     check_folder,
     files_below,
     input_error,
@@ -44,165 +49,187 @@ from video_decoder import EXTENSIONS
 COLUMNS = ["video_path", "feature_path"]
 
 
-def video_list(args):
-    """(video, file of its features) pairs, of --feature_csv or of all videos in --video_path.
+class Item(NamedTuple):
+    """A video and the file of its features, relative to --video_path and to --feature_root."""
 
-    Paths are relative to --video_path and to --feature_root. No two videos share a file.
-    """
+    video: str
+    features: str
+
+
+def list_items(args: argparse.Namespace) -> list[Item]:
+    """List the videos of --feature_csv, or all in --video_path. No two share a file of features."""
     check_folder(args.video_path, "video_path")
     if args.feature_csv:
-        table = read_table(args.feature_csv, COLUMNS, names=COLUMNS, flag="feature_csv")
-        require_non_empty(table, COLUMNS, args.feature_csv, "feature_csv")
-        for row, name in enumerate(table["feature_path"]):
-            if not name.endswith(".npy"):
-                fault = "is not the name of a .npy file: end it with .npy"
-                raise cell_error(args.feature_csv, "feature_csv", row, "feature_path", name, fault)
-        table["feature_path"] = table["feature_path"].map(posixpath.normpath)
-        require_unique(table, ["feature_path"], args.feature_csv, "feature_csv")
-        videos = list(zip(table["video_path"], table["feature_path"], strict=True))
+        with input_error("--feature_csv"):
+            table = read_feature_csv(args.feature_csv)
+        items = list(map(Item, table["video_path"], table["feature_path"]))
     else:
-        found = {}
+        videos = {}
         for path in map(Path, files_below(args.video_path, "video_path", EXTENSIONS)):
-            other = found.setdefault(path.with_suffix(".npy"), path)
+            other = videos.setdefault(path.with_suffix(".npy"), path)
             if other != path:
                 raise InputError(
                     f"--video_path: {other} and {path} would have one file of features: rename one "
                     "of them, or name the files in a --feature_csv"
                 )
-        videos = [(str(path), str(feature)) for feature, path in found.items()]
-    if not videos:
-        raise InputError(f"no videos in {args.feature_csv or args.video_path}: name others")
-    return videos
+        items = [Item(str(video), str(features)) for features, video in videos.items()]
+    if not items:
+        raise InputError(f"no videos in {args.feature_csv or args.video_path}: give others")
+    return items
 
 
-def is_done(path, video, settings):
-    """Whether there are features of this video at `path`, whole, and their side file.
+def read_feature_csv(path: str | os.PathLike) -> pd.DataFrame:
+    """Read a table of videos and files of features, and normalize the paths of the latter."""
+    table = read_table(path, COLUMNS, names=COLUMNS)
+    require_non_empty(table, COLUMNS, path)
+    for row, name in enumerate(table["feature_path"]):
+        if not name.endswith(".npy"):
+            fault = "is not the name of a .npy file; end it with .npy"
+            raise cell_error(path, row, "feature_path", name, fault)
+    table["feature_path"] = table["feature_path"].map(posixpath.normpath)
+    return require_unique(table, ["feature_path"], path)
 
-    Raises InputError where they are of something else: nobody's work is written over.
+
+def is_done(path: Path, video: str, settings: dict) -> bool:
+    """Whether the features of this video at `path` are complete, with their sidecar file.
+
+    Raises InputError if there are features of something else, which are never overwritten.
     """
-    side = path.with_suffix(".json")
-    if not path.exists() and not side.exists():
+    sidecar = path.with_suffix(".json")
+    if not path.exists() and not sidecar.exists():
         return False
-    mend = "name another folder, or delete them"
+    fix = "give another folder, or delete them"
     try:
-        made = json.loads(side.read_bytes())
-        of, differ = made["video"], difference(made["settings"], settings)
+        made = json.loads(sidecar.read_bytes())
+        source, differ = made["video"], difference(made["settings"], settings)
         rows = len(made["times"])
     except FileNotFoundError:
         raise InputError(
-            f"--feature_root: the features {path} have no {side.name} that says what they are: "
-            f"{mend}"
+            f"--feature_root: the features {path} have no {sidecar.name} that describes them: {fix}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"--feature_root: {side} is damaged, or of something else: {mend}"
+            f"--feature_root: {sidecar} is damaged, or something else: {fix}"
         ) from None
     if differ:
-        raise InputError(f"--feature_root: the features {path} were made with {differ}: {mend}")
-    if of != video:
-        raise InputError(f"--feature_root: the features {path} are of {of}, not {video}: {mend}")
+        raise InputError(f"--feature_root: the features {path} were made with {differ}: {fix}")
+    if source != video:
+        raise InputError(f"--feature_root: the features {path} are of {source}, not {video}: {fix}")
     try:
         return len(np.load(path, mmap_mode="r")) == rows
     except (FileNotFoundError, EOFError, ValueError, TypeError):
-        return False  # none, or a file that lost its end: made again
+        return False  # absent, or a file that lost its end: extract them again
 
 
-def write_pair(path, video, settings, found):
-    """Writes the side file and then the features, each whole or not at all.
+def write_pair(path: Path, video: str, settings: dict, found: VideoFeatures) -> None:
+    """Write the sidecar file and then the features, each atomically.
 
-    In this order, whoever finds features finds what they are beside them.
+    In this order, features always have their description beside them.
     """
-    length = settings["num_frames"] / settings["fps"]
-    side = {
+    seconds = settings["num_frames"] / settings["fps"]
+    sidecar = {
         "video": video,
-        "times": [[start, round(start + length, 6)] for start in found.starts],
+        "times": [[start, round(start + seconds, 6)] for start in found.starts],
         "black": found.black,
         "settings": settings,
     }
     make_folder(path.parent, "feature_root")
     try:
         with atomic_write(path.with_suffix(".json")) as file:
-            file.write(json.dumps(side).encode())
+            file.write(json.dumps(sidecar).encode())
         with atomic_write(path) as file:
             np.save(file, found.features, allow_pickle=False)
     except OSError as error:
         raise InputError(
             f"--feature_root: could not write {path} ({one_line(error)}): make room, and start "
-            "again to go on from here"
+            "again to resume"
         ) from None
 
 
-def new_failures(root, share):
-    """The path of this share's list of videos without features, of which there is none yet.
+class FailureList:
+    """The CSV file of a shard's videos without features, written as they fail."""
 
-    Lists of runs before go: their videos are tried again. So do those of another number of shares;
-    of this number, the others' are for the others to remove.
-    """
-    for path in root.glob("failed*.csv"):
-        match = re.fullmatch(r"failed(?:_(\d+)of(\d+))?\.csv", path.name)
-        if match and int(match[2] or 1) != share.count:
-            with contextlib.suppress(OSError):
-                path.unlink()
-    name = f"failed_{share.index}of{share.count}.csv" if share.count > 1 else "failed.csv"
-    with contextlib.suppress(OSError):
-        (root / name).unlink()
-    return root / name
+    def __init__(self, root: Path, shard: Shard):
+        """Remove the lists of earlier runs, as their videos are tried again.
+
+        With another number of shards all of them go; of this number, each shard removes its own.
+        """
+        for path in root.glob("failed*.csv"):
+            match = re.fullmatch(r"failed(?:_(\d+)of(\d+))?\.csv", path.name)
+            if match and int(match[2] or 1) != shard.count:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        name = f"failed_{shard.index}of{shard.count}.csv" if shard.count > 1 else "failed.csv"
+        self.path, self.count, self.complete = root / name, 0, True
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def add(self, video: str, reason: str) -> None:
+        rows = [] if self.count else [("video_path", "reason")]
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([*rows, (video, one_line(reason))])
+        self.complete &= append(self.path, text.getvalue())
+        self.count += 1
 
 
-def main():
+def main() -> None:
     args = get_args(__doc__, "extract_features")
     setup_logging(args.verbose)
-    share = detect_shard(args.shard)
+    shard = detect_shard(args.shard)
     with input_error("--device, --gpu"):
-        local_rank = share.local_rank % max(1, torch.cuda.device_count())
+        local_rank = shard.local_rank % max(1, torch.cuda.device_count())
         device = pick_device(args.device, args.gpu, local_rank)
-    videos = video_list(args)[share.index :: share.count]
+    items = list_items(args)[shard.index :: shard.count]
     if not args.feature_root:
         raise InputError("--feature_root is needed: give the folder that features are written to")
     make_folder(args.feature_root, "feature_root")
-    args.stride = args.stride or args.num_frames / args.fps
     check_decoder(args)
-    settings = feature_settings(args, ("layer", "fps", "stride"))
+    check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
+    clip = clip_spec(args)
+    stride = args.stride or clip.seconds
+    settings = feature_settings(
+        args.pretrain_cnn_path,
+        num_frames=clip.num_frames,
+        video_size=clip.size,
+        layer=args.layer,
+        fps=clip.fps,
+        stride=stride,
+        amp=args.amp,
+        decoder=clip.decoder,
+    )
     model = inference_model(args, device)
     root = Path(args.feature_root)
-    to_do = [(v, root / f) for v, f in videos if not is_done(root / f, v, settings)]
-    part = f", share {share.index} of {share.count}" if share.count > 1 else ""
-    log.info("%d videos%s, %d of them done before", len(videos), part, len(videos) - len(to_do))
+    to_do = [item for item in items if not is_done(root / item.features, item.video, settings)]
+    part = f", shard {shard.index} of {shard.count}" if shard.count > 1 else ""
+    log.info("%d videos%s, %d of them done before", len(items), part, len(items) - len(to_do))
 
-    failures, unlisted = new_failures(root, share), 0
-    failed = windows = black = 0
+    failures = FailureList(root, shard)
+    windows = black = 0
     outcomes = strided_features(
         model,
-        [Path(args.video_path, video) for video, _ in to_do],
+        [Path(args.video_path, item.video) for item in to_do],
         device,
-        num_frames=args.num_frames,
-        size=args.video_size,
-        fps=args.fps,
-        stride=args.stride,
+        clip,
+        stride=stride,
         batch_size=args.batch_size_val,
-        workers=workers_per_rank(args.num_thread_reader, share.nproc_per_node),
+        workers=workers_per_rank(args.num_thread_reader, shard.nproc_per_node),
         sample_timeout=args.sample_timeout,
-        decoder=args.decoder,
         mixed5c=args.layer == "mixed_5c",
     )
     with contextlib.closing(outcomes):
-        for index, found in with_progress(outcomes, len(to_do)):
-            video, path = to_do[index]
-            if isinstance(found, str):
-                failed += 1
-                log.warning("no features: %s", found)
-                rows = [("video_path", "reason")] * (failed == 1) + [(video, one_line(found))]
-                text = io.StringIO(newline="")
-                csv.writer(text, lineterminator="\n").writerows(rows)
-                unlisted += not append(failures, text.getvalue())
+        for index, found, error in track_progress(outcomes, len(to_do)):
+            item = to_do[index]
+            if error:
+                log.warning("no features: %s", error)
+                failures.add(item.video, error)
                 continue
-            write_pair(path, video, settings, found)
+            write_pair(root / item.features, item.video, settings, found)
             windows += len(found.starts)
             black += len(found.black)
-    log.info("features of %d videos written to %s", len(to_do) - failed, root)
-    if failed:
-        where = "named above" if unlisted else f"listed in {failures}"
-        log.error("%d videos could not be used: they are %s", failed, where)
+    log.info("features of %d videos written to %s", len(to_do) - failures.count, root)
+    if failures.count:
+        where = f"listed in {failures.path}" if failures.complete else "named above"
+        log.error("%d videos could not be used: they are %s", failures.count, where)
     mostly_black = 2 * black > windows
     if mostly_black:
         log.error(
@@ -210,7 +237,7 @@ def main():
             "these features before the next run",
             *(black, windows),
         )
-    if failed or mostly_black:
+    if failures.count or mostly_black:
         sys.exit(1)
 
 

@@ -20,12 +20,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import s3dg
-from args import check_decoder, get_args
+from annotations.tables import log_notes
+from annotations.youcook import youcook_table
+from args import check_decoder, clip_spec, get_args
+from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
 from distributed.process import start
 from distributed.workers import prefetch_depth
-from evaluation.retrieval import evaluate_retrieval, retrieval_set
+from evaluation.features import video_features
+from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scores
+from retrieval_loader import RETRIEVAL_WORDS
 from s3dg import S3D, Tokenizer, fuse_for_inference
 from training.checkpoint import (
     Progress,
@@ -42,6 +47,7 @@ from utils import (
     InputError,
     check_clip_size,
     check_file,
+    check_folder,
     check_words_fit,
     input_error,
     log,
@@ -50,7 +56,8 @@ from utils import (
     run_script,
     setup_logging,
 )
-from video_loader import TEXT_WORDS, HowTo100M, StepSampler, training_batches
+from video_decoder import ClipSpec
+from video_loader import TRAINING_WORDS, HowTo100M, StepSampler, read_video_list, training_batches
 from youcook_loader import YouCook2
 
 
@@ -234,6 +241,10 @@ def stop(context):
     sys.exit(os.EX_TEMPFAIL)
 
 
+class StopRequested(Exception):
+    """A signal came during the validation."""
+
+
 def validate(state, context):
     """Score the model of rank 0 on YouCook2 retrieval; the ranks share the videos."""
     context.enter_stage("validation")
@@ -241,25 +252,34 @@ def validate(state, context):
 
     def on_video():
         context.on_sample()
-        return context.signal is not None
+        if context.signal is not None:
+            raise StopRequested
 
     if context.world_size > 1:
         for buffer in state.model.buffers():  # each rank has running statistics of its own
             dist.broadcast(buffer, src=0)
-    metrics = evaluate_retrieval(
-        fuse_for_inference(state.model, PRECISIONS[inference_amp(args.amp)]),
-        state.validation,
-        context.device,
-        batch_size=args.batch_size_val,
-        workers=workers_per_rank(args.num_thread_reader, context.nproc_per_node),
-        sample_timeout=args.sample_timeout,
-        rank=context.rank,
-        world_size=context.world_size,
-        gather=context.gather,
-        on_video=on_video,
-    )
-    if metrics is None:  # nothing is lost: the checkpoint is written, and a restart validates
+    model = fuse_for_inference(state.model, PRECISIONS[inference_amp(args.amp)])
+    try:
+        videos = video_features(
+            model,
+            state.validation,
+            context.device,
+            batch_size=args.batch_size_val,
+            workers=workers_per_rank(args.num_thread_reader, context.nproc_per_node),
+            sample_timeout=args.sample_timeout,
+            rank=context.rank,
+            world_size=context.world_size,
+            on_video=on_video,
+        )
+    except StopRequested:
+        videos = None
+    shards = context.gather(videos)
+    if None in shards:  # nothing is lost: the checkpoint is written, and a restart validates
         stop(context)
+    videos = dict(sorted(item for shard in shards for item in shard.items()))
+    with input_error("--eval_video_root"):
+        scores = retrieval_scores(model, state.validation, videos, context.device)
+    metrics = {**retrieval_metrics(scores), **count_videos(state.validation, videos)}
     state.logger.log_validation(state.progress, metrics)
 
 
@@ -367,26 +387,42 @@ def make_folders(args):
 
 
 def training_set(args, words):
-    return HowTo100M(
-        args.train_csv,
+    with input_error("--train_csv"):
+        names = read_video_list(args.train_csv)
+    check_folder(args.video_path, "video_path")
+    with input_error("--caption_root"):
+        captions = open_captions(args.caption_root)
+    dataset = HowTo100M(
+        names,
         args.video_path,
-        args.caption_root,
-        Tokenizer(words, TEXT_WORDS),
-        num_frames=args.num_frames,
-        size=args.video_size,
-        fps=args.fps,
+        captions,
+        Tokenizer(words, TRAINING_WORDS),
+        ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder),
         crop_only=bool(args.crop_only),
         centercrop=bool(args.centercrop),
         random_flip=bool(args.random_flip),
         min_time=args.min_time,
         num_candidates=args.num_candidates,
         seed=args.seed,
-        decoder=args.decoder,
     )
+    with input_error("--video_path"):
+        dataset.check_videos()
+    with input_error("--caption_root"):
+        dataset.check_captions()
+    return dataset
 
 
 def validation_set(args, words):
-    return retrieval_set(args, YouCook2, "data/validation_youcook.csv", words)
+    csv = args.eval_csv or "data/validation_youcook.csv"
+    with input_error("--eval_csv"):
+        table, notes = youcook_table(csv)
+    log_notes(csv, notes)
+    check_folder(args.eval_video_root, "eval_video_root")
+    tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
+    with input_error("--eval_video_root"):
+        return YouCook2(
+            table, args.eval_video_root, tokenizer, clip_spec(args), num_windows=windows
+        )
 
 
 def find_checkpoint(args, resume):
@@ -546,7 +582,7 @@ def build_step(state, context):
         step.prime_ddp_buckets(
             {
                 "video": torch.zeros(clips, 3, args.num_frames, side, side, dtype=torch.uint8),
-                "text": torch.zeros(captions, TEXT_WORDS, dtype=torch.int64),
+                "text": torch.zeros(captions, TRAINING_WORDS, dtype=torch.int64),
             }
         )
     # The loop needs them no more, and they are as large as the model.

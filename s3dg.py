@@ -358,6 +358,14 @@ class S3D(nn.Module):
         net = net.mean(dim=(2, 3, 4), dtype=self.fc.weight.dtype)
         return net if mixed5c else in_full_precision(self.fc, net)
 
+    def check_clip(self, num_frames: int, size: int) -> None:
+        """Raise ValueError unless the stem takes clips of this shape."""
+        if self.space_to_depth and (num_frames % 2 or size % 2):
+            raise ValueError(
+                f"the stem of this model needs even numbers, not {num_frames} frames of {size} "
+                "pixels; give others"
+            )
+
     def stem(self, video):
         if self.space_to_depth:
             net = self.conv1(space_to_depth(video))
@@ -434,6 +442,15 @@ def load_model(weights: str | Path, vocabulary: str | Path | None = None) -> S3D
         model.text_module.token_to_word_path = vocabulary
         _ = model.text_module.tokenizer  # reads the vocabulary now, to report a misfit at once
     return model.eval()
+
+
+def check_vocabulary(words, rows: int, path: str | Path) -> None:
+    """Raise ValueError unless the word embedding's rows are those of the words and of padding."""
+    if len(words) + 1 != rows:
+        raise ValueError(
+            f"{path} has {len(words)} words, but the word embedding has {rows} rows (one per word "
+            "and one for padding); give the vocabulary of these weights"
+        )
 
 
 def read_weights(path):

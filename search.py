@@ -4,54 +4,59 @@
     python search.py query INDEX "cut the tomato"
     python search.py serve INDEX
 
-`index` embeds windows all along every video below FOLDER, and writes one file. Started again, it
-embeds the videos that are new or have changed, and takes out those that are gone. `query` prints
-the moments that fit a text best. `serve` shows them on a page for a browser on this machine.
+`index` embeds windows of every video below FOLDER and writes one file. Run again, it embeds the
+videos that are new or have changed, and removes those that are gone. `query` prints the moments
+that match a text best. `serve` shows them on a page for a browser on this machine.
 """
 
 import argparse
 import contextlib
-import fcntl
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from args import (
     Parser,
     add_clip_flags,
     add_inference_flags,
     check_decoder,
+    clip_spec,
+    inference_model,
     normalize_flags,
     not_negative,
     positive,
 )
 from distributed.device import pick_device
 from evaluation.feature_file import checksum, difference, feature_settings
-from evaluation.features import inference_model, strided_features, with_progress
-from retrieval_loader import TEXT_WORDS
-from s3dg import Tokenizer, load_model, summarize, tokenize
+from evaluation.features import Outcome, strided_features, track_progress
+from retrieval_loader import RETRIEVAL_WORDS
+from s3dg import Tokenizer, check_vocabulary, load_model, load_words, summarize, tokenize
 from utils import (
     STOP_SIGNALS,
     InputError,
+    check_file,
     check_folder,
     check_output,
-    check_words_fit,
     files_below,
+    format_flag,
     input_error,
     log,
     one_line,
     printable,
-    read_words,
     run_script,
     setup_logging,
 )
 from video_decoder import EXTENSIONS
 from video_search.index import (
+    Index,
     IndexMetadata,
     Video,
     best_moments,
@@ -59,80 +64,120 @@ from video_search.index import (
     read_index,
     write_index,
 )
-from video_search.server import serve_index
+from video_search.server import Embed, EmbeddedText, create_server
 
 SAVE_EVERY = 300  # seconds of indexing that a crash may cost...
-SAVE_SHARE = 0.05  # ...or more, where the file is large: at most this part of the time is writing
-LONGEST_TEXT = 1000  # characters
+SAVE_FRACTION = 0.05  # ...or more, if the file is large: at most this part of the time is writing
+MAX_TEXT_LENGTH = 1000  # characters
 
 
 # --- index --------------------------------------------------------------------------------------
 
 
-def index_videos(options):
-    """Brings the index up to date with the folder; see the top of this file."""
+class FileStatus(NamedTuple):
+    """What tells whether a video has changed."""
+
+    size: int  # bytes
+    mtime_ns: int
+
+
+class Plan(NamedTuple):
+    """What bringing an index up to date takes."""
+
+    kept: dict[str, Video]  # by path below the folder
+    to_do: dict[str, FileStatus]  # videos to embed
+    outdated: bool  # whether the file has to be written even if there is nothing to embed
+
+
+def index_videos(options: argparse.Namespace) -> None:
+    """Bring the index up to date with the folder, see the top of this file."""
     setup_logging(True)
     with input_error("--device, --gpu"):
         device = pick_device(options.device, options.gpu)
     check_output(options.out, "out")
     check_decoder(options)
-    options.stride = options.stride or options.num_frames / options.fps / 2
-    settings = feature_settings(options, ("fps", "stride"), weights="weights")
-    words = read_words(options)
-    settings["token_to_word_path"] = checksum(options.token_to_word_path, "token_to_word_path")
-    about = IndexMetadata(
-        os.path.abspath(options.folder),
-        settings,
-        os.path.abspath(options.weights),
-        os.path.abspath(options.token_to_word_path),
+    check_file(options.weights, "weights")
+    clip = clip_spec(options)
+    stride = options.stride or clip.seconds / 2
+    settings = feature_settings(
+        options.weights,
+        num_frames=clip.num_frames,
+        video_size=clip.size,
+        fps=clip.fps,
+        stride=stride,
+        amp=options.amp,
+        decoder=clip.decoder,
+        weights_key="weights",
     )
-    with only_writer(options.out):
-        videos, to_do, outdated = plan(options, about)
-        failed = 0
-        if to_do:
+    vocabulary = options.token_to_word_path
+    with input_error("--token_to_word_path"):
+        words = load_words(vocabulary)
+        settings["token_to_word_path"] = checksum(vocabulary)
+    folder, *files = map(os.path.abspath, (options.folder, options.weights, vocabulary))
+    metadata = IndexMetadata(folder, settings, *files)
+    failed = 0
+    with lock_index(options.out):
+        plan = make_plan(options, metadata)
+        if plan.to_do:
             model = inference_model(options, device, weights="weights")
-            rows = model.text_module.word_embd.num_embeddings
-            check_words_fit(words, rows, options.token_to_word_path)
-            failed = add_videos(options, about, videos, to_do, model, device)
-        elif outdated:
-            write_index(options.out, about, videos.values())
-    index = read_index(options.out, "out")
+            with input_error("--token_to_word_path"):
+                rows = model.text_module.word_embd.num_embeddings
+                check_vocabulary(words, rows, vocabulary)
+            outcomes = strided_features(
+                model,
+                [Path(options.folder, path) for path in plan.to_do],
+                device,
+                clip,
+                stride=stride,
+                batch_size=options.batch_size_val,
+                workers=options.num_thread_reader,
+                sample_timeout=options.sample_timeout,
+            )
+            failed = add_videos(options.out, metadata, plan, outcomes, model.num_classes)
+        elif plan.outdated:
+            with input_error("--out"):
+                write_index(options.out, metadata, plan.kept.values())
+    index = open_index(options.out, "out")
     log.info("%s has %d windows of %d videos", options.out, len(index.starts), len(index.videos))
     if failed:
         log.error("%d videos could not be used", failed)
         sys.exit(1)
 
 
-def plan(options, about):
-    """The indexed videos that stay, by path; those to embed, as videos_there_are has them; and
-    whether the file is out of date even if there are none.
-    """
-    listed = videos_there_are(options.folder)
-    old = read_index(options.out, "out") if os.path.lexists(options.out) else None
+def open_index(path: str, flag: str = "INDEX") -> Index:
+    """Read the index that this flag names."""
+    check_file(path, flag)
+    with input_error(format_flag(flag)):
+        return read_index(path)
+
+
+def make_plan(options: argparse.Namespace, metadata: IndexMetadata) -> Plan:
+    """Compare the index with the folder."""
+    present = list_videos(options.folder)
+    old = open_index(options.out, "out") if os.path.lexists(options.out) else None
     before = {video.path: video for video in old.videos} if old else {}
-    videos = {
+    kept = {
         path: video
         for path, video in before.items()
-        if listed.get(path) == (video.size, video.mtime_ns)
+        if present.get(path) == (video.size, video.mtime_ns)
         and not (video.reason and options.retry_failed)
     }
     if old:
-        check_continues(options.out, old.about, about, bool(before) and not videos)
-        check_gone(options.folder, sorted(before.keys() - listed))
-    to_do = {path: status for path, status in listed.items() if path not in videos}
-    again, gone = len(to_do.keys() & before), len(before.keys() - listed)
+        check_same_index(options.out, old.metadata, metadata, bool(before) and not kept)
+        check_mounted(options.folder, sorted(before.keys() - present))
+    to_do = {path: status for path, status in present.items() if path not in kept}
+    again, gone = len(to_do.keys() & before), len(before.keys() - present)
     log.info(
         "%d videos: %d are done, %d to do again, %d are new; %d are gone",
-        *(len(listed), len(videos), again, len(to_do) - again, gone),
+        *(len(present), len(kept), again, len(to_do) - again, gone),
     )
-    failed = sum(bool(video.reason) for video in videos.values())
-    if failed:
+    if failed := sum(bool(video.reason) for video in kept.values()):
         log.info("%d could not be used before: --retry_failed tries them again", failed)
-    return videos, to_do, bool(gone) or not old or about != old.about
+    return Plan(kept, to_do, bool(gone) or not old or metadata != old.metadata)
 
 
-def videos_there_are(folder):
-    """The videos below a folder: {path below it: (bytes, time of change in nanoseconds)}."""
+def list_videos(folder: str) -> dict[str, FileStatus]:
+    """List the videos below a folder, by path below it."""
     found = {}
     for path in files_below(folder, "FOLDER", EXTENSIONS):
         try:
@@ -143,210 +188,209 @@ def videos_there_are(folder):
             raise InputError(
                 f"FOLDER: {printable(path)} cannot be read: {error.strerror}"
             ) from None
-        found[path] = status.st_size, status.st_mtime_ns
+        found[path] = FileStatus(status.st_size, status.st_mtime_ns)
     if not found:  # a disk that is not mounted must not empty an index
         raise InputError(f"FOLDER: there are no videos in {folder}: give another")
     return found
 
 
-def check_gone(folder, gone):
-    """Refuses to take out videos of which an empty folder or a link to nothing is left: that is
-    how a disk looks that is not mounted.
+def check_mounted(folder: str, gone: list[str]) -> None:
+    """Reject removing videos if an empty folder or a broken link is left of their place.
+
+    That is how a disk looks that is not mounted.
     """
     for path in gone:
         place = os.path.join(folder, path)
         while not os.path.lexists(place):
             place = os.path.dirname(place)
-        nothing = not os.path.exists(place)
+        empty = not os.path.exists(place)
         if os.path.isdir(place):
             with os.scandir(place) as entries:
-                nothing = not any(entries)
-        if nothing:
+                empty = not any(entries)
+        if empty:
             raise InputError(
                 f"FOLDER: nothing is in {printable(place)}, but the index has videos of it: mount "
-                "its disk, or, to take them out, remove it"
+                "its disk, or remove it to remove them from the index"
             )
 
 
-def check_continues(path, made, about, nothing_kept):
-    """Refuses to bring an index up to date with other settings, or with another folder."""
-    mend = "name another file to keep both, or delete it"
-    if differ := difference(made.settings, about.settings):
-        raise InputError(f"--out: {path} was made with {differ}: {mend}")
-    there = os.path.isdir(made.folder)
-    if there and os.path.realpath(made.folder) == os.path.realpath(about.folder):
+def check_same_index(
+    path: str, made: IndexMetadata, metadata: IndexMetadata, nothing_kept: bool
+) -> None:
+    """Reject bringing an index up to date with other settings, or with another folder."""
+    fix = "give another file to keep both, or delete it"
+    if differ := difference(made.settings, metadata.settings):
+        raise InputError(f"--out: {path} was made with {differ}: {fix}")
+    exists = os.path.isdir(made.folder)
+    if exists and os.path.realpath(made.folder) == os.path.realpath(metadata.folder):
         return
-    if there or nothing_kept:
-        raise InputError(f"--out: {path} is of the videos in {made.folder}: {mend}")
+    if exists or nothing_kept:
+        raise InputError(f"--out: {path} is of the videos in {made.folder}: {fix}")
 
 
 @contextlib.contextmanager
-def only_writer(path):
-    """Refuses to bring an index up to date while another process does, on this machine."""
-    lock = f"{os.path.realpath(path)}.lock"
+def lock_index(path: str) -> Iterator[None]:
+    """Allow one process at a time to bring an index up to date."""
+    lock = FileLock(f"{os.path.realpath(path)}.lock")
     try:
-        file = open(lock, "a")  # noqa: SIM115
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"--out: {path} is being written by another process: wait for it"
+        ) from None
     except OSError as error:
-        raise InputError(f"--out: cannot write {lock}: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                raise BlockingIOError  # it was removed, and another process may have a new one
-        except (BlockingIOError, FileNotFoundError):
-            raise InputError(
-                f"--out: {path} is being written by another process: wait for it"
-            ) from None
-        except OSError as error:
-            log.warning("two processes must not write %s: %s", path, error.strerror)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(lock)
+        raise InputError(f"--out: cannot lock {lock.lock_file}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)  # while locked: a process that has it open sees it is gone
+        lock.release()
 
 
-def add_videos(options, about, videos, to_do, model, device):
-    """Embeds videos and writes the index now and then, and at the end however that comes.
+def add_videos(
+    path: str, metadata: IndexMetadata, plan: Plan, outcomes: Iterator[Outcome], dim: int
+) -> int:
+    """Add videos as they are embedded. Returns how many could not be used.
 
-    videos: those that stay, by path, which the others are added to. Returns how many failed.
+    The index is written every SAVE_EVERY seconds or less often, and at the end, whatever ends it.
     """
-    paths, failed, written, pause = list(to_do), 0, time.monotonic(), SAVE_EVERY
+    videos, to_do = dict(plan.kept), list(plan.to_do)
+    failed, written, pause = 0, time.monotonic(), SAVE_EVERY
 
     def save():
         nonlocal written, pause
         began = time.monotonic()
-        write_index(options.out, about, videos.values())
-        # As they are in the file: they need no memory.
-        videos.update((video.path, video) for video in read_index(options.out, "out").videos)
+        with input_error("--out"):
+            write_index(path, metadata, videos.values())
+        # Those of the file are memory-mapped.
+        videos.update((video.path, video) for video in open_index(path, "out").videos)
         written = time.monotonic()
-        pause = max(SAVE_EVERY, (written - began) / SAVE_SHARE)
+        pause = max(SAVE_EVERY, (written - began) / SAVE_FRACTION)
 
-    outcomes = strided_features(
-        model,
-        [Path(options.folder, path) for path in paths],
-        device,
-        num_frames=options.num_frames,
-        size=options.video_size,
-        fps=options.fps,
-        stride=options.stride,
-        batch_size=options.batch_size_val,
-        workers=options.num_thread_reader,
-        sample_timeout=options.sample_timeout,
-        decoder=options.decoder,
-    )
     try:
         with contextlib.closing(outcomes):
-            for number, found in with_progress(outcomes, len(paths)):
-                path = paths[number]
-                videos[path] = video = indexed(path, *to_do[path], found, model.num_classes)
+            for outcome in track_progress(outcomes, len(to_do)):
+                name = to_do[outcome.index]
+                videos[name] = video = make_video(name, plan.to_do[name], outcome, dim)
                 if video.reason:
                     failed += 1
                     log.warning("not indexed: %s", video.reason)
                 if time.monotonic() > written + pause:
                     save()
     except KeyboardInterrupt:
-        log.info("stopped: the same command goes on from here")
+        log.info("stopped: the same command resumes")
         raise
     finally:
         save()
     return failed
 
 
-def indexed(path, size, mtime_ns, found, dim):
-    """The Video of an outcome of strided_features. Its black windows, which show nothing, are left
-    out: their embedding would be found for whatever text comes near it.
+def make_video(path: str, status: FileStatus, outcome: Outcome, dim: int) -> Video:
+    """Make an entry of the index, without the black windows.
+
+    They show nothing, but their embedding would match some texts.
     """
-    if isinstance(found, str):
+    if outcome.error:
         empty = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dim)
-        return Video(path, size, mtime_ns, one_line(found), *empty)
-    seen = torch.ones(len(found.starts), dtype=torch.bool)
-    seen[found.black] = False
+        return Video(path, *status, one_line(outcome.error), *empty)
+    found = outcome.found
+    visible = torch.ones(len(found.starts), dtype=torch.bool)
+    visible[found.black] = False
     starts = torch.tensor(found.starts, dtype=torch.float64)
-    return Video(path, size, mtime_ns, "", starts[seen], torch.from_numpy(found.features)[seen])
+    return Video(path, *status, "", starts[visible], torch.from_numpy(found.features)[visible])
 
 
 # --- query and serve ----------------------------------------------------------------------------
 
 
-def text_embedder(options, about):
-    """A function from a text to its embedding, float32 [D], and what is to be said about the text.
+def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed:
+    """Load the function that embeds a text as the index was made.
 
-    It raises InputError for a text that there is nothing to be found by.
+    Its files are where the flags or else the index say. It raises InputError for a text that
+    cannot be searched for.
     """
-    for flag, path in (("weights", about.weights), ("token_to_word_path", about.words)):
-        if not getattr(options, flag):
-            setattr(options, flag, path)
-        if checksum(getattr(options, flag), flag) != about.settings[flag]:
+    weights = options.weights or metadata.weights
+    vocabulary = options.token_to_word_path or metadata.words
+    for flag, path in (("weights", weights), ("token_to_word_path", vocabulary)):
+        check_file(path, flag)
+        with input_error(f"--{flag}"):
+            same = checksum(path) == metadata.settings[flag]
+        if not same:
             raise InputError(
-                f"--{flag}: {getattr(options, flag)} is not the file that {options.index} was made "
-                "with: give that, or index the videos again with this one"
+                f"--{flag}: {path} is not the file that {options.index} was made with: give that, "
+                "or index the videos again with this one"
             )
     with input_error("--weights"):
-        tower = load_model(options.weights).text_module
-    tokenizer = Tokenizer(read_words(options), TEXT_WORDS)
+        network = load_model(weights).text_module  # the video network is not needed
+    with input_error("--token_to_word_path"):
+        tokenizer = Tokenizer(load_words(vocabulary), RETRIEVAL_WORDS)
 
     @torch.inference_mode()
     def embed(text):
-        if len(text) > LONGEST_TEXT:
-            raise InputError(f"the text has more than {LONGEST_TEXT} characters: shorten it")
+        if len(text) > MAX_TEXT_LENGTH:
+            raise InputError(f"the text has more than {MAX_TEXT_LENGTH} characters: shorten it")
         words = tokenize(text)
         unknown = list(dict.fromkeys(word for word in words if word not in tokenizer.index))
         if not words:
-            raise InputError("there is no word in the text: say what is to be seen")
+            raise InputError("there is no word in the text: describe what is to be seen")
         if len(unknown) == len(set(words)):
             raise InputError(
-                f"none of the words is in the word list ({summarize(unknown, 10)}): use others"
+                f"none of the words is in the vocabulary ({summarize(unknown, 10)}): use others"
             )
         notes = []
         if unknown:
-            notes.append(f"not in the word list, ignored: {summarize(unknown, 10)}")
-        if sum(word in tokenizer.index for word in words) > TEXT_WORDS:
-            notes.append(f"only the first {TEXT_WORDS} words count")
-        return tower(tokenizer(text)[None])[0], notes
+            notes.append(f"not in the vocabulary, ignored: {summarize(unknown, 10)}")
+        if sum(word in tokenizer.index for word in words) > RETRIEVAL_WORDS:
+            notes.append(f"only the first {RETRIEVAL_WORDS} words count")
+        return EmbeddedText(network(tokenizer(text)[None])[0], notes)
 
     return embed
 
 
-def query(options):
-    """Prints the best moments: score, from-to, file."""
-    index = read_index(options.index)
-    vector, notes = text_embedder(options, index.about)(options.text)
+def query(options: argparse.Namespace) -> None:
+    """Print the best moments: score, from-to, file."""
+    index = open_index(options.index)
+    vector, notes = load_embedder(options, index.metadata)(options.text)
     moments = best_moments(index, vector, options.top)
     try:
         for note in notes:
             print(note)
         if not moments:
             print(f"there are no moments in {options.index}")
-        for found in moments:
-            path = os.path.join(index.about.folder, index.videos[found.video].path)
-            times = f"{format_timestamp(int(found.start))}-{format_timestamp(math.ceil(found.end))}"
-            print(f"{found.score:8.3f}  {times:>15}  {one_line(path)}")
+        for moment in moments:
+            path = os.path.join(index.metadata.folder, index.videos[moment.video].path)
+            start, end = int(moment.start), math.ceil(moment.end)
+            times = f"{format_timestamp(start)}-{format_timestamp(end)}"
+            print(f"{moment.score:8.3f}  {times:>15}  {one_line(path)}")
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def serve(options):
-    """Shows the page until it is stopped."""
-    index = read_index(options.index)
-    folder = options.video_path or index.about.folder
+def serve(options: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    index = open_index(options.index)
+    folder = options.video_path or index.metadata.folder
     check_folder(folder, "video_path")
-    serve_index(index, text_embedder(options, index.about), folder, options.host, options.port)
+    embed = load_embedder(options, index.metadata)
+    with input_error("--host, --port"):
+        server = create_server(index, embed, folder, options.host, options.port)
+    server.run()
 
 
 # --- command line -------------------------------------------------------------------------------
 
 
-def port(text):
-    """An argparse type: a TCP port, 0 for any that is free."""
+def port(text: str) -> int:
+    """Parse a TCP port, 0 for any that is free: an argparse type."""
     number = not_negative(int)(text)
     if number > 65535:
         raise argparse.ArgumentTypeError(f"{text} is above 65535")
     return number
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="index|query|serve")
 
@@ -365,7 +409,7 @@ def parse_arguments(argv=None):
     add = index.add_argument
     add("folder", metavar="FOLDER", help="the videos, in folders of any depth")
     add("--weights", required=True, help="a checkpoint or the released weights")
-    add("--token_to_word_path", default="data/dict.npy", help="word list of the weights")
+    add("--token_to_word_path", default="data/dict.npy", help="vocabulary of the weights")
     add("--out", required=True, help="the index")
     add(
         "--stride",
@@ -379,24 +423,24 @@ def parse_arguments(argv=None):
     index.set_defaults(num_thread_reader=len(os.sched_getaffinity(0)))
 
     for name, run, help in (
-        ("query", query, "print the moments that fit a text best"),
+        ("query", query, "print the moments that match a text best"),
         ("serve", serve, "search on a page, in a browser"),
     ):
         add = command(name, run, help).add_argument
         add("index", metavar="INDEX", help="what `search.py index` wrote")
-        add("--weights", default="", help="where they are now (default: where the index says)")
-        add("--token_to_word_path", default="", help="the word list, likewise")
+        add("--weights", default="", help="where they are now (default: their path in the index)")
+        add("--token_to_word_path", default="", help="where the vocabulary is now")
         if run is query:
             add("text", metavar="TEXT", help="what is to be seen")
-            add("--top", type=positive(int), default=10, help="moments")
+            add("--top", type=positive(int), default=10, help="moments to print")
         else:
-            add("--video_path", default="", help="the folder, likewise")
+            add("--video_path", default="", help="where the folder is now")
             add("--host", default="127.0.0.1", help="address to listen at")
             add("--port", type=port, default=8000, help="port to listen at; 0: any that is free")
     return parser.parse_args(normalize_flags(argv))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     # A file's name may have bytes, and a terminal may lack letters, that cannot be printed.
     sys.stdout.reconfigure(errors="backslashreplace")
     options = parse_arguments(argv)

@@ -1,15 +1,15 @@
-"""Features all along videos: videos per minute of a core, ours against an ffmpeg process a window.
+"""Measure the extraction of features: videos per minute of a core, ours and ffmpeg per window.
 
     python benchmarks/bench_extract.py            # about ten minutes on two cores
     python benchmarks/bench_extract.py --quick    # less than a minute: that it runs
 
-Makes its own files (see bench_decode.py): videos of 40 s, 340x256, 30 frames a second, x264 medium,
-GOP 250. Both ways decode the same windows, 16 frames of 224x224 at 5 a second, and give the same
-model the same batches, with one decoding process: `ours` is strided_features, as
-extract_features.py calls it; `ffmpeg` starts the program once for each window. The row
-"decoding" leaves the model out, as a GPU that is quick enough does. Time is CPU time, of this
-process and of its children, user and system: it depends less on what else the machine does. The
-ways take turns, twice, and the better one counts.
+Makes its own files (see bench_decode.py): videos of 40 s, 340x256, 30 frames per second, x264
+medium, GOP 250. Both ways decode the same windows, 16 frames of 224x224 at 5 per second, in one
+process, and pass the same batches to the same model: `ours` is strided_features, as
+extract_features.py calls it; `ffmpeg` starts the program once per window. The row "decoding" is
+without the model, as with a fast GPU. Time is CPU time, of this process and of its children, user
+and system, which depends less on the load of the machine. The ways take turns, twice, and the
+better run counts.
 """
 
 import argparse
@@ -25,47 +25,47 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_decode  # noqa: E402
 
 import video_decoder  # noqa: E402
-from evaluation import features as video_windows  # noqa: E402
+from evaluation import features  # noqa: E402
 from s3dg import S3D, fuse_for_inference  # noqa: E402
 
-WINDOW = {"num_frames": 16, "size": 224, "fps": 5}
+CLIP = video_decoder.ClipSpec(num_frames=16, size=224, fps=5)
 SECONDS = 40
 CPU = torch.device("cpu")
 
 
 class NoModel(torch.nn.Module):
-    """Takes no time: what is left is decoding and handing over."""
+    """Takes no time, which leaves decoding and passing batches on."""
 
     def forward(self, video, text, mode, mixed5c):
         return video.new_zeros(len(video), 1024)
 
 
-def a_process_each(path, starts, **settings):
-    """decode_clips by the release's way: an ffmpeg process for each window."""
+def decode_by_processes(path, starts, **settings):
+    """Decode as the release does, with an ffmpeg process per window: see decode_clips."""
     return bench_decode.release(path, starts, settings)
 
 
 def videos_per_minute(paths, model, decode, stride):
-    """Of CPU time, in one run over the videos, with one worker process that decodes by `decode`."""
-    ours = video_windows.decode_clips
-    video_windows.decode_clips = decode or ours
+    """Extract once, with one worker, which decodes by `decode`: videos per minute of CPU time."""
+    ours = features.decode_clips
+    features.decode_clips = decode or ours
     began = bench_decode.cpu_seconds()
     try:
-        found = video_windows.strided_features(
+        outcomes = features.strided_features(
             model,
             paths,
             CPU,
-            **WINDOW,
+            CLIP,
             stride=stride,
             batch_size=32,
             workers=1,
             sample_timeout=600,
             mixed5c=True,
         )
-        for _, video in found:
-            assert not isinstance(video, str), video
+        for outcome in outcomes:
+            assert not outcome.error, outcome.error
     finally:
-        video_windows.decode_clips = ours
+        features.decode_clips = ours
     return len(paths) / (bench_decode.cpu_seconds() - began) * 60
 
 
@@ -96,7 +96,7 @@ def main():
                 rates = [
                     [
                         videos_per_minute(paths, network, way, stride)
-                        for way in (a_process_each, None)
+                        for way in (decode_by_processes, None)
                     ]
                     for _ in range(turns)
                 ]

@@ -1,18 +1,18 @@
-"""What a query costs: search_index.best_moments beside a plain product and sort, in one run.
+"""Measure a query: video_search.index.best_moments, and a plain product and sort.
 
     python benchmarks/bench_search.py          # a million windows of 512 numbers: 2 GB of disk
 
-An index is made of random embeddings in a temporary folder (TMPDIR), windows of 3.2 seconds each
-1.6, 500 to a video. Each way has a fresh process, which first loads the index or the array:
+Makes an index of random embeddings in a temporary folder (TMPDIR): windows of 3.2 seconds every
+1.6 seconds, 500 per video. Each way has a new process, which first loads the index or the array:
 
     plain     numpy.load, all scores, numpy.argsort of them, the first 24 windows: they may overlap
     ours      read_index, which maps the file, and best_moments: 24 moments that do not overlap
 
-The first query is cold for the process only: the file has just been written, so most of it is
-still in the system's memory. Warm are the queries after it. Memory is the peak of the resident set
-(VmHWM) less what it was before loading; the last column is how much of the resident set is pages
-of files, libraries included (RssFile), which the system may take back. At the end the moments are
-compared with those that the sorted scores give.
+The first query is cold for the process only: most of the file, which has just been written, is
+still in the page cache. The queries after it are warm. Memory is the peak of the resident set
+(VmHWM) less what it was before loading; the last column is the part of the resident set that is
+pages of files, libraries included (RssFile), which the system may evict. At the end the moments
+are compared with those of the sorted scores.
 """
 
 import argparse
@@ -36,27 +36,26 @@ from video_search.index import (
     Video,
     best_moments,
     read_index,
-    window_length,
     write_index,
 )
 
-COUNT = 24  # moments, as the page has them
-A_VIDEO = 500  # windows
+COUNT = 24  # moments, as on the page
+WINDOWS_PER_VIDEO = 500
 STRIDE = 1.6  # seconds
-ABOUT = IndexMetadata("/", {"num_frames": 16, "fps": 5}, "", "")
+METADATA = IndexMetadata("/", {"num_frames": 16, "fps": 5}, "", "")
 
 
 def make(folder, windows, dim):
-    """Writes folder/index and folder/array.npy of the same embeddings."""
+    """Write folder/index and folder/array.npy of the same embeddings."""
     array = np.lib.format.open_memmap(folder / "array.npy", "w+", np.float32, (windows, dim))
     generator = np.random.default_rng(1)
     videos = []
-    for begin in range(0, windows, A_VIDEO):
-        part = array[begin : begin + A_VIDEO]
+    for begin in range(0, windows, WINDOWS_PER_VIDEO):
+        part = array[begin : begin + WINDOWS_PER_VIDEO]
         part[:] = generator.standard_normal(part.shape, np.float32)
         starts = torch.arange(len(part)).double() * STRIDE
         videos.append(Video(f"{begin:09d}.mp4", 0, 0, "", starts, torch.from_numpy(part)))
-    write_index(folder / "index", ABOUT, videos)
+    write_index(folder / "index", METADATA, videos)
 
 
 def queries(dim, count):
@@ -79,7 +78,7 @@ def ours(folder):
 
 
 def measure(way, folder, asked):
-    """Seconds to load, of each query; MiB of memory, of which files; the rows of each query."""
+    """Return seconds to load, of each query; MiB of memory, of which files; rows of each query."""
     before, began = resident("VmRSS"), time.perf_counter()
     search = way(folder)
     load, seconds, rows = time.perf_counter() - began, [], []
@@ -91,13 +90,15 @@ def measure(way, folder, asked):
 
 
 def expected(folder, query):
-    """The rows that best_moments is to find, from all scores in order."""
-    length = window_length(ABOUT)
+    """Return the rows that best_moments has to find, from all scores in order."""
+    length = METADATA.window_seconds
     scores = np.load(folder / "array.npy", mmap_mode="r") @ query
     found = []
     for row in np.argsort(-scores, kind="stable")[: 100 * COUNT].tolist():
         near = (
-            abs(row - o) * STRIDE < length - 1e-6 for o in found if row // A_VIDEO == o // A_VIDEO
+            abs(row - other) * STRIDE < length - 1e-6
+            for other in found
+            if row // WINDOWS_PER_VIDEO == other // WINDOWS_PER_VIDEO
         )
         if not any(near):
             found.append(row)

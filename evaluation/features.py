@@ -1,16 +1,18 @@
-"""Windows all along a video, one every `stride` seconds, and their features.
+"""Features of videos: of an evaluation's windows, and of windows at a constant stride.
 
-Window k starts at k * stride seconds and has num_frames frames, fps a second, of the centre square,
-as in the evaluations: decode_clips of video_decoder. A video has the windows that end by its end,
-and at least the first. What is after the last of them is left out rather than filled up: a window
-that is partly black would describe the padding, too. A video shorter than a window is one
-window with black frames at its end, as in training.
+The windows of strided_features start at k * stride seconds, k = 0, 1, ..., and have clip.num_frames
+frames of the centre square at clip.fps, as in the evaluations. A video has those that end before it
+does, and at least the first. The rest of the video is left out: the feature of a partly black
+window would describe the padding too. A video shorter than a window has one, with black frames at
+its end, as in training.
 """
 
 import contextlib
 import datetime
+import os
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,21 +22,47 @@ from tqdm import tqdm
 
 from distributed.device import PRECISIONS, check_compiler, inference_amp
 from distributed.workers import describe_error, sample_batches
-from s3dg import fuse_for_inference, load_model, to_unit_range
-from utils import check_clip_size, check_file, input_error, lines_above, log
-from video_decoder import DecodeError, decode_clips, probe_duration
+from s3dg import S3D, fuse_for_inference, load_model, to_unit_range
+from utils import lines_above, log
+from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration
 
-# Windows that are decoded at once: what a worker holds, however long the video. Each group opens
-# the file anew and decodes from the keyframe before it, so fewer would cost time.
-CHUNK = 16
-LOG_EVERY = 60  # seconds, where there is no terminal for a progress bar
+# What a worker decodes and holds at once, however long the video. Each group opens the file again
+# and decodes from the keyframe before it, so smaller groups would cost time.
+GROUP_SIZE = 16
+LOG_EVERY = 60  # seconds, without a terminal for a progress bar
 
 
-def clip_batches(items, batch_size):
-    """Windows of successive videos in batches: (owners, uint8 [batch_size or fewer, 3, T, H, W]).
+def load_inference_model(
+    weights: str | os.PathLike,
+    device: torch.device,
+    *,
+    amp: str = "none",
+    channels_last: bool = True,
+    compile: bool = False,
+) -> S3D:
+    """Load the released weights or a checkpoint for inference, see s3dg.fuse_for_inference.
 
-    items: (owner, windows [W, 3, T, H, W]) pairs. At most batch_size windows are held, and what one
-    video has over, so memory does not grow with the number of windows.
+    amp: a key of PRECISIONS, or "auto". Raises ValueError or FileNotFoundError for the weights, and
+    ValueError if torch.compile cannot work here.
+    """
+    if compile:
+        check_compiler()
+    model = load_model(weights)
+    if channels_last:
+        model.to(memory_format=torch.channels_last_3d)
+    model = fuse_for_inference(model.to(device), PRECISIONS[inference_amp(amp)])
+    if compile:
+        model.compile()
+    return model
+
+
+def clip_batches(
+    items: Iterable[tuple[int, torch.Tensor]], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Batch the windows of successive videos: (owners, uint8 [batch_size or fewer, 3, T, H, W]).
+
+    items: (owner, windows [W, 3, T, H, W]) pairs. At most batch_size windows and those of one video
+    are held, so memory does not grow with the number of windows.
     """
     owners = []
     for owner, windows in items:
@@ -51,109 +79,92 @@ def clip_batches(items, batch_size):
 
 
 @torch.inference_mode()
-def window_features(model, items, device, *, batch_size, mixed5c=False):
-    """Features of windows, as they are ready: yields (owner, float array [512 or 1024]).
+def window_features(
+    model: torch.nn.Module,
+    items: Iterable[tuple[int, torch.Tensor]],
+    device: torch.device,
+    *,
+    batch_size: int,
+    mixed5c: bool = False,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (owner, float32 [512]) for each window, or float32 [1024] with mixed5c.
 
-    items: see clip_batches. The model is to be in evaluation mode.
+    items: see clip_batches. The model needs to be in evaluation mode.
     """
     for owners, clips in clip_batches(items, batch_size):
         output = model(to_unit_range(clips.to(device)), None, mode="video", mixed5c=mixed5c)
         yield from zip(owners, output.float().cpu().numpy(), strict=True)
 
 
-def video_features(
-    model,
-    dataset,
-    device,
-    *,
-    batch_size,
-    workers,
-    sample_timeout,
-    mixed5c=False,
-    rank=0,
-    world_size=1,
-    gather=lambda share: [share],
-    on_windows=lambda index, windows: None,
-    on_video=lambda: False,
-):
-    """Features of each video's windows: a dict from index to float array [W, 512 or 1024].
+# --- the windows of an evaluation ---------------------------------------------------------------
 
-    Videos that cannot be decoded are named in the log and have no entry. With several ranks each
-    takes every world_size-th video, and all of them get the whole, by gather, which lists what
-    the ranks give it. on_windows gets the index and the windows, uint8 [W, 3, T, H, W], of each
-    video that this rank has decoded. on_video is called after each video; where it says True on any
-    rank, the evaluation is broken off, and None returned.
+
+def video_features(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+    sample_timeout: float,
+    mixed5c: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    on_windows: Callable[[int, torch.Tensor], object] = lambda index, windows: None,
+    on_video: Callable[[], object] = lambda: None,
+) -> dict[int, np.ndarray]:
+    """Compute the features of the windows of each video: {index: float32 [W, 512 or 1024]}.
+
+    Videos that cannot be decoded are logged and have no entry. Of several ranks, each takes every
+    world_size-th video. The model needs to be in evaluation mode.
+
+    on_windows: called with the index and the windows, uint8 [W, 3, T, H, W], of a decoded video.
+    on_video: called after each video; an exception that it raises ends the evaluation.
     """
-    share = range(rank, len(dataset), world_size)
-    videos = sample_batches(
-        dataset,
-        ([index] for index in share),
-        workers=workers,
-        timeout=sample_timeout,
+    shard = range(rank, len(dataset), world_size)
+    batches = sample_batches(
+        dataset, ([index] for index in shard), workers=workers, timeout=sample_timeout
     )
 
-    def decoded():
-        # No bar where there is no terminal: a log is not for it, and may be on a full disk.
+    def decode_videos():
+        # No bar without a terminal: it does not belong in a log, which may be on a full disk.
         hidden = True if rank > 0 else None
-        bar = tqdm(share, desc=type(dataset).__name__, unit="video", disable=hidden)
+        bar = tqdm(shard, desc=type(dataset).__name__, unit="video", disable=hidden)
         with bar, lines_above(bar):
-            for index, video in zip(bar, videos, strict=True):
-                if error := video["errors"][0]:
+            for index, batch in zip(bar, batches, strict=True):
+                if error := batch["errors"][0]:
                     reason = describe_error(error, dataset.path(index))
                     log.warning("left out of the evaluation: %s", reason)
                 else:
-                    windows = video["video"][0]
+                    windows = batch["video"][0]
                     on_windows(index, windows)
                     yield index, windows
-                nonlocal stopped
-                stopped = on_video()
-                if stopped:
-                    return
+                on_video()
 
-    was_training = model.training
-    model.eval()
-    features, stopped = {}, False
-    with contextlib.closing(videos):
-        windows = window_features(model, decoded(), device, batch_size=batch_size, mixed5c=mixed5c)
-        for owner, feature in windows:
-            features.setdefault(owner, []).append(feature)
-    model.train(was_training)
-    features = {owner: np.stack(windows) for owner, windows in features.items()}
-    shares = gather(None if stopped else features)
-    if None in shares:
-        return None
-    return dict(sorted(item for share in shares for item in share.items()))
+    features = {}
+    with contextlib.closing(batches):
+        for index, feature in window_features(
+            model, decode_videos(), device, batch_size=batch_size, mixed5c=mixed5c
+        ):
+            features.setdefault(index, []).append(feature)
+    return {index: np.stack(windows) for index, windows in features.items()}
 
 
-def inference_model(args, device, weights="pretrain_cnn_path"):
-    """The model of --pretrain_cnn_path, or of another flag, as the evaluations use it."""
-    if args.compile:
-        with input_error("--compile"):
-            check_compiler()
-    check_file(getattr(args, weights), weights)
-    with input_error(f"--{weights}"):
-        model = load_model(getattr(args, weights))
-    check_clip_size(args, model)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last_3d)
-    model = fuse_for_inference(model.to(device), PRECISIONS[inference_amp(args.amp)])
-    if args.compile:
-        model.compile()
-    return model
+# --- windows at a constant stride ---------------------------------------------------------------
 
 
-def strided_starts(duration, *, num_frames, fps, stride):
-    """Where the windows of a video of `duration` seconds start: a list of seconds, at least [0.0].
+def strided_starts(duration: float, clip: ClipSpec, stride: float) -> list[float]:
+    """Return where the windows of a video of `duration` seconds start: seconds, at least [0.0].
 
-    To the microsecond, as video files count: sums of floats would lose a window that just fits.
+    Computed in microseconds, as in video files: sums of floats would lose a window that just fits.
     """
     step = max(1, round(stride * 1e6))
-    free = round(duration * 1e6) - round(num_frames / fps * 1e6)
+    free = round(duration * 1e6) - round(clip.seconds * 1e6)
     return [k * step / 1e6 for k in range(max(0, free) // step + 1)]
 
 
 class Durations(Dataset):
-    """How long videos are: items "seconds", float64 [], or "error" with one line."""
+    """The durations of videos: items "seconds", float64 [], or "error" with one line."""
 
     item_spec = {"seconds": ((), torch.float64)}  # noqa: RUF012
 
@@ -167,60 +178,70 @@ class Durations(Dataset):
             return {"error": str(error)}
 
 
-class Chunks(Dataset):
-    """Windows of videos. A key is (index of the video, starts of at most CHUNK windows, seconds).
+class WindowGroups(Dataset):
+    """Windows of videos. A key is (index of the video, starts of at most GROUP_SIZE windows).
 
-    An item: "video" uint8 [CHUNK, 3, num_frames, size, size], of which the first len(starts) are
-    filled, or "error" with one line.
+    An item: "video" uint8 [GROUP_SIZE, 3, T, H, W], of which the first len(starts) are filled, or
+    "error" with one line.
     """
 
-    def __init__(self, paths, *, num_frames, size, fps, decoder):
-        self.paths = paths
-        self.settings = {"fps": fps, "num_frames": num_frames, "size": size, "backend": decoder}
-        self.item_spec = {"video": ((CHUNK, 3, num_frames, size, size), torch.uint8)}
+    def __init__(self, paths, clip):
+        self.paths, self.clip = paths, clip
+        self.item_spec = {"video": ((GROUP_SIZE, *clip.shape), torch.uint8)}
 
     def __getitem__(self, key):
         index, starts = key
         try:
-            clips = decode_clips(self.paths[index], starts, **self.settings)
+            clips = decode_clips(
+                self.paths[index],
+                starts,
+                fps=self.clip.fps,
+                num_frames=self.clip.num_frames,
+                size=self.clip.size,
+                backend=self.clip.decoder,
+            )
         except DecodeError as error:
             return {"error": str(error)}
-        rest = clips.new_zeros(CHUNK - len(clips), *clips.shape[1:])
+        rest = clips.new_zeros(GROUP_SIZE - len(clips), *clips.shape[1:])
         return {"video": torch.cat([clips, rest]) if len(rest) else clips}
 
 
 class VideoFeatures(NamedTuple):
-    """What strided_features has of a video."""
+    """The features of a video's W windows."""
 
-    starts: list[float]  # of its W windows, seconds
+    starts: list[float]  # seconds
     features: np.ndarray  # float32 [W, 512 or 1024]
-    black: list[int]  # the windows that are black throughout, as where nothing can be decoded
+    black: list[int]  # windows in which every pixel is black, as if nothing can be decoded
+
+
+class Outcome(NamedTuple):
+    """What strided_features yields for a video: its features, or why it has none, in one line."""
+
+    index: int
+    found: VideoFeatures | None
+    error: str = ""
 
 
 def strided_features(
-    model,
-    paths,
-    device,
+    model: torch.nn.Module,
+    paths: Sequence[str | os.PathLike],
+    device: torch.device,
+    clip: ClipSpec,
     *,
-    num_frames,
-    size,
-    fps,
-    stride,
-    batch_size,
-    workers,
-    sample_timeout,
-    decoder="pyav",
-    mixed5c=False,
-):
-    """Features of the windows all along each video, as the videos are done.
+    stride: float,
+    batch_size: int,
+    workers: int,
+    sample_timeout: float,
+    mixed5c: bool = False,
+) -> Iterator[Outcome]:
+    """Compute the features of windows every `stride` seconds of each video.
 
-    Yields (index in paths, VideoFeatures), or (index, one line) for a video that cannot be used.
-    Each is decoded in one pass, CHUNK windows at a time; batches run on from one video to the
-    next. What is held of the videos, besides the features, does not depend on how long they are.
-    The model is to be in evaluation mode.
+    Yields an Outcome per video, as soon as it is done. A video is decoded in one pass, GROUP_SIZE
+    windows at a time, and batches continue from one video to the next. Memory, except for the
+    features, does not depend on the length of the videos. The model needs to be in evaluation mode.
     """
     work = {}  # index -> the VideoFeatures so far, with a list of features
-    asked = deque()  # (index, first window) of the chunks that are being decoded
+    submitted = deque()  # (index, first window) of the groups that are being decoded
     failed = deque()
     probes = sample_batches(
         Durations(paths),
@@ -230,44 +251,41 @@ def strided_features(
         prefetch=8,
     )
 
-    def keys():
+    def submit_groups():
         for index, item in enumerate(probes):
             if error := item["errors"][0]:
-                failed.append((index, describe_error(error, paths[index])))
+                failed.append(Outcome(index, None, describe_error(error, paths[index])))
                 continue
-            duration = item["seconds"].item()
-            starts = strided_starts(duration, num_frames=num_frames, fps=fps, stride=stride)
+            starts = strided_starts(item["seconds"].item(), clip, stride)
             work[index] = VideoFeatures(starts, [], [])
-            for first in range(0, len(starts), CHUNK):
+            for first in range(0, len(starts), GROUP_SIZE):
                 if index not in work:
                     break  # it failed in the meantime
-                asked.append((index, first))
-                yield [(index, starts[first : first + CHUNK])]
+                submitted.append((index, first))
+                yield [(index, starts[first : first + GROUP_SIZE])]
 
-    chunks = sample_batches(
-        Chunks(paths, num_frames=num_frames, size=size, fps=fps, decoder=decoder),
-        keys(),
-        workers=workers,
-        timeout=sample_timeout,
+    groups = sample_batches(
+        WindowGroups(paths, clip), submit_groups(), workers=workers, timeout=sample_timeout
     )
 
-    def decoded():
-        for item in chunks:
-            index, first = asked.popleft()
+    def decode_windows():
+        for item in groups:
+            index, first = submitted.popleft()
             if index not in work:
                 continue
             if error := item["errors"][0]:
                 del work[index]
-                failed.append((index, describe_error(error, paths[index])))
+                failed.append(Outcome(index, None, describe_error(error, paths[index])))
                 continue
             video = work[index]
             clips = item["video"][0, : len(video.starts) - first]
-            video.black.extend(k for k, clip in enumerate(clips, first) if not clip.any())
+            video.black.extend(k for k, window in enumerate(clips, first) if not window.any())
             yield index, clips
 
-    with contextlib.closing(probes), contextlib.closing(chunks):
-        windows = window_features(model, decoded(), device, batch_size=batch_size, mixed5c=mixed5c)
-        for index, feature in windows:
+    with contextlib.closing(probes), contextlib.closing(groups):
+        for index, feature in window_features(
+            model, decode_windows(), device, batch_size=batch_size, mixed5c=mixed5c
+        ):
             while failed:
                 yield failed.popleft()
             if index not in work:
@@ -278,12 +296,13 @@ def strided_features(
                 if video.black:
                     counts = len(video.black), len(video.starts)
                     log.warning("%s: %d of %d windows are black", paths[index], *counts)
-                yield index, work.pop(index)._replace(features=np.stack(video.features))
+                done = work.pop(index)
+                yield Outcome(index, done._replace(features=np.stack(done.features)))
         yield from failed
 
 
-def with_progress(outcomes, total):
-    """Passes on the outcomes, a video each, and shows how many are done and the time left."""
+def track_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
+    """Pass the outcomes on, and show how many of the `total` videos are done and the time left."""
     bar = tqdm(total=total, desc="features", unit="video", disable=None)
     began = shown = time.monotonic()
     with bar, lines_above(bar):

@@ -1,83 +1,102 @@
 """Linear action recognition on frozen features: HMDB-51 (paper, section 4).
 
-Apart from evaluation.py, as trainings have no use for scikit-learn, which takes as long as torch to
-import.
+A module of its own, because importing scikit-learn takes as long as importing torch, and trainings
+do not need it.
 """
 
-import joblib
+from collections.abc import Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from sklearn.svm import LinearSVC
 
 from annotations.hmdb import SPLITS, TEST, TRAIN
+from evaluation.feature_file import FeatureSet
 from evaluation.features import video_features
-from utils import InputError, die_with_parent, log
+from hmdb_loader import HMDB51
 
 
-def fit_predict_split(features, labels, parts):
-    """What a linear SVM on frozen features takes one split's test videos for (paper, section 4).
+class Predictions(NamedTuple):
+    """The classes of a split's n test videos, as strings."""
 
-    features [N, W, D]: W windows a video, each a training sample of its own; a test video's score
-    is the sum of its windows' decision values. labels [N], parts [N]: 1 train, 2 test. Returns
-    labels, as many as there are test videos.
+    labels: np.ndarray  # [n], true
+    predicted: np.ndarray  # [n]
+
+
+def fit_predict_split(features: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Train a linear SVM on one split and predict the labels of its test videos [n].
+
+    features [N, W, D]: W windows per video, each a training sample. A test video's score is the sum
+    of its windows' decision values. labels [N]; parts [N]: TRAIN, TEST or neither.
+
+    The SVM is that of the release, LinearSVC(C=100), but solved in the primal, which has no seed.
+    The release's dual solver may stop short of convergence; its result then depends on the seed.
     """
     train, test = parts == TRAIN, parts == TEST
     windows, dim = features.shape[1:]
-    svm = LinearSVC(C=100, random_state=0)
+    svm = LinearSVC(C=100, dual=False, max_iter=10_000)
     svm.fit(features[train].reshape(-1, dim), np.repeat(labels[train], windows))
     scores = svm.decision_function(features[test].reshape(-1, dim))
-    if scores.ndim == 1:  # two classes have one score, of the second
+    if scores.ndim == 1:  # two classes have one score, the second one's
         scores = np.stack([-scores, scores], axis=1)
     scores = scores.reshape(test.sum(), windows, -1).sum(axis=1)
     return svm.classes_[scores.argmax(axis=1)]
 
 
-def check_splits(labels, splits):
-    """Each split needs two classes to train on and a video to test."""
-    for name, part in zip(SPLITS, splits.T, strict=True):
-        if len(set(labels[part == TRAIN])) < 2 or not (part == TEST).any():
-            raise InputError(
-                f"--eval_csv, --eval_video_root: of {name}, the videos that can be read have "
-                f"{len(set(labels[part == TRAIN]))} classes to train on (two are needed) and "
-                f"{(part == TEST).sum()} videos to test (one is)"
+def check_splits(dataset: HMDB51, names: Container[str]) -> None:
+    """Check that in each split these videos have two classes to train on and one to test.
+
+    Raises ValueError.
+    """
+    kept = np.array([name in names for name in dataset.names])
+    for split, parts in zip(SPLITS, dataset.splits.T, strict=True):
+        classes = len(set(dataset.labels[kept & (parts == TRAIN)]))
+        tested = int((kept & (parts == TEST)).sum())
+        if classes < 2 or not tested:
+            raise ValueError(
+                f"the videos of {split} that can be read have {classes} classes to train on (two "
+                f"are needed) and {tested} videos to test (one is needed); add videos"
             )
 
 
-def hmdb_features(model, dataset, device, **decoding):
-    """Pooled mixed_5c features of HMDB-51: a dict from name to float32 [W, 1024], and another from
-    the name of a video that has none to "absent" or "undecodable".
+def hmdb_features(
+    model: torch.nn.Module, dataset: HMDB51, device: torch.device, **decoding
+) -> FeatureSet:
+    """Compute the pooled mixed_5c features of HMDB-51's videos, float32 [W, 1024] each.
 
-    For the keyword arguments see video_features.
+    decoding: see video_features.
     """
-    check_splits(dataset.labels, dataset.splits)  # before the hours of decoding
     videos = video_features(model, dataset, device, mixed5c=True, **decoding)
-    kept = list(videos)
-    check_splits(dataset.labels[kept], dataset.splits[kept])
     features = {dataset.names[index]: windows for index, windows in videos.items()}
-    left_out = dict.fromkeys(dataset.absent, "absent")
     undecodable = (name for name in dataset.names if name not in features)
-    return features, {**left_out, **dict.fromkeys(undecodable, "undecodable")}
+    left_out = {
+        **dict.fromkeys(dataset.absent, "absent"),
+        **dict.fromkeys(undecodable, "undecodable"),
+    }
+    return FeatureSet(features, left_out)
 
 
-def evaluate_hmdb(dataset, features, left_out):
-    """Linear classification of HMDB-51 (paper, section 4): top-1 of each split, mean.
+def predict_splits(dataset: HMDB51, features: dict[str, np.ndarray]) -> list[Predictions]:
+    """Train and test on each of the three splits, with the data set's labels.
 
-    The dataset's labels and splits are scored on what hmdb_features gave. Returns the figures, and
-    for each split the labels of its test videos and what they were taken for: a pair of arrays.
+    features: by the videos' names; those without features take no part. Raises ValueError if the
+    others do not make three splits, see check_splits.
     """
+    check_splits(dataset, features)
     kept = [index for index, name in enumerate(dataset.names) if name in features]
     labels, splits = dataset.labels[kept], dataset.splits[kept]
-    check_splits(labels, splits)
-    if left_out:
-        reasons = list(left_out.values())
-        absent, undecodable = reasons.count("absent"), reasons.count("undecodable")
-        log.info("left out: %d absent videos, %d undecodable", absent, undecodable)
     windows = np.stack([features[dataset.names[index]] for index in kept])
-    # Processes: threads would share liblinear's random numbers, and no two runs would agree.
-    predictions = joblib.Parallel(n_jobs=len(SPLITS), initializer=die_with_parent)(
-        joblib.delayed(fit_predict_split)(windows, labels, part) for part in splits.T
-    )
-    truths = [labels[part == TEST] for part in splits.T]
-    outcomes = list(zip(truths, predictions, strict=True))
-    accuracies = [float(np.mean(truth == predicted)) for truth, predicted in outcomes]
-    figures = {**dict(zip(SPLITS, accuracies, strict=True)), "mean": float(np.mean(accuracies))}
-    return figures, outcomes
+    with ThreadPoolExecutor(len(SPLITS)) as pool:  # liblinear releases the interpreter's lock
+        predicted = list(
+            pool.map(lambda parts: fit_predict_split(windows, labels, parts), splits.T)
+        )
+    truths = [labels[parts == TEST] for parts in splits.T]
+    return list(map(Predictions, truths, predicted))
+
+
+def top1_metrics(predictions: Sequence[Predictions]) -> dict[str, float]:
+    """Compute the top-1 accuracy of each split, and their mean, as fractions."""
+    accuracies = [float(np.mean(labels == predicted)) for labels, predicted in predictions]
+    return {**dict(zip(SPLITS, accuracies, strict=True)), "mean": float(np.mean(accuracies))}

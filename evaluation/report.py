@@ -1,48 +1,55 @@
-"""--report DIR: the results of an evaluation as one page, DIR/index.html, with all that it shows.
+"""Results of an evaluation as one page, index.html, which contains all that it shows.
 
-The page is report_page.html with a JSON object in it, which its script turns into text and pictures
-in the browser: nothing of the data is ever read as HTML, and nothing is fetched.
+The page is report.html with a JSON object inserted. Its script turns the object into text and
+images in the browser: no data is ever parsed as HTML, and nothing is fetched.
 """
 
 import base64
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from annotations.hmdb import SPLITS
 from distributed.device import inference_amp
-from evaluation.thumbnails import thumbnail
-from utils import InputError, atomic_write, check_output, format_metric, make_folder, one_line
+from evaluation.retrieval import ground_truth_ranks, top_k_videos
+from evaluation.thumbnails import encode_thumbnail
+from retrieval_loader import Pair
+from utils import DataError, atomic_write, format_metric, one_line
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = "{{ data }}"
-SHOWN = 5  # videos of a query
+TOP_VIDEOS = 5  # shown for a query
 BIN_ENDS = (1, 5, 10, 50, 100, 500, 1000)  # of the histogram of ranks
-CONFUSED = 20  # pairs of classes that are listed
+TOP_CONFUSIONS = 20  # pairs of classes that are listed
+
+AnyPath = str | os.PathLike
 
 
-def page_path(folder):
+def page_path(folder: AnyPath) -> Path:
+    """Return the path of the page in its folder."""
     return Path(folder, "index.html")
 
 
-def check_report(folder):
-    """Makes the folder of --report. Raises InputError where the page could not be written there."""
-    make_folder(folder, "report")
-    check_output(page_path(folder), "report")
+def write_page(
+    folder: AnyPath,
+    title: str,
+    metrics: dict[str, int | float],
+    settings: Sequence[tuple[str, str]],
+    data: dict,
+) -> Path:
+    """Write the page, replacing an older one, and return its path.
 
-
-def write_page(folder, title, figures, settings, data):
-    """Writes the page, over one that is there, and prints where it is.
-
-    figures: what utils.report shows; settings: (name, value) pairs; data: of retrieval_data or
-    hmdb_data. Raises InputError where it cannot be written.
+    settings: (name, value) pairs, see describe_settings. data: of retrieval_data or hmdb_data.
+    Raises DataError if it cannot be written.
     """
-    shown = [(name, format_metric(value)) for name, value in figures.items()]
-    data = {"title": title, "figures": shown, "settings": settings, **data}
-    # With "<" spelled otherwise, no sentence can end the element that the JSON is in.
+    formatted = [(name, format_metric(value)) for name, value in metrics.items()]
+    data = {"title": title, "metrics": formatted, "settings": settings, **data}
+    # Without a literal "<", no sentence can end the element that contains the JSON.
     content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace(SLOT, content)
     path = page_path(folder)
@@ -50,64 +57,71 @@ def write_page(folder, title, figures, settings, data):
         with atomic_write(path) as file:
             file.write(page.encode())
     except OSError as error:
-        raise InputError(f"--report: could not write {path} ({one_line(error)})") from None
-    print(f"report: {path}")
+        reason = f"could not be written ({one_line(error)}); give another folder"
+        raise DataError(path, reason) from None
+    return path
 
 
-def evaluation_settings(args, csv, flags=()):
-    """What the figures depend on, as (name, value) pairs; of paths the files' names only."""
-    weights = args.pretrain_cnn_path or args.features
-    flags = ("num_windows_test", "num_frames", "video_size", *flags)
+def describe_settings(
+    table: AnyPath, weights: AnyPath, features: AnyPath = "", *, amp: str, **flags: object
+) -> list[tuple[str, str]]:
+    """List what metrics depend on, as (name, value) pairs; of paths, the files' names only.
+
+    weights: if empty, the file of features stands for them. flags: by name, with their values.
+    """
+    source = ("weights", weights) if weights else ("features", features)
     return [
-        ("table", Path(csv).name),
-        ("weights" if args.pretrain_cnn_path else "features", Path(weights).name),
-        *((f"--{flag}", str(getattr(args, flag))) for flag in flags),
-        ("--amp", inference_amp(args.amp)),
+        ("table", Path(table).name),
+        (source[0], Path(source[1]).name),
+        *((f"--{flag}", str(value)) for flag, value in flags.items()),
+        ("--amp", inference_amp(amp)),
         ("date", time.strftime("%Y-%m-%d %H:%M")),
     ]
 
 
-def small_animation(windows):
-    """The thumbnail of a video's middle window, uint8 [W, 3, T, H, W]: 2 to 4 kB of WebP.
+def animate_middle_window(windows: torch.Tensor) -> bytes:
+    """Encode the middle window of a video as a thumbnail, WebP of 2 to 4 kB.
 
-    The page has one for each query: 3 to 5 MB for 1,000 of them.
+    windows: uint8 [W, 3, T, H, W]. The page has one per query: 3 to 5 MB for 1,000 of them.
     """
     clip = windows[len(windows) // 2]
-    return thumbnail(clip, size=112, frames=4, milliseconds=400, quality=20)
+    return encode_thumbnail(clip, size=112, frames=4, milliseconds=400, quality=20)
 
 
-def retrieval_data(pairs, root, pictures, scores, ranks, best):
-    """What a page shows of a retrieval.
+def retrieval_data(
+    pairs: Sequence[Pair], root: AnyPath, thumbnails: Sequence[bytes], scores: np.ndarray
+) -> dict:
+    """Build what the page shows of a retrieval.
 
-    pairs: the N of Retrieval that were scored; root: the folder that their paths are told from.
-    pictures: their thumbnails. scores [N, N], ranks [N]: of ground_truth_ranks.
-    best: of top_k_videos.
+    pairs, thumbnails: of the N items that were scored. root: the folder that the page's paths are
+    relative to. scores [N, N]: of retrieval.retrieval_scores.
     """
+    ranks, top = ground_truth_ranks(scores), top_k_videos(scores, TOP_VIDEOS)
     videos = [
-        {**video_name(pair, root), "picture": base64.b64encode(picture).decode()}
-        for pair, picture in zip(pairs, pictures, strict=True)
+        {**video_name(pair, root), "picture": base64.b64encode(thumbnail).decode()}
+        for pair, thumbnail in zip(pairs, thumbnails, strict=True)
     ]
     queries = [
         {
-            "text": pair[-1] if isinstance(pair[-1], str) else "",  # an empty cell of the table
-            "rank": int(ranks[text]),
-            "score": f"{scores[text, text]:.4g}",
-            "best": [[int(video), f"{scores[text, video]:.4g}"] for video in best[text]],
+            "text": pair.text if isinstance(pair.text, str) else "",  # an empty cell of the table
+            "rank": int(ranks[query]),
+            "score": f"{scores[query, query]:.4g}",
+            "best": [[int(video), f"{scores[query, video]:.4g}"] for video in top[query]],
         }
-        for text, pair in enumerate(pairs)
+        for query, pair in enumerate(pairs)
     ]
     return {"ranks": rank_histogram(ranks), "videos": videos, "queries": queries}
 
 
-def video_name(pair, root):
-    """How a page names a video: its file, its path below root and, of a segment, the seconds."""
-    path, start, end, _ = pair
-    part = "" if end is None else f"{start:g}-{end:g} s"
-    return {"name": Path(path).name, "path": os.path.relpath(path, root), "part": part}
+def video_name(pair: Pair, root: AnyPath) -> dict[str, str]:
+    """Name a video for the page: its file, its path below root and, of a segment, the seconds."""
+    part = "" if pair.end is None else f"{pair.start:g}-{pair.end:g} s"
+    path = os.path.relpath(pair.path, root)
+    return {"name": Path(pair.path).name, "path": path, "part": part}
 
 
-def rank_histogram(ranks):
-    """(bin, count) pairs: how many of the N ranks, of 1 to N, are in each of BIN_ENDS' bins."""
+def rank_histogram(ranks: np.ndarray) -> list[tuple[str, int]]:
+    """Count how many of the N ranks, from 1 to N, are in each of BIN_ENDS' bins: (bin, count)."""
     firsts = [1, *(end + 1 for end in BIN_ENDS if end < len(ranks))]
     lasts = [*(first - 1 for first in firsts[1:]), len(ranks)]
     return [
@@ -119,30 +133,32 @@ def rank_histogram(ranks):
     ]
 
 
-def hmdb_data(outcomes):
-    """What a page shows of an action recognition; outcomes: of linear_probe.evaluate_hmdb.
+def hmdb_data(predictions: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Build what the page shows of an action recognition.
 
-    "classes": a row for each class that has test videos, the worst first: its name, its top-1 in
-    each split, where it has test videos there, and the mean of these. "confusion": how many videos,
-    of all splits, of each of "names" were taken for each of them. "confused": (class, what it was
-    taken for, how many, of how many), the most first.
+    predictions: of linear_probe.predict_splits, (labels, predicted labels) for each split.
+
+    "classes": a row per class with test videos, the worst first: its name, its top-1 in each split
+    (None without test videos there) and the mean of these. "confusion": how many videos, of all
+    splits, of each of "names" were predicted as each of them. "confused": the most frequent
+    confusions as (class, predicted class, count, videos of the class).
     """
-    names = sorted({str(name) for pair in outcomes for labels in pair for name in labels})
+    names = sorted({str(name) for split in predictions for labels in split for name in labels})
     counts = np.zeros((len(SPLITS), len(names), len(names)), dtype=int)
-    for split, pair in enumerate(outcomes):
+    for split, pair in enumerate(predictions):
         np.add.at(counts[split], tuple(np.searchsorted(names, labels) for labels in pair), 1)
     total, right = counts.sum(axis=2), np.diagonal(counts, axis1=1, axis2=2)
     classes = []
     for place, name in enumerate(names):
-        tested = total[:, place] > 0
-        if tested.any():
-            top1 = right[tested, place] / total[tested, place]
-            of_split = iter(top1.tolist())
-            shown = [next(of_split) if there else None for there in tested]
-            classes.append((name, *shown, float(top1.mean())))
+        top1 = [
+            float(right[split, place] / total[split, place]) if total[split, place] else None
+            for split in range(len(SPLITS))
+        ]
+        if tested := [share for share in top1 if share is not None]:
+            classes.append((name, *top1, float(np.mean(tested))))
     confusion = counts.sum(axis=0)
     wrong = confusion - np.diag(np.diag(confusion))
-    most = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED]
+    most = np.argsort(-wrong, axis=None, kind="stable")[:TOP_CONFUSIONS]
     confused = [
         (names[truth], names[taken], int(wrong[truth, taken]), int(confusion[truth].sum()))
         for truth, taken in zip(*np.unravel_index(most, wrong.shape), strict=True)

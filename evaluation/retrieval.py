@@ -1,64 +1,69 @@
-"""Text-to-video retrieval: embeddings, scores, ranks and metrics (paper, section 4)."""
+"""Text-to-video retrieval: scores, ranks and metrics (paper, section 4)."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from args import check_decoder
-from distributed.device import pick_device
-from evaluation.features import inference_model, video_features
-from evaluation.report import (
-    SHOWN,
-    check_report,
-    evaluation_settings,
-    retrieval_data,
-    small_animation,
-    write_page,
-)
-from retrieval_loader import TEXT_WORDS
-from s3dg import Tokenizer
-from utils import (
-    InputError,
-    check_output,
-    check_words_fit,
-    input_error,
-    print_metrics,
-    read_words,
-    setup_logging,
-)
+from retrieval_loader import Retrieval
 
 
 @torch.inference_mode()
-def text_features(model, dataset, indices, device, batch_size=256):
-    """Embeddings of these items' texts: float array [len(indices), 512]."""
-    tokens = torch.stack([dataset.tokenizer(dataset.pairs[i][-1]) for i in indices])
-    embeddings = [model(None, t.to(device), mode="text") for t in tokens.split(batch_size)]
+def text_features(
+    model: torch.nn.Module,
+    dataset: Retrieval,
+    indices: Sequence[int],
+    device: torch.device,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """Embed the texts of these items of the data set: float32 [len(indices), 512]."""
+    tokens = torch.stack([dataset.tokenizer(dataset.pairs[index].text) for index in indices])
+    embeddings = [model(None, part.to(device), mode="text") for part in tokens.split(batch_size)]
     return torch.cat(embeddings).float().cpu().numpy()
 
 
-def ground_truth_ranks(scores):
-    """scores [N, N], text i against video j, text i belonging to video i -> the right videos' ranks
-    [N], from 1.
+def retrieval_scores(
+    model: torch.nn.Module,
+    dataset: Retrieval,
+    videos: dict[int, np.ndarray],
+    device: torch.device,
+) -> np.ndarray:
+    """Score the text of each decoded video against all of these videos: dot products [N, N].
 
-    Ties count against the right video, so a constant embedding scores no better than last; so does
-    a score that is not a number.
+    videos: index -> the embeddings of its windows [W, 512], of features.video_features. A video is
+    represented by their mean; videos that could not be decoded leave both sides. Raises ValueError
+    if there are none.
     """
-    right = np.diag(scores)[:, None]
-    return (~(scores < right)).sum(axis=1)  # the right one counts itself: from 1
+    if not videos:
+        raise ValueError("none of the videos can be decoded; check the files")
+    texts = text_features(model, dataset, list(videos), device)
+    means = np.stack([windows.mean(axis=0) for windows in videos.values()])
+    return texts @ means.T
 
 
-def top_k_videos(scores, count):
-    """The videos with the highest scores of each text, best first: int [N, min(count, N)].
+def ground_truth_ranks(scores: np.ndarray) -> np.ndarray:
+    """Return the rank of each text's own video, from 1: int [N].
 
-    They agree with ground_truth_ranks: all that counts against the right video comes before it.
+    scores [N, N]: text i against video j, where text i describes video i. Ties count against the
+    own video, so that a constant embedding ranks last; so does a score that is NaN.
     """
-    right = np.diag(scores)[:, None]
-    place = np.where(scores < right, 2, 0)
+    own = np.diag(scores)[:, None]
+    return (~(scores < own)).sum(axis=1)  # counts the own video too: ranks start at 1
+
+
+def top_k_videos(scores: np.ndarray, k: int) -> np.ndarray:
+    """Return the k videos with the highest scores for each text, best first: int [N, min(k, N)].
+
+    Agrees with ground_truth_ranks: all that counts against the own video comes before it.
+    """
+    own = np.diag(scores)[:, None]
+    place = np.where(scores < own, 2, 0)
     np.fill_diagonal(place, 1)
-    return np.lexsort((-scores, place))[:, :count]
+    return np.lexsort((-scores, place))[:, :k]
 
 
-def retrieval_metrics(scores):
-    """scores as ground_truth_ranks has them -> R1, R5, R10 (fractions) and MR, the median rank."""
+def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
+    """Compute R1, R5, R10 (recall at k, fractions) and MR (median rank). scores: [N, N]."""
     ranks = ground_truth_ranks(scores)
     return {
         "R1": float(np.mean(ranks <= 1)),
@@ -68,89 +73,7 @@ def retrieval_metrics(scores):
     }
 
 
-def retrieval_scores(model, dataset, device, **decoding):
-    """Scores of texts against videos, [N, N], and the indices of these N items of the data set.
-
-    A video is the mean of its windows' embeddings. Undecodable ones leave both sides. None where it
-    was broken off. For the keyword arguments see video_features.
-    """
-    videos = video_features(model, dataset, device, **decoding)
-    if videos is None:
-        return None
-    if not videos:
-        raise InputError("--eval_video_root: none of the videos there can be decoded")
-    texts = text_features(model, dataset, list(videos), device)
-    means = np.stack([windows.mean(axis=0) for windows in videos.values()])
-    return texts @ means.T, list(videos)
-
-
-def count_retrieval(dataset, scores):
-    """R1, R5, R10, MR and counts, of retrieval_scores' scores."""
-    missing = dataset.num_missing + len(dataset) - len(scores)
-    return {**retrieval_metrics(scores), "num_videos": len(scores), "num_missing": missing}
-
-
-def evaluate_retrieval(model, dataset, device, **decoding):
-    """Zero-shot text-to-video retrieval (paper, section 4): see retrieval_scores and
-    count_retrieval. None where it was broken off.
-    """
-    found = retrieval_scores(model, dataset, device, **decoding)
-    return None if found is None else count_retrieval(dataset, found[0])
-
-
-def retrieval_set(args, dataset_class, default_csv, words):
-    """YouCook2 or MSRVTT as the flags describe it."""
-    return dataset_class(
-        args.eval_csv or default_csv,
-        args.eval_video_root,
-        Tokenizer(words, TEXT_WORDS),
-        num_frames=args.num_frames,
-        size=args.video_size,
-        fps=args.fps,
-        num_windows=args.num_windows_test,
-        decoder=args.decoder,
-    )
-
-
-def retrieval_script(args, dataset_class, default_csv):
-    """The whole of a retrieval script: all input is checked first, then scored and reported."""
-    setup_logging(args.verbose)
-    with input_error("--device, --gpu"):
-        device = pick_device(args.device, args.gpu)
-    if args.output:
-        check_output(args.output)
-    if args.report:
-        check_report(args.report)
-    check_decoder(args)
-    words = read_words(args)
-    dataset = retrieval_set(args, dataset_class, default_csv, words)
-    model = inference_model(args, device)
-    check_words_fit(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
-    settings = evaluation_settings(args, args.eval_csv or default_csv, flags=["fps"])
-    pictures = {}
-
-    def on_windows(index, windows):
-        if args.report:
-            pictures[index] = small_animation(windows)
-
-    scores, kept = retrieval_scores(
-        model,
-        dataset,
-        device,
-        batch_size=args.batch_size_val,
-        workers=args.num_thread_reader,
-        sample_timeout=args.sample_timeout,
-        on_windows=on_windows,
-    )
-    figures = count_retrieval(dataset, scores)
-    print_metrics(dataset_class.__name__, figures, args.output)
-    if args.report:
-        data = retrieval_data(
-            [dataset.pairs[index] for index in kept],
-            args.eval_video_root,
-            [pictures[index] for index in kept],
-            scores,
-            ground_truth_ranks(scores),
-            top_k_videos(scores, SHOWN),
-        )
-        write_page(args.report, dataset_class.__name__, figures, settings, data)
+def count_videos(dataset: Retrieval, videos: dict[int, np.ndarray]) -> dict[str, int]:
+    """Count the videos that are scored, and those that are absent or cannot be decoded."""
+    missing = dataset.num_missing + len(dataset) - len(videos)
+    return {"num_videos": len(videos), "num_missing": missing}

@@ -1,15 +1,24 @@
-"""Short animated pictures of clips, small enough for hundreds of them on a page."""
+"""Short animations of clips, small enough for hundreds of them on a page."""
 
 import io
 
+import torch
 from PIL import Image
 from torch.nn import functional
 
 
-def thumbnail(clip, *, size=96, frames=6, milliseconds=250, quality=30):
-    """A clip as an animated WebP of a few kilobytes, which every browser shows: bytes.
+def encode_thumbnail(
+    clip: torch.Tensor,
+    *,
+    size: int = 96,
+    frames: int = 6,
+    milliseconds: int = 250,
+    quality: int = 30,
+) -> bytes:
+    """Encode a clip as an animated WebP of a few kilobytes, which every browser shows.
 
-    clip: uint8 [3, T, H, W]. `frames` of its T, evenly spread, are scaled to size x size.
+    clip: uint8 [3, T, H, W]. `frames` of the T, evenly spread, are scaled to size x size, each
+    shown for `milliseconds`. quality: of WebP, 0 to 100.
     """
     total = clip.shape[1]
     count = min(frames, total)

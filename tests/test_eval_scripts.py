@@ -39,24 +39,24 @@ def toy_set(script, toy):
 
 
 @pytest.mark.parametrize("script", ["eval_youcook.py", "eval_msrvtt.py"])
-def test_retrieval_figures_are_written(script, toy, weights, tmp_path):
-    figures = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
-    assert list(figures) == ["R1", "R5", "R10", "MR", "num_videos", "num_missing"]
+def test_retrieval_metrics_are_written(script, toy, weights, tmp_path):
+    metrics = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
+    assert list(metrics) == ["R1", "R5", "R10", "MR", "num_videos", "num_missing"]
     rows = len((toy / TABLES[script][1]).read_text().splitlines()) - 1
-    assert (figures["num_videos"], figures["num_missing"]) == (rows, 0)
-    assert 0 <= figures["R1"] <= figures["R5"] <= figures["R10"] <= 1
+    assert (metrics["num_videos"], metrics["num_missing"]) == (rows, 0)
+    assert 0 <= metrics["R1"] <= metrics["R5"] <= metrics["R10"] <= 1
 
 
-def test_hmdb_figures_are_written(toy, weights, tmp_path):
+def test_hmdb_metrics_are_written(toy, weights, tmp_path):
     script = "eval_hmdb.py"
-    figures = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
-    assert list(figures) == ["split1", "split2", "split3", "mean"]
-    splits = [figures[f"split{k}"] for k in (1, 2, 3)]
-    assert figures["mean"] == pytest.approx(sum(splits) / 3)
+    metrics = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
+    assert list(metrics) == ["split1", "split2", "split3", "mean"]
+    splits = [metrics[f"split{k}"] for k in (1, 2, 3)]
+    assert metrics["mean"] == pytest.approx(sum(splits) / 3)
 
 
 @pytest.mark.slow
-def test_the_ffmpeg_backend_gives_the_same_figures(toy, weights, tmp_path):
+def test_the_ffmpeg_backend_gives_the_same_metrics(toy, weights, tmp_path):
     flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy)]
     ours = evaluate("eval_msrvtt.py", tmp_path, *flags)
     assert ours == evaluate("eval_msrvtt.py", tmp_path, *flags, "--decoder=ffmpeg")
@@ -78,14 +78,14 @@ def test_the_shared_clips_evaluate_and_what_is_absent_or_broken_is_counted(
     ]
     header = ("end", "start", "task", "text", "video_id")
     write_csv(tmp_path / "table.csv", header, *rows)
-    figures = evaluate(
+    metrics = evaluate(
         "eval_youcook.py",
         tmp_path,
         *small(weights, toy),
         f"--eval_csv={tmp_path}/table.csv",
         f"--eval_video_root={tmp_path}",
     )
-    assert (figures["num_videos"], figures["num_missing"]) == (2, 2)
+    assert (metrics["num_videos"], metrics["num_missing"]) == (2, 2)
 
 
 def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
@@ -97,14 +97,14 @@ def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
             rows.append((copy, f"{label}_test", part, part, part))
     header = ("video_id", "label", "split1", "split2", "split3")
     write_csv(tmp_path / "table.csv", header, *rows)
-    figures = evaluate(
+    metrics = evaluate(
         "eval_hmdb.py",
         tmp_path,
         *small(weights, toy),
         f"--eval_csv={tmp_path}/table.csv",
         f"--eval_video_root={tmp_path}",
     )
-    assert figures == {"split1": 1, "split2": 1, "split3": 1, "mean": 1}  # trained on the same clip
+    assert metrics == {"split1": 1, "split2": 1, "split3": 1, "mean": 1}  # trained on the same clip
 
 
 def page_data(folder):
@@ -113,17 +113,17 @@ def page_data(folder):
     return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
 
 
-def test_the_page_of_a_retrieval_agrees_with_the_figures(toy, weights, tmp_path):
+def test_the_page_of_a_retrieval_agrees_with_the_metrics(toy, weights, tmp_path):
     flags = [*small(weights, toy), *toy_set("eval_youcook.py", toy)]
     run = run_python(
         "eval_youcook.py", *flags, f"--output={tmp_path}/out.json", f"--report={tmp_path}/a/page"
     )
     assert run.stdout.splitlines()[-1] == f"report: {tmp_path}/a/page/index.html"
-    figures = json.loads((tmp_path / "out.json").read_text())
+    metrics = json.loads((tmp_path / "out.json").read_text())
     data = page_data(tmp_path / "a/page")
     ranks = np.array([query["rank"] for query in data["queries"]])
-    assert len(ranks) == len(data["videos"]) == figures["num_videos"]
-    assert figures["R5"] == np.mean(ranks <= 5) and figures["MR"] == np.median(ranks)
+    assert len(ranks) == len(data["videos"]) == metrics["num_videos"]
+    assert metrics["R5"] == np.mean(ranks <= 5) and metrics["MR"] == np.median(ranks)
     in_page = [[v for v, _ in query["best"]].index(text) + 1
                for text, query in enumerate(data["queries"]) if query["rank"] <= 5]  # fmt: skip
     assert in_page == ranks[ranks <= 5].tolist()
@@ -132,7 +132,7 @@ def test_the_page_of_a_retrieval_agrees_with_the_figures(toy, weights, tmp_path)
     assert str(tmp_path) not in (tmp_path / "a/page/index.html").read_text()
 
 
-def test_figures_are_told_also_where_the_page_cannot_be_written(
+def test_metrics_are_told_also_where_the_page_cannot_be_written(
     toy, weights, tmp_path, monkeypatch, capsys
 ):
     @contextlib.contextmanager
@@ -154,7 +154,7 @@ def test_figures_are_told_also_where_the_page_cannot_be_written(
 @pytest.fixture(scope="module")
 def kept(toy, weights, tmp_path_factory):
     """A run of eval_hmdb.py with --features over a table of which one clip is broken and one is
-    absent: its folder, flags, figures and what it said was left out. The videos are gone."""
+    absent: its folder, flags, metrics and what it said was left out. The videos are gone."""
     folder = tmp_path_factory.mktemp("kept")
     shutil.copytree(toy / "hmdb", folder / "hmdb")
     shutil.copy(toy / "hmdb51.csv", folder / "hmdb51.csv")
@@ -186,11 +186,11 @@ def run_main(script, flags, monkeypatch):
 
 
 def test_a_second_run_needs_neither_videos_nor_weights(kept, tmp_path, monkeypatch, capsys):
-    folder, flags, figures, told = kept
+    folder, flags, metrics, told = kept
     assert told == "1 absent videos, 1 undecodable"
     for argv in (flags, [*flags, "--eval_video_root=", "--pretrain_cnn_path="]):
         run_main("eval_hmdb.py", [*argv, f"--output={tmp_path}/out.json"], monkeypatch)
-        assert json.loads((tmp_path / "out.json").read_text()) == figures
+        assert json.loads((tmp_path / "out.json").read_text()) == metrics
         assert left_out(capsys.readouterr().out) == told
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["features.npz", "hmdb51.csv", "out.json"]  # and no half of a file
@@ -208,20 +208,20 @@ def test_a_second_run_scores_the_tables_splits(kept, tmp_path, monkeypatch):
     write_csv(tmp_path / "table.csv", header.split(","), *cells)
     output = f"--output={tmp_path}/out.json"
     run_main("eval_hmdb.py", [*flags, f"--eval_csv={tmp_path}/table.csv", output], monkeypatch)
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert set(figures.values()) <= {0, 1}  # one video is tested
+    metrics = json.loads((tmp_path / "out.json").read_text())
+    assert set(metrics.values()) <= {0, 1}  # one video is tested
 
 
-def test_the_page_of_hmdb_agrees_with_the_figures_and_needs_no_video(kept, tmp_path, monkeypatch):
-    _, flags, figures, _ = kept
+def test_the_page_of_hmdb_agrees_with_the_metrics_and_needs_no_video(kept, tmp_path, monkeypatch):
+    _, flags, metrics, _ = kept
     run_main("eval_hmdb.py", [*flags, "--pretrain_cnn_path=", f"--report={tmp_path}"], monkeypatch)
     data = page_data(tmp_path)
     assert dict(data["settings"])["features"] == "features.npz"
-    assert dict(data["figures"])["num_missing"] == "2"
+    assert dict(data["metrics"])["num_missing"] == "2"
     confusion = np.array(data["confusion"])
     assert sorted(row[0] for row in data["classes"]) == data["names"]
     # The toy set's splits test nearly as many videos each: the mean of all is near that of splits.
-    assert np.trace(confusion) / confusion.sum() == pytest.approx(figures["mean"], abs=0.05)
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(metrics["mean"], abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_the_page_of_hmdb_agrees_with_the_figures_and_needs_no_video(kept, tmp_p
         (["--num_windows_test=3"], "--num_windows_test 2, not 3"),
         (["--pretrain_cnn_path={toy}/word2vec.pth"], "--pretrain_cnn_path sha256:"),
         (["--pretrain_cnn_path=absent.pth"], "absent.pth"),
-        (["--features={toy}/dict.npy"], "dict.npy is damaged"),
+        (["--features={toy}/dict.npy"], "dict.npy: is damaged"),
         (["--features=absent/features.npz"], "absent/features.npz cannot be written"),
         (["--features={toy}"], "--features"),
     ],

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import extract_features
-from args import get_args
-from evaluation.features import inference_model
+from args import get_args, inference_model
 from s3dg import S3D, load_model, to_unit_range
 from tests.helpers import FAILURES, ROOT, golden_weight, make_video, write_csv
 from utils import InputError
@@ -373,12 +372,12 @@ def test_features_of_something_else_are_not_written_over(
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([("/a.mp4", "a.npy")], "line 2, column video_path: '/a.mp4' leads out"),
-        ([("a.mp4", "../a.npy")], r"line 2, column feature_path: '../a.npy' leads out"),
-        ([("a.mp4", "/tmp/a.npy")], "line 2, column feature_path: '/tmp/a.npy' leads out"),
-        ([("a.mp4", "a.npy"), ("b.mp4", "./a.npy")], "line 3, .* is there twice"),
-        ([("a.mp4", "a.npz")], r"line 2, .*'a.npz' is not the name of a \.npy"),
-        ([("a.mp4", "")], "line 2, column feature_path: an empty cell"),
+        ([("/a.mp4", "a.npy")], "line 2: column video_path: '/a.mp4' leads out"),
+        ([("a.mp4", "../a.npy")], r"line 2: column feature_path: '../a.npy' leads out"),
+        ([("a.mp4", "/tmp/a.npy")], "line 2: column feature_path: '/tmp/a.npy' leads out"),
+        ([("a.mp4", "a.npy"), ("b.mp4", "./a.npy")], "line 3: .* is duplicated"),
+        ([("a.mp4", "a.npz")], r"line 2: .*'a.npz' is not the name of a \.npy"),
+        ([("a.mp4", "")], "line 2: column feature_path: the cell is empty"),
         ([], "no videos"),
     ],
 )

@@ -139,9 +139,9 @@ def test_an_index_has_the_models_embeddings_of_overlapping_windows(made, weights
         torch.testing.assert_close(
             embeddings, expected.clone(), rtol=0, atol=1e-3 * expected.abs().max().item()
         )
-    about = read_index(made).about
-    assert about.folder == str(films) and about.weights == str(weights)
-    assert about.settings["stride"] == 0.4
+    metadata = read_index(made).metadata
+    assert metadata.folder == str(films) and metadata.weights == str(weights)
+    assert metadata.settings["stride"] == 0.4
 
 
 def test_only_what_is_new_or_has_changed_is_embedded(index, videos, tmp_path, embedded, capsys):
@@ -211,8 +211,8 @@ def test_the_decoder_is_a_setting_of_an_index(index, videos, tmp_path, embedded)
     with pytest.raises(InputError, match=r"--out: .* was made with --decoder pyav, not ffmpeg:"):
         index(videos, "--decoder=ffmpeg")
     found = read_index(tmp_path / "index")
-    del found.about.settings["decoder"]  # as in an index from before it was one
-    write_index(tmp_path / "index", found.about, found.videos)
+    del found.metadata.settings["decoder"]  # as in an index from before it was one
+    write_index(tmp_path / "index", found.metadata, found.videos)
     embedded.clear()
     assert index(videos, "--decoder=ffmpeg") == 0 and embedded == []
 
@@ -230,11 +230,11 @@ def test_a_stopped_run_keeps_what_it_has_and_is_gone_on_with(
     def stopped(path, *rest):
         if path == "short.mp4":
             raise KeyboardInterrupt
-        return indexed(path, *rest)
+        return make_video(path, *rest)
 
-    indexed = search.indexed
+    make_video = search.make_video
     with monkeypatch.context() as patch:
-        patch.setattr(search, "indexed", stopped)
+        patch.setattr(search, "make_video", stopped)
         with pytest.raises(KeyboardInterrupt):
             index(videos)
     assert list(contents(tmp_path / "index")) == ["a.mp4"]
@@ -247,12 +247,12 @@ def test_a_stopped_run_keeps_what_it_has_and_is_gone_on_with(
 def test_the_index_is_written_now_and_then(index, videos, made, tmp_path, monkeypatch):
     written, write_index = [], search.write_index
     monkeypatch.setattr(search, "SAVE_EVERY", 0)
-    monkeypatch.setattr(search, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(search, "SAVE_FRACTION", 1e9)
 
-    def noted(path, about, videos):
+    def noted(path, metadata, videos):
         videos = list(videos)
         written.append(len(videos))
-        write_index(path, about, videos)
+        write_index(path, metadata, videos)
 
     monkeypatch.setattr(search, "write_index", noted)
     assert index(videos) == 0 and written == [1, 2, 3, 3]
@@ -301,7 +301,7 @@ def test_a_folder_that_was_moved_is_gone_on_with(index, videos, tmp_path, embedd
     assert index(videos) == 0
     embedded.clear()
     assert index(videos.rename(tmp_path / "moved")) == 0 and embedded == []
-    assert read_index(tmp_path / "index").about.folder == str(tmp_path / "moved")
+    assert read_index(tmp_path / "index").metadata.folder == str(tmp_path / "moved")
 
 
 def test_a_folder_by_another_name_is_gone_on_with(index, videos, tmp_path, embedded):
@@ -335,7 +335,7 @@ def test_what_cannot_be_indexed_is_a_line(index, run, weights, films, tmp_path):
     with pytest.raises(InputError, match=r"--out: .* cannot be written"):
         run(*flags(weights, films, tmp_path / "no/index"))
     (tmp_path / "index").write_text("notes of mine")
-    with pytest.raises(InputError, match=r"--out: .* is no search index"):
+    with pytest.raises(InputError, match=r"--out: .* is not a search index"):
         index(films)
     assert (tmp_path / "index").read_text() == "notes of mine"
     assert not (tmp_path / "index.lock").exists()
@@ -362,7 +362,7 @@ def test_a_word_list_of_other_weights_is_refused(index, weights, films, tmp_path
 def test_a_query_prints_the_best_moments(run, made, weights, films, capsys):
     assert run("query", made, "cut the tomato", "--top=3") == 0
     note, *lines = capsys.readouterr().out.splitlines()
-    assert note == "not in the word list, ignored: the"
+    assert note == "not in the vocabulary, ignored: the"
     with torch.inference_mode():
         vector = loaded(weights).text_module(torch.tensor([[1, 2] + [0] * 28]))[0]
     best = [
@@ -406,8 +406,8 @@ def script(*given):
     [
         ("", "there is no word in the text"),
         (" ?! \n", "there is no word in the text"),
-        ("zebra  Zebra yak", r"none of the words is in the word list \(zebra, yak\)"),
-        ("\udcff zebra", r"none of the words is in the word list \(zebra\)"),
+        ("zebra  Zebra yak", r"none of the words is in the vocabulary \(zebra, yak\)"),
+        ("\udcff zebra", r"none of the words is in the vocabulary \(zebra\)"),
         ("x" * 1001, "the text has more than 1000 characters"),
     ],
 )
@@ -420,7 +420,7 @@ def test_a_text_that_nothing_is_found_by_is_a_line(run, made, text, named):
 def test_a_mistake_ends_the_script_with_a_line_and_status_2(made, weights, films, tmp_path):
     out = tmp_path / "index"
     for given, named in (
-        (("query", made, "zebra"), "none of the words is in the word list (zebra)"),
+        (("query", made, "zebra"), "none of the words is in the vocabulary (zebra)"),
         (("serve", made, "--host=no such host"), "--host, --port: cannot listen at"),
         (flags(weights.with_name("dict.npy"), films, out), "dict.npy"),
     ):

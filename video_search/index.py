@@ -1,13 +1,14 @@
-"""The index of a search: a plain file of the moments of videos, and how they are found in it.
+"""The index of a search: a file of the moments of videos, and how they are found in it.
 
-It is written with torch.save and read, as data only, with torch.load, which maps it into memory:
+The file is written with torch.save and read, as data only, with torch.load, which maps it into
+memory:
 
     format, version    what it is
     folder             where the videos are, absolute
-    settings           by flag, what the embeddings were made with (feature_file.feature_settings)
-    weights, words     the files that a query's words are embedded with, absolute
+    settings           what the embeddings were made with, see feature_file.feature_settings
+    weights, words     the files that embed a query's words, absolute
     paths              each video's path below the folder, in order
-    sizes, mtimes      int64 [V], its file's bytes and time of change (nanoseconds) when it was read
+    sizes, mtimes      int64 [V], its file's bytes and modification time (ns) when it was read
     reasons            why it could not be used, or ''
     windows            int64 [V], how many it has
     starts             float64 [N], where each window starts, seconds
@@ -19,6 +20,7 @@ import itertools
 import mmap
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,18 +28,20 @@ import numpy as np
 import torch
 
 from annotations.tables import escapes_root
-from utils import InputError, atomic_write, check_file, format_flag, one_line
+from utils import DataError, atomic_write, one_line
 from video_decoder import EXTENSIONS
 
 FORMAT = "MIL-NCE search index"
 VERSION = 1
+
+AnyPath = str | os.PathLike
 
 
 class Video(NamedTuple):
     """A video and its W windows."""
 
     path: str  # below the folder
-    size: int
+    size: int  # bytes
     mtime_ns: int
     reason: str  # why it has no windows, or ''
     starts: torch.Tensor  # float64 [W], seconds, ascending
@@ -45,18 +49,23 @@ class Video(NamedTuple):
 
 
 class IndexMetadata(NamedTuple):
-    """What the videos of an index have in common."""
+    """What the videos of an index have in common. The names are keys of the file."""
 
     folder: str
     settings: dict
     weights: str
     words: str
 
+    @property
+    def window_seconds(self) -> float:
+        """The duration of a window."""
+        return self.settings["num_frames"] / self.settings["fps"]
+
 
 class Index(NamedTuple):
-    """What read_index gives; starts and embeddings are those of all videos, one after the other."""
+    """An index in memory; starts and embeddings are those of all videos, concatenated."""
 
-    about: IndexMetadata
+    metadata: IndexMetadata
     videos: list[Video]
     first: list[int]  # the row of each video's first window
     starts: torch.Tensor  # float64 [N]
@@ -64,11 +73,11 @@ class Index(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """A window that was found: its row and its video's number in the index, seconds, its score."""
+    """A window that was found."""
 
-    row: int
-    video: int
-    start: float
+    row: int  # of the index
+    video: int  # its number in the index
+    start: float  # seconds
     end: float
     score: float
 
@@ -76,8 +85,8 @@ class Moment(NamedTuple):
 # --- the file -----------------------------------------------------------------------------------
 
 
-def write_index(path, about, videos):
-    """Writes an index, whole or not at all. Raises InputError where the disk does not take it."""
+def write_index(path: AnyPath, metadata: IndexMetadata, videos: Iterable[Video]) -> None:
+    """Write an index atomically. Raises DataError if that fails, as on a full disk."""
     folder = Path(path).resolve().parent
     videos = sorted(videos, key=lambda video: video.path)
     used = [video for video in videos if len(video.starts)]
@@ -85,27 +94,26 @@ def write_index(path, about, videos):
         content = {
             "format": FORMAT,
             "version": VERSION,
-            **about._asdict(),
+            **metadata._asdict(),
             "paths": [video.path for video in videos],
             "sizes": torch.tensor([video.size for video in videos], dtype=torch.int64),
             "mtimes": torch.tensor([video.mtime_ns for video in videos], dtype=torch.int64),
             "reasons": [video.reason for video in videos],
             "windows": torch.tensor([len(video.starts) for video in videos], dtype=torch.int64),
             "starts": torch.cat([torch.zeros(0).double(), *(video.starts for video in used)]),
-            "embeddings": stacked([video.embeddings for video in used], folder),
+            "embeddings": concatenate_on_disk([video.embeddings for video in used], folder),
         }
         with atomic_write(path) as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when a write fails
-        raise InputError(
-            f"--out: could not write {path} ({one_line(error)}): make room, and start again"
-        ) from None
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
+        reason = f"could not be written ({one_line(error)}); make room, and start again"
+        raise DataError(path, reason) from None
 
 
-def stacked(blocks, folder):
-    """The rows of all blocks, float32 [n, D] each, in one tensor.
+def concatenate_on_disk(blocks: list[torch.Tensor], folder: Path) -> torch.Tensor:
+    """Concatenate the rows of all blocks, float32 [n, D] each.
 
-    It lies in a file without a name in that folder rather than in memory, which it may not fit in.
+    The tensor is in an unnamed file in that folder, as it may not fit into memory.
     """
     if not blocks:
         return torch.zeros(0, 0)
@@ -117,96 +125,89 @@ def stacked(blocks, folder):
     return torch.cat(blocks, out=rows)
 
 
-def read_index(path, flag="INDEX"):
-    """Maps an index into memory. Raises InputError where the file is none, or damaged."""
-    check_file(path, flag)
-    mend = "give another, or delete it and index the videos again"
+def read_index(path: AnyPath) -> Index:
+    """Map an index into memory. Raises DataError if the file is not one or is damaged, OSError."""
+    fix = "give another, or delete it and index the videos again"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kind, version = content["format"], content["version"]
-    except Exception:  # torch.load has many ways to say that a file is not one of its own
+    except OSError:
+        raise
+    except Exception:  # torch.load raises many exception types on invalid files
         kind = version = None
     if kind != FORMAT:
-        raise InputError(f"{format_flag(flag)}: {path} is no search index, or damaged: {mend}")
+        raise DataError(path, f"is not a search index, or damaged; {fix}")
     if version != VERSION:
-        raise InputError(
-            f"{format_flag(flag)}: {path} is a search index of version {version}, "
-            f"not {VERSION}: {mend}"
-        )
+        raise DataError(path, f"is a search index of version {version}, not {VERSION}; {fix}")
     try:
-        return checked(content)
-    except Exception as error:  # whatever may be in it, or lacking
+        return parse_index(content)
+    except Exception as error:  # whatever it contains or lacks
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{format_flag(flag)}: {path} is damaged ({reason}): {mend}") from None
+        raise DataError(path, f"is damaged ({reason}); {fix}") from None
 
 
-def checked(content):
-    """The Index of a file's content. Raises an exception of some kind where it is not one."""
-    about = IndexMetadata(*(content[name] for name in IndexMetadata._fields))
+def parse_index(content: dict) -> Index:
+    """Validate the content of a file. Raises an exception of some kind if it is not an index."""
+    metadata = IndexMetadata(*(content[name] for name in IndexMetadata._fields))
     paths, reasons, windows = content["paths"], content["reasons"], content["windows"].tolist()
     starts, embeddings = content["starts"], content["embeddings"]
     if starts.dtype != torch.float64 or embeddings.dtype != torch.float32:
         raise ValueError("numbers of another type")
     if starts.shape != (sum(windows),) or embeddings.shape[:-1] != starts.shape:
         raise ValueError("the windows do not add up")
-    texts = (about.folder, about.weights, about.words, *reasons)
+    texts = (metadata.folder, metadata.weights, metadata.words, *reasons)
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("no texts where there should be")
+        raise ValueError("something else in the place of a text")
     for name in paths:
         if escapes_root(name) or os.path.splitext(name)[1].lower() not in EXTENSIONS:
             raise ValueError(f"{name!r} is not a video in the folder")
-    window_length(about)
+    _ = metadata.window_seconds
     parts = starts.split(windows), embeddings.split(windows)
     sizes, mtimes = content["sizes"].tolist(), content["mtimes"].tolist()
     videos = list(map(Video._make, zip(paths, sizes, mtimes, reasons, *parts, strict=True)))
     first = list(itertools.accumulate(windows, initial=0))[:-1]
-    return Index(about, videos, first, starts, embeddings)
+    return Index(metadata, videos, first, starts, embeddings)
 
 
 # --- the search ---------------------------------------------------------------------------------
 
 
-def window_length(about):
-    """Seconds from a window's start to its end."""
-    return about.settings["num_frames"] / about.settings["fps"]
-
-
-def moment(index, row, score=0.0):
-    """The Moment of a row of the index."""
+def get_moment(index: Index, row: int, score: float = 0.0) -> Moment:
+    """Return the Moment of a row of the index."""
     start = index.starts[row].item()
     video = bisect.bisect_right(index.first, row) - 1
-    return Moment(row, video, start, start + window_length(index.about), score)
+    return Moment(row, video, start, start + index.metadata.window_seconds, score)
 
 
-def best_moments(index, query, count):
-    """The Moments of at most `count` windows that score highest, the best first.
+def best_moments(index: Index, query: torch.Tensor, count: int) -> list[Moment]:
+    """Return at most `count` windows with the highest scores, best first.
 
     query: float32 [D]. A score is the dot product, as in the evaluations. Of windows of one video
-    that overlap there is the best only; of equal scores the first comes first. A window whose score
-    is no finite number is never found.
+    that overlap only the best is returned; of equal scores the first comes first. A window whose
+    score is not a finite number is never returned.
     """
     if not len(index.starts):
         return []
     scores = torch.mv(index.embeddings, query).numpy()
     scores[~np.isfinite(scores)] = -np.inf
-    length = window_length(index.about) - 1e-6  # starts are exact to the microsecond
+    length = index.metadata.window_seconds - 1e-6  # starts are exact to the microsecond
     found = []
     while len(found) < count:
         row = int(scores.argmax())
         if scores[row] == -np.inf:
             break
-        best = moment(index, row, scores[row].item())
+        best = get_moment(index, row, scores[row].item())
         found.append(best)
         begin = index.first[best.video]
         starts = index.videos[best.video].starts.numpy()
         overlapping = np.searchsorted(starts, (best.start - length, best.start + length))
         scores[begin + overlapping[0] : begin + overlapping[1]] = -np.inf
-        scores[row] = -np.inf  # whatever its start is: there is an end to this
+        scores[row] = -np.inf  # whatever its start is, so that the loop ends
     return found
 
 
-def format_timestamp(seconds):
-    """Whole seconds as m:ss or h:mm:ss."""
+def format_timestamp(seconds: int) -> str:
+    """Format whole seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,10 +1,9 @@
 """The page of a search: a small web server for the browser of the person who runs it.
 
-It gives out the page, moments, thumbnails and the indexed videos, which are asked for by their
-number in the index: no request names a path. The addresses of pictures and videos are of one run of
-the server: with another index they would lead to others. At a loopback address, the default, it
-answers only to requests that call it so: a foreign page cannot have its own name lead here and read
-the answers.
+It serves the page, moments, thumbnails and the indexed videos. Videos are requested by their number
+in the index: no request names a path. The addresses of thumbnails and videos are valid for one run
+of the server, as with another index they would lead to others. At a loopback address, the default,
+it serves only requests whose Host header is a loopback name, which protects from DNS rebinding.
 """
 
 import functools
@@ -14,35 +13,48 @@ import os
 import secrets
 import stat
 import threading
+from collections.abc import Callable
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import torch
 import waitress
 from flask import Flask, Response, abort, g, jsonify, render_template, request, send_file
 
-from evaluation.thumbnails import thumbnail
+from evaluation.thumbnails import encode_thumbnail
 from utils import InputError, one_line, printable
-from video_decoder import DecodeError, decode_clips
-from video_search.index import best_moments, format_timestamp, moment
+from video_decoder import DecodeError, decode_clip
+from video_search.index import Index, Moment, Video, best_moments, format_timestamp, get_moment
 
 MOMENTS = 24  # on the page
-THUMBNAIL = 192  # pixels
-KEPT = 2000  # thumbnails in memory, some 10 KB each
-PIECE = 4 << 20  # bytes of a video in one answer: a player that pauses holds up no thread
+THUMBNAIL_SIZE = 192  # pixels
+CACHED_THUMBNAILS = 2000  # in memory, some 10 KB each
+MAX_RANGE = 4 << 20  # bytes of a video per response, so that a paused player blocks no thread
 THREADS = 16
-KINDS = {  # as what browsers try to play the containers that some of them know
+MIME_TYPES = {  # under which browsers try to play the containers that some of them know
     **dict.fromkeys((".m4v", ".mov", ".mp4"), "video/mp4"),
     **dict.fromkeys((".mkv", ".webm"), "video/webm"),
     ".ogv": "video/ogg",
 }
 
 
-def create_app(index, embed, folder, host="localhost"):
-    """The Flask application. embed: from a text to its embedding and notes, or an InputError.
+class EmbeddedText(NamedTuple):
+    """A text to search for, embedded, and notes on it for its author."""
 
-    host: a name of this machine to itself, by which it may be called besides localhost; None where
-    all who ask by whatever name are answered.
+    vector: torch.Tensor  # float32 [D]
+    notes: list[str]
+
+
+Embed = Callable[[str], EmbeddedText]  # raises InputError for a text that cannot be searched for
+
+
+def create_app(index: Index, embed: Embed, folder: str, host: str | None = "localhost") -> Flask:
+    """Create the Flask application.
+
+    folder: where the videos are. host: a loopback name, accepted in Host headers besides localhost;
+    None accepts all names.
     """
-    folder = os.path.abspath(folder)  # Flask's own idea of a relative path is another
+    folder = os.path.abspath(folder)  # Flask resolves relative paths otherwise
     run = secrets.token_hex(4)
     app = Flask(__name__, static_folder=None, template_folder=os.path.dirname(__file__) or ".")
     app.json.sort_keys = False
@@ -71,7 +83,7 @@ def create_app(index, embed, folder, host="localhost"):
     @app.errorhandler(403)
     @app.errorhandler(404)
     @app.errorhandler(500)
-    def in_words(error):
+    def plain_text_error(error):
         return Response(error.description, error.code, mimetype="text/plain")
 
     @app.get("/")
@@ -90,77 +102,77 @@ def create_app(index, embed, folder, host="localhost"):
         except InputError as error:
             return jsonify(error=str(error))
         found = best_moments(index, vector, MOMENTS)
-        return jsonify(notes=notes, moments=[described(index, one, run) for one in found])
+        return jsonify(notes=notes, moments=[moment_to_json(index, m, run) for m in found])
 
-    def check_run(asked):
-        if asked != run:
-            abort(404, "The server has been started again since: search again.")
+    def check_run(requested):
+        if requested != run:
+            abort(404, "The server has been restarted since: search again.")
 
-    @app.get("/thumbnail/<asked>/<row>")
-    def picture(asked, row):
-        check_run(asked)
+    @app.get("/thumbnail/<requested_run>/<row>")
+    def thumbnail(requested_run, row):
+        check_run(requested_run)
         try:
-            data = draw(numbered(row, len(index.starts)))
+            data = make_thumbnail(parse_number(row, len(index.starts)))
         except DecodeError as error:
             abort(404, printable(str(error)))
         response = Response(data, mimetype="image/webp")
         response.headers["Cache-Control"] = "private, max-age=3600"
         return response
 
-    @functools.lru_cache(KEPT)
-    def draw(row):
-        place = moment(index, row)
-        path = video_file(folder, index.videos[place.video])
-        settings = index.about.settings
+    @functools.lru_cache(CACHED_THUMBNAILS)
+    def make_thumbnail(row):
+        moment = get_moment(index, row)
+        path = find_video(folder, index.videos[moment.video])
+        settings = index.metadata.settings
         with decoding:
-            clips = decode_clips(
+            clip = decode_clip(
                 path,
-                [place.start],
+                moment.start,
                 fps=settings["fps"],
                 num_frames=settings["num_frames"],
-                size=THUMBNAIL,
+                size=THUMBNAIL_SIZE,
             )
-            return thumbnail(clips[0], size=THUMBNAIL, quality=50)
+            return encode_thumbnail(clip, size=THUMBNAIL_SIZE, quality=50)
 
-    @app.get("/video/<asked>/<number>")
-    def video(asked, number):
-        check_run(asked)
-        path = video_file(folder, index.videos[numbered(number, len(index.videos))])
-        ask_for_a_piece()
-        ending = os.path.splitext(path)[1].lower()
-        kind = KINDS.get(ending, "application/octet-stream")
+    @app.get("/video/<requested_run>/<number>")
+    def video(requested_run, number):
+        check_run(requested_run)
+        path = find_video(folder, index.videos[parse_number(number, len(index.videos))])
+        limit_range()
+        suffix = os.path.splitext(path)[1].lower()
+        kind = MIME_TYPES.get(suffix, "application/octet-stream")
         # Its own name may have bytes that fit neither into a header nor into an ETag.
-        name = f"video{number}{ending}"
+        name = f"video{number}{suffix}"
         return send_file(path, mimetype=kind, download_name=name, conditional=True, etag=False)
 
     return app
 
 
-def host_name(host):
-    """The name in a Host header, which may have a port, or ''."""
+def host_name(host: str) -> str:
+    """Return the name in a Host header, which may have a port, or '' if it is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 
 
-def is_loopback(host):
-    """Whether a name or address is that of this machine to itself."""
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is a loopback one."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def numbered(text, count):
-    """The number, from 0 and below count, that a request asks for."""
+def parse_number(text: str, count: int) -> int:
+    """Parse a number of a request, from 0 to count - 1; otherwise respond with 404."""
     if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) < count):
-        abort(404, "There is nothing of this number in the index.")
+        abort(404, "The index has nothing of this number.")
     return int(text)
 
 
-def video_file(folder, video):
-    """The path of an indexed video's file, which is still as it was."""
+def find_video(folder: str, video: Video) -> str:
+    """Return the path of an indexed video; respond with 404 if it is gone or has changed."""
     if video.reason:
         abort(404, f"It could not be indexed: {printable(video.reason)}")
     path = os.path.join(folder, video.path)
@@ -175,44 +187,49 @@ def video_file(folder, video):
     return path
 
 
-def ask_for_a_piece():
-    """Shortens a request for a large part of a file, as a server may: players ask for the rest."""
-    asked = request.range
-    if asked and asked.units == "bytes" and len(asked.ranges) == 1:
-        begin, end = asked.ranges[0]
-        if begin is not None and begin >= 0 and (end is None or end - begin > PIECE):
-            request.environ["HTTP_RANGE"] = f"bytes={begin}-{begin + PIECE - 1}"
+def limit_range() -> None:
+    """Shorten a range request to MAX_RANGE, as a server may: players request the rest later."""
+    requested = request.range
+    if requested and requested.units == "bytes" and len(requested.ranges) == 1:
+        begin, end = requested.ranges[0]
+        if begin is not None and begin >= 0 and (end is None or end - begin > MAX_RANGE):
+            request.environ["HTTP_RANGE"] = f"bytes={begin}-{begin + MAX_RANGE - 1}"
 
 
-def described(index, found, run):
-    """A Moment as the page has it."""
+def moment_to_json(index: Index, moment: Moment, run: str) -> dict:
+    """Return a Moment as the page receives it."""
     return {
-        "thumbnail": f"thumbnail/{run}/{found.row}",
-        "video": f"video/{run}/{found.video}",
-        "path": printable(index.videos[found.video].path),
-        "start": found.start,
-        "from": format_timestamp(int(found.start)),
-        "to": format_timestamp(math.ceil(found.end)),
-        "score": round(found.score, 3),
+        "thumbnail": f"thumbnail/{run}/{moment.row}",
+        "video": f"video/{run}/{moment.video}",
+        "path": printable(index.videos[moment.video].path),
+        "start": moment.start,
+        "from": format_timestamp(int(moment.start)),
+        "to": format_timestamp(math.ceil(moment.end)),
+        "score": round(moment.score, 3),
     }
 
 
-def serve_index(index, embed, folder, host, port):
-    """Serves the page until Ctrl-C. Raises InputError where it cannot listen there."""
+def create_server(
+    index: Index, embed: Embed, folder: str, host: str, port: int
+) -> waitress.server.BaseWSGIServer:
+    """Listen at an address and print the page's URL. The run() of what is returned serves it.
+
+    Raises ValueError if it cannot listen there.
+    """
     try:
-        # Who is to be answered is known when it listens: the application comes after.
+        # The application depends on the addresses that the host name resolved to.
         server = waitress.create_server(
             lambda *call: app(*call), host=host, port=port, threads=THREADS, ident=None
         )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--host, --port: cannot listen at {host}, port {port} ({one_line(error)}): choose "
-            "others"
+        reason = one_line(error)
+        raise ValueError(
+            f"cannot listen at {host}, port {port} ({reason}): choose others"
         ) from None
     listening = getattr(server, "effective_listen", None) or [
         (server.effective_host, server.effective_port)
     ]
-    local = all(is_loopback(address) for address, _ in listening)  # what the name has led to
+    local = all(is_loopback(address) for address, _ in listening)
     app = create_app(index, embed, folder, host if local else None)
     if not local:
         print(f"everybody who can reach {host} can search these videos and see them")
@@ -221,4 +238,4 @@ def serve_index(index, embed, folder, host, port):
         f"http://{name}:{listening[0][1]}/ shows {len(index.starts)} windows; Ctrl-C ends it",
         flush=True,
     )
-    server.run()
+    return server

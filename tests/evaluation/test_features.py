@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import features as video_windows
+from evaluation import features as features_module
 from evaluation.features import strided_features, strided_starts
 from s3dg import to_unit_range
 from tests.helpers import make_video
-from video_decoder import DecodeError, decode_clips
+from video_decoder import ClipSpec, DecodeError, decode_clips
 
 CPU = torch.device("cpu")
-CLIP = {"num_frames": 4, "size": 16, "fps": 5}
+CLIP = ClipSpec(num_frames=4, size=16, fps=5)
 
 
 class Pixels(torch.nn.Module):
@@ -28,17 +28,17 @@ def features(paths, *, stride=0.5, workers=2, batch_size=5, timeout=60):
         Pixels(),
         paths,
         CPU,
-        **CLIP,
+        CLIP,
         stride=stride,
         batch_size=batch_size,
         workers=workers,
         sample_timeout=timeout,
     )
-    return dict(found)
+    return {index: video or error for index, video, error in found}
 
 
 def directly(path, starts):
-    clips = decode_clips(path, starts, **CLIP)
+    clips = decode_clips(path, starts, num_frames=4, size=16, fps=5)
     return Pixels()(to_unit_range(clips), None, "video", False).numpy()
 
 
@@ -66,7 +66,7 @@ def videos(tmp_path_factory):
     ],
 )
 def test_windows_start_every_stride_and_end_by_the_videos_end(duration, fps, stride, starts):
-    assert strided_starts(duration, num_frames=16, fps=fps, stride=stride) == starts
+    assert strided_starts(duration, ClipSpec(num_frames=16, fps=fps), stride) == starts
 
 
 def test_features_are_those_of_the_windows_decoded_by_themselves(videos):
@@ -85,10 +85,10 @@ def test_a_video_shorter_than_a_window_ends_in_black_frames(videos):
     assert features(videos)[2].black == []  # not the window as a whole
 
 
-def test_chunks_of_a_long_video_give_the_features_of_the_whole(videos, monkeypatch):
+def test_groups_of_a_long_video_give_the_features_of_the_whole(videos, monkeypatch):
     whole, small = {}, {}
-    for chunk, found in ((100, whole), (7, small)):
-        monkeypatch.setattr(video_windows, "CHUNK", chunk)
+    for size, found in ((100, whole), (7, small)):
+        monkeypatch.setattr(features_module, "GROUP_SIZE", size)
         found |= features(videos)
     for index in whole:
         np.testing.assert_array_equal(whole[index].features, small[index].features)
@@ -102,15 +102,15 @@ def test_each_window_is_decoded_once_and_few_are_held_at_once(videos, monkeypatc
         asked.append((path, list(starts)))
         return decode_clips(path, starts, **settings)
 
-    monkeypatch.setattr(video_windows, "decode_clips", decode)
+    monkeypatch.setattr(features_module, "decode_clips", decode)
     found = features(videos, workers=0)
-    assert max(len(starts) for _, starts in asked) == video_windows.CHUNK == 16
+    assert max(len(starts) for _, starts in asked) == features_module.GROUP_SIZE == 16
     for index, path in enumerate(videos):
         assert [s for p, starts in asked if p == path for s in starts] == found[index].starts
 
 
 def faulty(fault):
-    """A decoder to which something happens in the second chunk of the long video."""
+    """A decoder to which something happens in the second group of the long video."""
 
     def decode(path, starts, **settings):
         if path.name == "long.mp4" and starts[0] > 0:
@@ -140,7 +140,7 @@ def crash(path):
 def test_a_video_that_fails_on_the_way_fails_as_a_whole_and_alone(
     fault, workers, reason, videos, monkeypatch
 ):
-    monkeypatch.setattr(video_windows, "decode_clips", faulty(fault))
+    monkeypatch.setattr(features_module, "decode_clips", faulty(fault))
     found = features(videos, workers=workers)
     assert found[0].endswith(reason)
     for index in (1, 2, 3):
@@ -150,10 +150,10 @@ def test_a_video_that_fails_on_the_way_fails_as_a_whole_and_alone(
 
 def test_a_file_that_kills_who_opens_it_fails_alone(videos, monkeypatch):
     def probe(path):
-        return crash(path) if path.name == "b.mkv" else video_windows_probe(path)
+        return crash(path) if path.name == "b.mkv" else probe_duration(path)
 
-    video_windows_probe = video_windows.probe_duration
-    monkeypatch.setattr(video_windows, "probe_duration", probe)
+    probe_duration = features_module.probe_duration
+    monkeypatch.setattr(features_module, "probe_duration", probe)
     found = features(videos)
     assert "crashed" in found[1] and all(not isinstance(found[i], str) for i in (0, 2, 3))
 

@@ -1,6 +1,8 @@
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import psutil
@@ -9,14 +11,15 @@ import torch
 
 from evaluation.features import clip_batches, video_features
 from evaluation.retrieval import (
-    evaluate_retrieval,
+    count_videos,
     ground_truth_ranks,
     retrieval_metrics,
+    retrieval_scores,
     top_k_videos,
 )
+from retrieval_loader import Pair
 from s3dg import Tokenizer
-from tests.helpers import golden_json
-from utils import InputError
+from tests.helpers import ROOT, golden_json
 
 CPU = torch.device("cpu")
 
@@ -25,13 +28,13 @@ CPU = torch.device("cpu")
 def test_metrics_match_the_golden_values(case):
     n = case["n"]
     scores = np.random.RandomState(case["numpy_seed"]).standard_normal((n, n)) + 2 * np.eye(n)
-    figures = retrieval_metrics(scores)
-    assert figures == pytest.approx({name: case[name] for name in ("R1", "R5", "R10", "MR")})
+    metrics = retrieval_metrics(scores)
+    assert metrics == pytest.approx({name: case[name] for name in ("R1", "R5", "R10", "MR")})
 
 
 def test_ties_count_against_the_right_video():
-    figures = retrieval_metrics(np.zeros((20, 20)))
-    assert figures == {"R1": 0, "R5": 0, "R10": 0, "MR": 20}
+    metrics = retrieval_metrics(np.zeros((20, 20)))
+    assert metrics == {"R1": 0, "R5": 0, "R10": 0, "MR": 20}
 
 
 def test_scores_that_are_not_numbers_win_nothing():
@@ -87,7 +90,7 @@ class Colours(torch.utils.data.Dataset):
     def __init__(self, colours, broken=(), fatal=(), endless=()):
         self.colours, self.broken, self.fatal, self.endless = colours, broken, fatal, endless
         self.item_spec = {"video": ((5, 3, 2, 4, 4), torch.uint8)}
-        self.pairs = [(None, 0, 1, " ".join(map(str, colour))) for colour in colours]
+        self.pairs = [Pair(None, 0, 1, " ".join(map(str, colour))) for colour in colours]
         self.tokenizer = Tokenizer([str(i) for i in range(1, 256)], 3)
 
     def __len__(self):
@@ -120,11 +123,12 @@ def decoding(workers=0, batch_size=4, sample_timeout=60):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_retrieval_scores_each_video_and_leaves_out_and_names_the_broken(milnce_log, workers):
-    model = Brightness()
-    figures = evaluate_retrieval(model, primaries(3), CPU, **decoding(workers))
-    assert figures == {"R1": 1, "R5": 1, "R10": 1, "MR": 1, "num_videos": 3, "num_missing": 2}
-    figures = evaluate_retrieval(model, primaries(3, broken=[1]), CPU, **decoding(workers))
-    assert (figures["num_videos"], figures["num_missing"], figures["R1"]) == (2, 3, 1)
+    for broken, counts in (((), (3, 2)), ((1,), (2, 3))):
+        model, dataset = Brightness(), primaries(3, broken=broken)
+        videos = video_features(model, dataset, CPU, **decoding(workers))
+        scores = retrieval_scores(model, dataset, videos, CPU)
+        assert retrieval_metrics(scores) == {"R1": 1, "R5": 1, "R10": 1, "MR": 1}
+        assert tuple(count_videos(dataset, videos).values()) == counts
     assert "video 1 is broken" in milnce_log.text
 
 
@@ -166,11 +170,10 @@ def test_no_batch_is_larger_than_batch_size_val(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_features_do_not_depend_on_the_batch_size_and_the_model_keeps_its_mode(workers):
-    model = Brightness().train()
+def test_features_do_not_depend_on_the_batch_size(workers):
+    model = Brightness()
     one = video_features(model, primaries(5), CPU, **decoding(batch_size=1))
     many = video_features(model, primaries(5), CPU, **decoding(workers, batch_size=32))
-    assert model.training
     assert list(one) == list(many) == list(range(5))
     for index, feature in one.items():
         np.testing.assert_array_equal(feature, many[index])
@@ -191,6 +194,21 @@ def test_each_video_is_told_of_and_a_caller_who_has_enough_leaves_no_worker():
     assert psutil.Process().children() == children
 
 
-def test_nothing_that_can_be_decoded_is_an_input_error():
-    with pytest.raises(InputError, match="--eval_video_root"):
-        evaluate_retrieval(Brightness(), primaries(2, broken=[0, 1]), CPU, **decoding())
+def test_ranks_share_the_videos():
+    shards = [
+        video_features(Brightness(), primaries(5), CPU, **decoding(), rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    assert [list(shard) for shard in shards] == [[0, 2, 4], [1, 3]]
+
+
+def test_no_video_that_can_be_decoded_is_an_error():
+    with pytest.raises(ValueError, match="none of the videos can be decoded"):
+        retrieval_scores(Brightness(), primaries(2), {}, CPU)
+
+
+def test_a_training_imports_no_package_of_pages_or_svms():
+    """They take seconds to import, and a training should run without them."""
+    others = {"PIL", "sklearn", "flask", "waitress"}
+    code = f"import main_distributed, sys; assert not {others} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -17,10 +17,10 @@ from tests.helpers import make_video, open_page, page_errors
 from utils import InputError
 from video_search import server as search_server
 from video_search.index import IndexMetadata, Video, read_index, write_index
-from video_search.server import THREADS, create_app, is_loopback, serve_index
+from video_search.server import THREADS, EmbeddedText, create_app, create_server, is_loopback
 
 SETTINGS = {"num_frames": 4, "fps": 5, "video_size": 32}
-NOTE = "not in the word list, ignored: zebra"
+NOTE = "not in the vocabulary, ignored: zebra"
 
 
 def embed(text):
@@ -28,8 +28,8 @@ def embed(text):
     if not text.strip():
         raise InputError("there is no word in the text: say what is to be seen")
     if "stir" not in text and "cut" not in text:
-        raise InputError(f"none of the words is in the word list ({text[:50]}): use others")
-    return torch.tensor([1.0, 0.0]), [NOTE] if "zebra" in text else []
+        raise InputError(f"none of the words is in the vocabulary ({text[:50]}): use others")
+    return EmbeddedText(torch.tensor([1.0, 0.0]), [NOTE] if "zebra" in text else [])
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_video_is_given_out_whole_or_in_pieces(client, folder, at):
 
 def test_a_request_for_the_rest_of_a_file_gets_a_piece(client, folder, at, monkeypatch):
     address = at("video", 0)
-    monkeypatch.setattr(search_server, "PIECE", 1000)
+    monkeypatch.setattr(search_server, "MAX_RANGE", 1000)
     content = (folder / "a.webm").read_bytes()
     for asked in ("bytes=500-", "bytes=500-999999"):
         part = client.get(address, headers={"Range": asked})
@@ -292,31 +292,29 @@ def test_the_addresses_that_are_listened_at_decide_who_is_answered(
 ):
     names = []
     monkeypatch.setattr(search_server, "create_app", lambda *given: names.append(given[-1]))
-    for server in (waitress.server.TcpWSGIServer, waitress.server.MultiSocketServer):
-        monkeypatch.setattr(server, "run", lambda self: self.close())
-    serve_index(index, embed, str(folder), host, 0)
+    create_server(index, embed, str(folder), host, 0).close()
     assert names == [only]
     assert ("everybody who can reach" in capsys.readouterr().out) == (only is None)
 
 
 @pytest.mark.parametrize("host", ["no such host", "203.0.113.1", "::g"])
 def test_a_host_that_cannot_be_listened_at_is_a_line(index, folder, host):
-    with pytest.raises(InputError, match="--host, --port: cannot listen at") as refused:
-        serve_index(index, embed, str(folder), host, 0)
+    with pytest.raises(ValueError, match="cannot listen at") as refused:
+        create_server(index, embed, str(folder), host, 0)
     assert "\n" not in str(refused.value)
 
 
 def test_a_port_that_is_taken_is_a_line(index, folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1, port {port}"):
-            serve_index(index, embed, str(folder), "127.0.0.1", port)
+        with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}"):
+            create_server(index, embed, str(folder), "127.0.0.1", port)
 
 
 @pytest.fixture
 def address(index, folder, monkeypatch):
     """A server that runs, and gives out a video in many pieces."""
-    monkeypatch.setattr(search_server, "PIECE", 20_000)
+    monkeypatch.setattr(search_server, "MAX_RANGE", 20_000)
     assert (folder / "a.webm").stat().st_size > 100_000
     app = create_app(index, embed, str(folder))
     server = waitress.create_server(app, host="127.0.0.1", port=0, threads=THREADS)
@@ -372,7 +370,7 @@ def test_in_a_browser_typing_shows_moments_and_a_click_plays_from_there(browser,
 
     box.clear()
     box.send_keys("zebra")
-    wait(lambda _: "none of the words is in the word list (zebra)" in message())
+    wait(lambda _: "none of the words is in the vocabulary (zebra)" in message())
     assert found() == []
     assert page_errors(browser) == []
     assert browser.current_url == f"{address}?text=zebra"
