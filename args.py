@@ -1,13 +1,32 @@
-"""The command line of every script: one parser, the public release's flags and a few of ours."""
+"""The command line of every script: one table of flags, the public release's and a few of ours.
+
+Importing this module is quick: it loads neither torch nor FFmpeg.
+"""
 
 import argparse
+import functools
 import math
+import os
 import re
 import sys
+from pathlib import Path
 
-from distributed.device import PRECISIONS, check_compiler
-from utils import InputError, check_file, check_output, input_error, make_folder
-from video_decoder import BACKENDS, ClipSpec, DecodeError, check_backend
+from tqdm import tqdm
+
+from utils import InputError, find_files, input_error
+
+# The scripts, by what they do. A script's help shows the flags that it uses; the others, which the
+# release's command lines share, are accepted and ignored.
+TRAINING = frozenset({"main_distributed"})
+RETRIEVAL = frozenset({"eval_youcook", "eval_msrvtt"})
+EVALUATION = RETRIEVAL | {"eval_hmdb"}
+EXTRACTION = frozenset({"extract_features"})
+INFERENCE = EVALUATION | EXTRACTION | {"search"}
+ALL = TRAINING | INFERENCE
+
+# Spelled out, as their homes import torch and FFmpeg, for which --help should not wait.
+BACKENDS = ("pyav", "ffmpeg")  # video_decoder.BACKENDS
+PRECISIONS = ("bf16", "fp16", "none")  # distributed.device.PRECISIONS
 
 
 def positive(kind):
@@ -62,16 +81,572 @@ def normalize_flags(argv=None):
     return [*map(underscores, argv[:flags]), *argv[flags:]]
 
 
-def add_clip_flags(add):
-    """What a clip is, and how it is decoded."""
-    add("--num_frames", type=positive(int), default=16, help="frames a clip")
-    add("--video_size", type=positive(int), default=224, help="height and width, pixels")
-    add("--fps", type=positive(int), default=5, help="frames a second of a clip")
-    add("--decoder", choices=BACKENDS, default="pyav", help="decoder backend; same pixels")
+def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bool = True) -> None:
+    """Add the flags to a parser, in groups.
+
+    script: its help shows the flags that this script uses; None: all. others: accept the flags that
+    it does not use, too.
+    """
+
+    def group(title):
+        section = parser.add_argument_group(title)
+
+        def add(scripts, *names, help, **options):
+            if script is None or script in scripts:
+                section.add_argument(*names, help=help, **options)
+            elif others:
+                section.add_argument(*names, help=argparse.SUPPRESS, **options)
+
+        return add
+
+    switch = {"type": int, "choices": (0, 1)}
+
+    add = group("data")
+    add(
+        TRAINING,
+        "--train_csv",
+        default="data/howto100m_videos.csv",
+        help="CSV file of the training videos, with a column video_path.",
+    )
+    add(
+        TRAINING | EXTRACTION,
+        "--video_path",
+        default="",
+        help="Folder of the videos, from which their paths start.",
+    )
+    add(
+        TRAINING,
+        "--caption_root",
+        default="",
+        help="Folder of caption files, or a caption store, which is faster and shares its memory "
+        "(data/howto100m/prepare.py packs one).",
+    )
+    add(
+        TRAINING | EVALUATION,
+        "--eval_csv",
+        default="",
+        help="Annotation table or official file of the evaluation (default: the table in data/).",
+    )
+    add(
+        TRAINING | EVALUATION,
+        "--eval_video_root",
+        default="",
+        help="Folder of the evaluation's videos.",
+    )
+    add(
+        EXTRACTION,
+        "--feature_csv",
+        default="",
+        help="CSV file with columns video_path and feature_path (default: all videos in the "
+        "folder).",
+    )
+    add(EXTRACTION, "--feature_root", default="", help="Folder that the features are written to.")
+    add(
+        EXTRACTION,
+        "--shard",
+        type=shard,
+        default=None,
+        help="Take shard I/N of the videos, 0/N to N-1/N (default: what the launcher tells).",
+    )
+    add(
+        ALL,
+        "--num_thread_reader",
+        type=not_negative(int),
+        default=20,
+        help="Data workers per node, shared by its processes. Give the node's CPU cores; 0 decodes "
+        "in the main process.",
+    )
+
+    add = group("clips")
+    add(ALL, "--num_frames", type=positive(int), default=16, help="Frames per clip.")
+    add(ALL, "--video_size", type=positive(int), default=224, help="Height and width, in pixels.")
+    add(ALL - {"eval_hmdb"}, "--fps", type=positive(int), default=5, help="Frames per second.")
+    add(
+        ALL,
+        "--decoder",
+        choices=BACKENDS,
+        default="pyav",
+        help="Decoder backend. Both give the same pixels; pyav is faster.",
+    )
+    add(
+        TRAINING,
+        "--min_time",
+        type=positive(float),
+        default=5.0,
+        help="Shortest stretch that a clip is drawn from, in seconds.",
+    )
+    add(
+        TRAINING,
+        "--num_candidates",
+        type=positive(int),
+        default=1,
+        help="Captions per clip, K of MIL-NCE. The release's recipe has 4.",
+    )
+    add(
+        TRAINING,
+        "--crop_only",
+        **switch,
+        default=1,
+        help="1 crops the frame as it is; 0 scales its largest square.",
+    )
+    add(TRAINING, "--centercrop", **switch, default=0, help="1 crops the center, not at random.")
+    add(TRAINING, "--random_flip", **switch, default=1, help="1 mirrors half of the clips.")
+    add(
+        TRAINING | EVALUATION,
+        "--num_windows_test",
+        type=positive(int),
+        default=4,
+        help="Windows per evaluation video, evenly spaced.",
+    )
+    add(
+        EXTRACTION | {"search"},
+        "--stride",
+        type=positive(float),
+        default=None,
+        help="Seconds from the start of a window to the next one's (default: the length of a "
+        "window; half of it in a search).",
+    )
+
+    add = group("model")
+    add(
+        TRAINING | EVALUATION | EXTRACTION,
+        "--pretrain_cnn_path",
+        default="",
+        help="Checkpoint or released weights, to start from or to evaluate.",
+    )
+    add(
+        TRAINING,
+        "--word2vec_path",
+        default="data/word2vec.pth",
+        help="Word vectors of a new model; '' makes random ones.",
+    )
+    add(
+        TRAINING | RETRIEVAL,
+        "--token_to_word_path",
+        default="data/dict.npy",
+        help="Vocabulary: the words that belong to the word vectors.",
+    )
+    add(TRAINING, "--num_class", type=positive(int), default=512, help="Size of the embedding.")
+    add(
+        TRAINING,
+        "--weight_init",
+        choices=("uniform", "kaiming_normal"),
+        default="uniform",
+        help="Initial weights of the convolutions.",
+    )
+    add(
+        EXTRACTION,
+        "--layer",
+        choices=("mixed_5c", "embedding"),
+        default="mixed_5c",
+        help="Features to extract: 1024 numbers of mixed_5c, or 512 of the joint embedding.",
+    )
+    add(
+        ALL,
+        "--amp",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="Type of convolutions and matrix products. auto trains in bf16 if the processor "
+        "computes in it, and evaluates in float32.",
+    )
+    add(ALL, "--channels_last", **switch, default=1, help="1 keeps the channels innermost.")
+    add(
+        ALL,
+        "--compile",
+        action="store_true",
+        help="Use torch.compile. It needs a C++ compiler, and minutes before the first step.",
+    )
+    add(
+        TRAINING,
+        "--grad_checkpoint",
+        action="store_true",
+        help="Compute activations again for the backward pass: less memory, more time.",
+    )
+    add(
+        ALL,
+        "--batch_size_val",
+        type=positive(int),
+        default=32,
+        help="Windows that go through the model at once in an evaluation or extraction.",
+    )
+
+    add = group("optimization")
+    add(TRAINING, "--optimizer", choices=("adam", "sgd"), default="adam", help="The optimizer.")
+    add(TRAINING, "--lr", type=positive(float), default=0.001, help="Peak learning rate.")
+    add(TRAINING, "--momentum", type=not_negative(float), default=0.9, help="Momentum of sgd.")
+    add(
+        TRAINING,
+        "--warmup_steps",
+        type=not_negative(int),
+        default=5000,
+        help="Steps over which the learning rate rises linearly, before it falls as a cosine.",
+    )
+    add(TRAINING, "--epochs", type=positive(int), default=150, help="Passes over the video list.")
+    add(
+        TRAINING,
+        "--start_epoch",
+        type=not_negative(int),
+        default=0,
+        help="First epoch of a run that does not resume.",
+    )
+    add(
+        TRAINING,
+        "--batch_size",
+        type=positive(int),
+        default=256,
+        help="Clips per node and micro-batch, shared by the node's processes.",
+    )
+    add(
+        TRAINING,
+        "--accum_steps",
+        type=positive(int),
+        default=1,
+        help="Micro-batches per step. Each clip has the negatives of all of them, at the memory of "
+        "one and a third more computation.",
+    )
+    add(
+        TRAINING,
+        "--fused_optimizer",
+        **switch,
+        default=1,
+        help="1 updates all weights with one kernel, without a device sync.",
+    )
+    add(
+        TRAINING,
+        "--seed",
+        type=not_negative(int),
+        default=1,
+        help="Seed of the weights, the order of the data and the samples.",
+    )
+
+    add = group("fault tolerance")
+    add(
+        TRAINING,
+        "--checkpoint_root",
+        default="checkpoint",
+        help="Folder of the checkpoints of all runs.",
+    )
+    add(
+        TRAINING,
+        "--checkpoint_dir",
+        default="",
+        help="Folder of this run in --checkpoint_root, and the name of its logs.",
+    )
+    add(
+        TRAINING,
+        "--resume",
+        action="store_true",
+        help="Continue from the newest good checkpoint, if there is one.",
+    )
+    add(
+        TRAINING,
+        "--checkpoint_every",
+        type=not_negative(int),
+        default=500,
+        help="Steps between checkpoints within an epoch; 0 writes none.",
+    )
+    add(
+        TRAINING,
+        "--max_bad_fraction",
+        type=not_negative(float),
+        default=0.1,
+        help="Fraction of an epoch's samples that may be unreadable before the run ends.",
+    )
+    add(
+        TRAINING,
+        "--max_bad_steps",
+        type=positive(int),
+        default=10,
+        help="Steps in a row whose loss or gradient may be not finite before the run ends.",
+    )
+    add(
+        ALL,
+        "--sample_timeout",
+        type=positive(float),
+        default=180.0,
+        help="Seconds after which a sample that is still being decoded is given up. Without data "
+        "workers there is no limit.",
+    )
+    add(
+        TRAINING,
+        "--dist_timeout",
+        type=positive(float),
+        default=600.0,
+        help="Seconds without progress of any process after which the run ends.",
+    )
+
+    add = group("logging")
+    add(TRAINING, "--log_root", default="log", help="Folder of the logs.")
+    add(
+        TRAINING,
+        "--n_display",
+        type=positive(int),
+        default=10,
+        help="Steps between log lines. Each line waits for the device; keep 10 or more on a GPU.",
+    )
+    add(
+        TRAINING,
+        "--tensorboard",
+        action="store_true",
+        help="Write event files, too, to <the log>.tensorboard/.",
+    )
+    add(
+        TRAINING,
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help="Score YouCook2 retrieval after every epoch.",
+    )
+    add(
+        EVALUATION,
+        "--output",
+        default="",
+        help="Write the metrics to this JSON file.",
+    )
+    add(
+        EVALUATION,
+        "--report",
+        default="",
+        help="Write the results as a page, index.html, to this folder.",
+    )
+    add(
+        {"eval_hmdb"},
+        "--features",
+        default="",
+        help="Keep the features in this .npz file, or read them there if it exists.",
+    )
+    add(
+        TRAINING | EVALUATION | EXTRACTION,
+        "--verbose",
+        **switch,
+        default=1,
+        help="1 logs to the terminal, too.",
+    )
+
+    add = group("launch")
+    add(
+        ALL,
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="Where to compute. auto takes the GPUs, if there are any.",
+    )
+    add(ALL, "--gpu", type=int, default=None, help="Use this GPU only.")
+    add(
+        TRAINING,
+        "--nproc_per_node",
+        type=positive(int),
+        default=None,
+        help="Processes of this node (default: one per GPU, or one).",
+    )
+    add(
+        TRAINING,
+        "--world_size",
+        type=int,
+        default=-1,
+        help="Number of nodes, if no launcher tells it.",
+    )
+    add(
+        TRAINING,
+        "--rank",
+        type=int,
+        default=-1,
+        help="Number of this node, from 0, if no launcher tells it.",
+    )
+    add(
+        TRAINING,
+        "--dist_url",
+        default="",
+        help="Where the processes meet, tcp://host:port (default: taken from the launcher).",
+    )
+    add(
+        TRAINING,
+        "--dist_file",
+        default="dist-file",
+        help="Let the processes meet through a new file on a shared disk.",
+    )
+    add(
+        TRAINING,
+        "--dist_backend",
+        default="nccl",
+        help="Backend of the process group on GPUs. On CPUs it is gloo.",
+    )
+    add(
+        TRAINING,
+        "--cudnn_benchmark",
+        **switch,
+        default=0,
+        help="1 lets cuDNN try its algorithms and keep the fastest.",
+    )
+
+    add = group("compatibility")
+    add(
+        TRAINING,
+        "--multiprocessing_distributed",
+        action="store_true",
+        help="Has no effect: one process per GPU is the default.",
+    )
+    add(
+        TRAINING,
+        "--pin_memory",
+        action="store_true",
+        help="Has no effect: on a GPU, batches always arrive in page-locked memory.",
+    )
+    if others:  # spellings of the release that scripts in the wild still carry
+        add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
+        momentum = not_negative(float)
+        add("--momemtum", dest="momentum", type=momentum, default=argparse.SUPPRESS)
+        add("--pretrained", action="store_true")
 
 
-def check_decoder(args):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults to the help, where they tell something that the sentence does not."""
+
+    def _get_help_string(self, action):
+        if any(action.default is value for value in (None, "", False)) or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def get_args(
+    description: str = "MIL-NCE", script: str | None = None, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Parse argv (default: the process's). Flags may be spelled with `-` or `_`.
+
+    script: the name of the script without `.py`; its help shows the flags that it uses.
+    """
+    parser = Parser(
+        usage="%(prog)s [flags]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    add_flags(parser, script)
+    return parser.parse_args(normalize_flags(argv))
+
+
+def port(text: str) -> int:
+    """Parse a TCP port, 0 for any that is free: an argparse type."""
+    number = not_negative(int)(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is above 65535")
+    return number
+
+
+def get_search_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of search.py: the attribute `command` is index, query or serve."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="index|query|serve")
+
+    def command(name, help):
+        return commands.add_parser(
+            name, help=help, description=help, allow_abbrev=False, formatter_class=HelpFormatter
+        )
+
+    index = command("index", "write an index of videos, or bring it up to date")
+    add = index.add_argument
+    add("folder", metavar="FOLDER", help="The videos, in folders of any depth.")
+    add("--weights", required=True, help="A checkpoint or the released weights.")
+    add("--token_to_word_path", default="data/dict.npy", help="Vocabulary of the weights.")
+    add("--out", required=True, help="The index.")
+    add("--retry_failed", action="store_true", help="Try again what could not be used before.")
+    add_flags(index, "search", others=False)
+    index.set_defaults(num_thread_reader=len(os.sched_getaffinity(0)))
+
+    query = command("query", "print the moments that match a text best")
+    serve = command("serve", "search on a page, in a browser")
+    for made in (query, serve):
+        add = made.add_argument
+        add("index", metavar="INDEX", help="What `search.py index` wrote.")
+        add("--weights", default="", help="Where they are now (default: their path in the index).")
+        add("--token_to_word_path", default="", help="Where the vocabulary is now.")
+    query.add_argument("text", metavar="TEXT", help="What is to be seen.")
+    query.add_argument("--top", type=positive(int), default=10, help="Moments to print.")
+    serve.add_argument("--video_path", default="", help="Where the folder is now.")
+    serve.add_argument("--host", default="127.0.0.1", help="Address to listen at.")
+    serve.add_argument("--port", type=port, default=8000, help="Port; 0 takes any that is free.")
+    return parser.parse_args(normalize_flags(argv))
+
+
+# --- checks of what flags name -------------------------------------------------------------------
+
+
+def format_flag(flag):
+    """A flag as a message names it; one in capitals is an argument, which has its place only."""
+    return flag if flag.isupper() else f"--{flag}"
+
+
+def check_file(path, flag):
+    """Refuses a path that is not a readable file; `flag` is the flag it came from."""
+    if not path:
+        raise InputError(f"{format_flag(flag)} is needed: give the path of a file")
+    if os.path.isdir(path):
+        raise InputError(f"{format_flag(flag)}: {path} is a folder: give a file")
+    if not os.path.isfile(path):
+        raise InputError(f"{format_flag(flag)}: there is no file {path}: give an existing one")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{format_flag(flag)}: {path} cannot be read: change its permissions")
+
+
+def check_folder(path, flag):
+    """Refuses a path that is not a folder; an empty one means that the flag was forgotten."""
+    if not path:
+        raise InputError(f"{format_flag(flag)} is needed: give the path of a folder")
+    if os.path.isfile(path):
+        raise InputError(f"{format_flag(flag)}: {path} is a file: give a folder")
+    if not os.path.isdir(path):
+        raise InputError(f"{format_flag(flag)}: there is no folder {path}: give an existing one")
+
+
+def check_output(path, flag="output"):
+    """Refuses, before the work, a file that could not be written after it."""
+    folder = Path(path).resolve().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
+        raise InputError(f"--{flag}: {path} cannot be written: give a file in an existing folder")
+
+
+def make_folder(path, flag):
+    """Makes a folder that is to be written to. Raises InputError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--{flag}: cannot make the folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"--{flag}: the folder {path} cannot be written to")
+
+
+def check_absent(path, flag):
+    """Refuses to write over something that is there."""
+    if os.path.lexists(path):
+        raise InputError(f"--{flag}: {path} is there already: remove it or give another")
+
+
+def check_new_output(path, flag):
+    """Refuses, before the work, a file that could not be written after it, or is there already."""
+    check_absent(path, flag)
+    check_output(path, flag)
+
+
+def files_below(root, flag, extensions):
+    """The files that find_files finds, in order. Raises InputError."""
+    check_folder(root, flag)
+    try:
+        return sorted(
+            tqdm(find_files(root, extensions), format_flag(flag), unit="file", disable=None)
+        )
+    except OSError as error:
+        raise InputError(
+            f"{format_flag(flag)}: {error.filename} cannot be read: {error.strerror}"
+        ) from None
+
+
+# --- what several scripts make of their flags ----------------------------------------------------
+
+
+def check_decoder(args: argparse.Namespace) -> None:
     """Reject a --decoder that does not run on this machine."""
+    from video_decoder import DecodeError, check_backend
+
     try:
         check_backend(args.decoder)
     except DecodeError as error:
@@ -80,185 +655,16 @@ def check_decoder(args):
         ) from None
 
 
-def add_inference_flags(add):
-    """What a model needs to embed videos, training or not."""
-    add(
-        "--amp",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="type of convolutions and matrix products; auto: training in bf16 where the processor "
-        "computes in it, evaluation in float32",
-    )
-    add("--channels_last", type=int, choices=(0, 1), default=1, help="keep channels innermost")
-    add("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
-    add(
-        "--batch_size_val", type=positive(int), default=32, help="windows through the model at once"
-    )
-    add("--num_thread_reader", type=not_negative(int), default=20, help="data workers of a node")
-    add(
-        "--sample_timeout",
-        type=positive(float),
-        default=180.0,
-        help="seconds after which a sample that is still being decoded is given up; without data "
-        "workers there is no limit",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--gpu", type=int, default=None, help="use this GPU only")
+def clip_spec(args: argparse.Namespace):
+    """Return the video_decoder.ClipSpec that the flags describe."""
+    from video_decoder import ClipSpec
 
-
-def get_args(description="MIL-NCE", script=None, argv=None):
-    """Parse argv (default: the process's). Flags may be spelled with `-` or `_`.
-
-    script: the name of the script without `.py`; its help shows the flags that it uses.
-    """
-    parser = Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-
-    # Training data
-    add("--train_csv", default="data/howto100m_videos.csv", help="list of training videos")
-    add("--video_path", default="", help="folder that the list's video_path starts from")
-    add("--caption_root", default="", help="folder of caption files, or a caption store")
-    add("--min_time", type=positive(float), default=5.0, help="shortest clip to draw from, seconds")
-    add("--num_candidates", type=positive(int), default=1, help="captions a clip (K of MIL-NCE)")
-    add("--random_flip", type=int, choices=(0, 1), default=1, help="flip half of the clips")
-
-    # Clips
-    add_clip_flags(add)
-    add("--crop_only", type=int, choices=(0, 1), default=1, help="crop; 0: largest square, scaled")
-    add("--centercrop", type=int, choices=(0, 1), default=0, help="crop the centre, not at random")
-
-    # Model
-    add("--num_class", type=positive(int), default=512, help="size of the joint embedding")
-    add("--weight_init", choices=("uniform", "kaiming_normal"), default="uniform", help="of S3D")
-    add("--word2vec_path", default="data/word2vec.pth", help="word vectors; '': random ones")
-    add("--token_to_word_path", default="data/dict.npy", help="word list of the vectors")
-    add("--pretrain_cnn_path", default="", help="weights to start from or to evaluate")
-
-    # Optimisation
-    add("--optimizer", choices=("adam", "sgd"), default="adam", help="optimizer")
-    add("--lr", type=positive(float), default=0.001, help="peak learning rate")
-    add("--momentum", type=not_negative(float), default=0.9, help="of sgd")
-    add("--warmup_steps", type=not_negative(int), default=5000, help="linear warm-up")
-    add("--epochs", type=positive(int), default=150, help="passes over the video list")
-    add("--start_epoch", type=not_negative(int), default=0, help="first epoch, without --resume")
-    add("--batch_size", type=positive(int), default=256, help="of a node, shared by its processes")
-    add(
-        "--accum_steps",
-        type=positive(int),
-        default=1,
-        help="batches of batch_size that make one step, each clip with the negatives of all",
-    )
-    add("--seed", type=not_negative(int), default=1, help="of weights, data order and samples")
-
-    # Speed and memory
-    add_inference_flags(add)
-    add("--fused_optimizer", type=int, choices=(0, 1), default=1, help="one kernel for all weights")
-    add(
-        "--grad_checkpoint",
-        action="store_true",
-        help="compute activations again for the backward pass: less memory, more time",
-    )
-
-    # What a run puts up with
-    add(
-        "--max_bad_fraction",
-        type=not_negative(float),
-        default=0.1,
-        help="share of an epoch's samples that may be unreadable",
-    )
-    add(
-        "--max_bad_steps",
-        type=positive(int),
-        default=10,
-        help="steps in a row that may have a loss or gradient that is not finite",
-    )
-
-    # Evaluation
-    add("-e", "--evaluate", action="store_true", help="score YouCook2 retrieval each epoch")
-    add("--eval_video_root", default="", help="folder of the evaluation videos")
-    add("--eval_csv", default="", help="annotation table or official file (default: in data/)")
-    add("--num_windows_test", type=positive(int), default=4, help="windows an evaluation video")
-    add("--output", default="", help="write the evaluation's figures to this JSON file")
-    add("--report", default="", help="write the results as a page, index.html, to this folder")
-    add("--features", default="", help="keep HMDB-51's features in this .npz, or read them there")
-
-    # Feature extraction; its videos are in --video_path
-    add("--feature_csv", default="", help="videos and their features' files (default: all videos)")
-    add("--feature_root", default="", help="folder that the features are written to")
-    add(
-        "--layer", choices=("mixed_5c", "embedding"), default="mixed_5c", help="1024 numbers or 512"
-    )
-    add(
-        "--stride",
-        type=positive(float),
-        default=None,
-        help="seconds from a window's start to the next one's (default: a window's length)",
-    )
-    add("--shard", type=shard, default=None, help="take part I/N of the videos, 0/N to N-1/N")
-
-    # Checkpoints and logs
-    add("--checkpoint_root", default="checkpoint", help="folder of all runs' checkpoints")
-    add("--checkpoint_dir", default="", help="this run's folder in it, and the log's name")
-    add("--resume", action="store_true", help="continue from the newest good checkpoint")
-    add(
-        "--checkpoint_every",
-        type=not_negative(int),
-        default=500,
-        help="steps between checkpoints within an epoch; 0: none",
-    )
-    add("--log_root", default="log", help="folder of the logs")
-    add("--n_display", type=positive(int), default=10, help="steps between log lines")
-    add("--tensorboard", action="store_true", help="event files, too, in <the log>.tensorboard/")
-    add("--verbose", type=int, choices=(0, 1), default=1, help="log to the terminal too")
-
-    # Machine
-    add("--nproc_per_node", type=positive(int), default=None, help="processes (default: GPUs or 1)")
-    add("--pin_memory", action="store_true", help="page-locked batches; on a GPU they always are")
-    add("--cudnn_benchmark", type=int, choices=(0, 1), default=0, help="let cuDNN try algorithms")
-    add("--world_size", type=int, default=-1, help="nodes, where no launcher says so")
-    add("--rank", type=int, default=-1, help="this node's number, where no launcher says so")
-    add("--dist_url", default="", help="rendezvous, tcp://host:port (default: worked out)")
-    add("--dist_file", default="dist-file", help="rendezvous through a new file on a shared disk")
-    add(
-        "--dist_timeout",
-        type=positive(float),
-        default=600.0,
-        help="seconds without progress of any process after which the run ends",
-    )
-    add("--dist_backend", default="nccl", help="process group on GPUs; on CPUs it is gloo")
-    add(
-        "--multiprocessing_distributed",
-        action="store_true",
-        help="a process a GPU, which is the default here",
-    )
-
-    # Spellings of the release that scripts in the wild still carry.
-    add(
-        "--momemtum",
-        dest="momentum",
-        type=not_negative(float),
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
-    add("--pretrained", action="store_true", help=argparse.SUPPRESS)
-
-    return parser.parse_args(normalize_flags(argv))
-
-
-# --- what several scripts make of their flags ----------------------------------------------------
-
-
-def clip_spec(args):
-    """Return the ClipSpec that the flags describe."""
     return ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder)
 
 
 def inference_model(args, device, weights="pretrain_cnn_path"):
     """Load the model of --pretrain_cnn_path, or of another flag; it has to fit the flags."""
+    from distributed.device import check_compiler
     from evaluation.features import load_inference_model
 
     path = getattr(args, weights)

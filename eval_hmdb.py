@@ -4,6 +4,11 @@
 weights are needed; labels and splits are those of --eval_csv in every run.
 """
 
+from args import get_args
+
+if __name__ == "__main__":  # --help should not wait for torch
+    get_args(__doc__, "eval_hmdb")
+
 import argparse
 import os
 
@@ -11,23 +16,22 @@ import pandas as pd
 
 from annotations.hmdb import hmdb_table
 from annotations.tables import log_notes
-from args import check_decoder, check_evaluation_outputs, clip_spec, get_args, inference_model
+from args import (
+    check_decoder,
+    check_evaluation_outputs,
+    check_file,
+    check_folder,
+    check_output,
+    clip_spec,
+    get_args,
+    inference_model,
+)
 from distributed.device import pick_device
 from evaluation.feature_file import FeatureSet, feature_settings, read_features, write_features
 from evaluation.linear_probe import check_splits, hmdb_features, predict_splits, top1_metrics
 from evaluation.report import describe_settings, hmdb_data, write_page
 from hmdb_loader import HMDB51
-from utils import (
-    check_file,
-    check_folder,
-    check_output,
-    input_error,
-    log,
-    one_line,
-    print_metrics,
-    run_script,
-    setup_logging,
-)
+from utils import input_error, log, one_line, print_metrics, run_script, setup_logging
 
 
 def settings_of_features(args: argparse.Namespace) -> dict:

@@ -1,8 +1,20 @@
 """Zero-shot text-to-video retrieval on MSR-VTT: python eval_msrvtt.py --pretrain_cnn_path FILE"""
 
+from args import get_args
+
+if __name__ == "__main__":  # --help should not wait for torch
+    get_args(__doc__, "eval_msrvtt")
+
 from annotations.msrvtt import msrvtt_table
 from annotations.tables import log_notes
-from args import check_decoder, check_evaluation_outputs, clip_spec, get_args, inference_model
+from args import (
+    check_decoder,
+    check_evaluation_outputs,
+    check_folder,
+    clip_spec,
+    get_args,
+    inference_model,
+)
 from distributed.device import pick_device
 from evaluation.features import video_features
 from evaluation.report import animate_middle_window, describe_settings, retrieval_data, write_page
@@ -10,7 +22,7 @@ from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scor
 from msrvtt_loader import MSRVTT
 from retrieval_loader import RETRIEVAL_WORDS
 from s3dg import Tokenizer, check_vocabulary, load_words
-from utils import check_folder, input_error, print_metrics, run_script, setup_logging
+from utils import input_error, print_metrics, run_script, setup_logging
 
 
 def main() -> None:

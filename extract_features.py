@@ -8,6 +8,11 @@ that was stopped. Processes that are started by torchrun, srun, as a SLURM job a
 share the videos. evaluation/features.py describes which windows a video has.
 """
 
+from args import get_args
+
+if __name__ == "__main__":  # --help should not wait for torch
+    get_args(__doc__, "extract_features")
+
 import argparse
 import contextlib
 import csv
@@ -25,7 +30,16 @@ import pandas as pd
 import torch
 
 from annotations.tables import cell_error, read_table, require_non_empty, require_unique
-from args import check_decoder, clip_spec, get_args, inference_model
+from args import (
+    check_decoder,
+    check_file,
+    check_folder,
+    clip_spec,
+    files_below,
+    get_args,
+    inference_model,
+    make_folder,
+)
 from distributed.device import pick_device
 from distributed.launch import Shard, detect_shard, workers_per_rank
 from evaluation.feature_file import difference, feature_settings
@@ -34,12 +48,8 @@ from utils import (
     InputError,
     append,
     atomic_write,
-    check_file,
-    check_folder,
-    files_below,
     input_error,
     log,
-    make_folder,
     one_line,
     run_script,
     setup_logging,

@@ -3,6 +3,11 @@
 One process per GPU, or a few on the CPU; plain python, torchrun or SLURM: see README.md.
 """
 
+from args import get_args
+
+if __name__ == "__main__":  # --help should not wait for torch
+    get_args(__doc__, "main_distributed")
+
 import contextlib
 import importlib.util
 import logging
@@ -22,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import s3dg
 from annotations.tables import log_notes
 from annotations.youcook import youcook_table
-from args import check_decoder, clip_spec, get_args
+from args import check_decoder, check_file, check_folder, clip_spec, get_args, make_folder
 from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
@@ -43,19 +48,7 @@ from training.checkpoint import (
 from training.log import BadSamples, MetricLogger, ThroughputMeter, read_records
 from training.optimizer import build_optimizer, build_scheduler, resume_optimizer
 from training.step import TrainingStep
-from utils import (
-    InputError,
-    check_clip_size,
-    check_file,
-    check_folder,
-    check_words_fit,
-    input_error,
-    log,
-    make_folder,
-    read_words,
-    run_script,
-    setup_logging,
-)
+from utils import InputError, input_error, log, run_script, setup_logging
 from video_decoder import ClipSpec
 from video_loader import TRAINING_WORDS, HowTo100M, StepSampler, read_video_list, training_batches
 from youcook_loader import YouCook2
@@ -305,7 +298,8 @@ def setup(args, ranks, device, resume):
     """
     check_flags(args, ranks)
     batch_size = args.batch_size // ranks.nproc_per_node * ranks.world_size * args.accum_steps
-    words = read_words(args)
+    with input_error("--token_to_word_path"):
+        words = s3dg.load_words(args.token_to_word_path)
     dataset = training_set(args, words)
     total_steps = steps_before(args.epochs, len(dataset), batch_size)
     if total_steps == 0:
@@ -464,9 +458,11 @@ def build_model(args, words, resumed=None):
         torch.manual_seed(args.seed)  # the same weights on every rank
         with input_error("--word2vec_path"):
             model = S3D(args.num_class, word2vec_path=args.word2vec_path, init=args.weight_init)
-    check_clip_size(args, model)
-    rows = model.text_module.word_embd.num_embeddings
-    check_words_fit(words, rows, args.token_to_word_path)
+    with input_error("--num_frames, --video_size"):
+        model.check_clip(args.num_frames, args.video_size)
+    with input_error("--token_to_word_path"):
+        rows = model.text_module.word_embd.num_embeddings
+        s3dg.check_vocabulary(words, rows, args.token_to_word_path)
     return model
 
 

@@ -9,6 +9,11 @@ videos that are new or have changed, and removes those that are gone. `query` pr
 that match a text best. `serve` shows them on a page for a browser on this machine.
 """
 
+from args import get_search_args
+
+if __name__ == "__main__":  # --help should not wait for torch
+    get_search_args(__doc__)
+
 import argparse
 import contextlib
 import math
@@ -24,15 +29,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from args import (
-    Parser,
-    add_clip_flags,
-    add_inference_flags,
     check_decoder,
+    check_file,
+    check_folder,
+    check_output,
     clip_spec,
+    files_below,
+    format_flag,
     inference_model,
-    normalize_flags,
-    not_negative,
-    positive,
 )
 from distributed.device import pick_device
 from evaluation.feature_file import checksum, difference, feature_settings
@@ -42,11 +46,6 @@ from s3dg import Tokenizer, check_vocabulary, load_model, load_words, summarize,
 from utils import (
     STOP_SIGNALS,
     InputError,
-    check_file,
-    check_folder,
-    check_output,
-    files_below,
-    format_flag,
     input_error,
     log,
     one_line,
@@ -379,72 +378,11 @@ def serve(options: argparse.Namespace) -> None:
     server.run()
 
 
-# --- command line -------------------------------------------------------------------------------
-
-
-def port(text: str) -> int:
-    """Parse a TCP port, 0 for any that is free: an argparse type."""
-    number = not_negative(int)(text)
-    if number > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is above 65535")
-    return number
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="index|query|serve")
-
-    def command(name, run, help):
-        made = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        made.set_defaults(run=run)
-        return made
-
-    index = command("index", index_videos, "write an index of videos, or bring it up to date")
-    add = index.add_argument
-    add("folder", metavar="FOLDER", help="the videos, in folders of any depth")
-    add("--weights", required=True, help="a checkpoint or the released weights")
-    add("--token_to_word_path", default="data/dict.npy", help="vocabulary of the weights")
-    add("--out", required=True, help="the index")
-    add(
-        "--stride",
-        type=positive(float),
-        default=None,
-        help="seconds from a window's start to the next one's (default: half a window's length)",
-    )
-    add("--retry_failed", action="store_true", help="try again what could not be used before")
-    add_clip_flags(add)
-    add_inference_flags(add)
-    index.set_defaults(num_thread_reader=len(os.sched_getaffinity(0)))
-
-    for name, run, help in (
-        ("query", query, "print the moments that match a text best"),
-        ("serve", serve, "search on a page, in a browser"),
-    ):
-        add = command(name, run, help).add_argument
-        add("index", metavar="INDEX", help="what `search.py index` wrote")
-        add("--weights", default="", help="where they are now (default: their path in the index)")
-        add("--token_to_word_path", default="", help="where the vocabulary is now")
-        if run is query:
-            add("text", metavar="TEXT", help="what is to be seen")
-            add("--top", type=positive(int), default=10, help="moments to print")
-        else:
-            add("--video_path", default="", help="where the folder is now")
-            add("--host", default="127.0.0.1", help="address to listen at")
-            add("--port", type=port, default=8000, help="port to listen at; 0: any that is free")
-    return parser.parse_args(normalize_flags(argv))
-
-
 def main(argv: list[str] | None = None) -> None:
     # A file's name may have bytes, and a terminal may lack letters, that cannot be printed.
     sys.stdout.reconfigure(errors="backslashreplace")
-    options = parse_arguments(argv)
-    options.run(options)
+    options = get_search_args(__doc__, argv)
+    {"index": index_videos, "query": query, "serve": serve}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small things the scripts share: user errors, files, the schedule, logging, the device."""
+"""Small things that the modules share: errors, files, logging. Standard library and tqdm only."""
 
 import contextlib
 import ctypes
@@ -12,10 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-import s3dg
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a training answers them with a checkpoint
 
@@ -108,58 +105,6 @@ def die_with_parent(parent=None):
         os._exit(1)  # it went before
 
 
-def format_flag(flag):
-    """A flag as a message names it; one in capitals is an argument, which has its place only."""
-    return flag if flag.isupper() else f"--{flag}"
-
-
-def check_file(path, flag):
-    """Refuses a path that is not a readable file; `flag` is the flag it came from."""
-    if not path:
-        raise InputError(f"{format_flag(flag)} is needed: give the path of a file")
-    if os.path.isdir(path):
-        raise InputError(f"{format_flag(flag)}: {path} is a folder: give a file")
-    if not os.path.isfile(path):
-        raise InputError(f"{format_flag(flag)}: there is no file {path}: give an existing one")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{format_flag(flag)}: {path} cannot be read: change its permissions")
-
-
-def check_folder(path, flag):
-    """Refuses a path that is not a folder; an empty one means that the flag was forgotten."""
-    if not path:
-        raise InputError(f"{format_flag(flag)} is needed: give the path of a folder")
-    if os.path.isfile(path):
-        raise InputError(f"{format_flag(flag)}: {path} is a file: give a folder")
-    if not os.path.isdir(path):
-        raise InputError(f"{format_flag(flag)}: there is no folder {path}: give an existing one")
-
-
-def read_words(args):
-    """The word list of --token_to_word_path."""
-    check_file(args.token_to_word_path, "token_to_word_path")
-    try:
-        return s3dg.load_words(args.token_to_word_path)
-    except ValueError as error:
-        raise InputError(f"--token_to_word_path: {error}: give a .npy word list") from None
-
-
-def check_words_fit(words, rows, path, flag="token_to_word_path"):
-    """Every word has a row in the embedding, and row 0 is the padding's."""
-    if len(words) + 1 != rows:
-        raise InputError(
-            f"--{flag}: {path} has {len(words)} words, but the word embedding has "
-            f"{rows} rows (one a word and one for padding): give the list made with these vectors"
-        )
-
-
-def check_clip_size(args, model):
-    """The space_to_depth stem takes even numbers only."""
-    for flag, value in (("num_frames", args.num_frames), ("video_size", args.video_size)):
-        if model.space_to_depth and value % 2:
-            raise InputError(f"--{flag} {value}: this model's stem needs an even number")
-
-
 def setup_logging(verbose, path=None, level=logging.INFO):
     """Sends the log to the terminal (verbose) and to a file that is added to."""
     log.setLevel(level)
@@ -176,23 +121,6 @@ def lines_above(bar):
     """A context in which log lines on the terminal come above a bar there, and not into it."""
     shows = any(getattr(to, "stream", None) in (sys.stdout, sys.stderr) for to in log.handlers)
     return logging_redirect_tqdm([log]) if shows and not bar.disable else contextlib.nullcontext()
-
-
-def check_output(path, flag="output"):
-    """Refuses, before the work, a file that could not be written after it."""
-    folder = Path(path).resolve().parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
-        raise InputError(f"--{flag}: {path} cannot be written: give a file in an existing folder")
-
-
-def make_folder(path, flag):
-    """Makes a folder that is to be written to. Raises InputError where that cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--{flag}: cannot make the folder {path}: {error.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"--{flag}: the folder {path} cannot be written to")
 
 
 @contextlib.contextmanager
@@ -236,18 +164,6 @@ def append(path, text):
     return True
 
 
-def check_absent(path, flag):
-    """Refuses to write over something that is there."""
-    if os.path.lexists(path):
-        raise InputError(f"--{flag}: {path} is there already: remove it or give another")
-
-
-def check_new_output(path, flag):
-    """Refuses, before the work, a file that could not be written after it, or is there already."""
-    check_absent(path, flag)
-    check_output(path, flag)
-
-
 def sync_folder(folder):
     """Has the disk know of a renamed file, too."""
     handle = os.open(folder, os.O_RDONLY)
@@ -280,19 +196,6 @@ def find_files(root, extensions):
                     folders.append((name, above))
                 elif os.path.splitext(name)[1].lower() in extensions and found.is_file():
                     yield name
-
-
-def files_below(root, flag, extensions):
-    """The files that find_files finds, in order. Raises InputError."""
-    check_folder(root, flag)
-    try:
-        return sorted(
-            tqdm(find_files(root, extensions), format_flag(flag), unit="file", disable=None)
-        )
-    except OSError as error:
-        raise InputError(
-            f"{format_flag(flag)}: {error.filename} cannot be read: {error.strerror}"
-        ) from None
 
 
 def format_metric(value):

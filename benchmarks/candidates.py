@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "toy")]
 import prepare  # noqa: E402
 
-from args import Parser, not_negative, positive  # noqa: E402
-from utils import InputError, atomic_write, die_with_parent, make_folder, run_script  # noqa: E402
+from args import Parser, make_folder, not_negative, positive  # noqa: E402
+from utils import InputError, atomic_write, die_with_parent, run_script  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

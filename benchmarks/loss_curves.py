@@ -24,7 +24,7 @@ from ways import our_forward, our_trainer, plain_trainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import get_args
 from main_distributed import build_model, training_set
-from utils import read_words
+from s3dg import load_words
 from video_loader import StepSampler, training_batches
 
 TOY = Path(__file__).resolve().parents[1] / "data" / "toy"
@@ -49,7 +49,7 @@ def train_side_by_side(options, device):
     """Yields (step, losses, batch, networks) after every step, in the order of the columns."""
     flags = toy_flags(options)
     args = get_args(argv=flags)
-    words = read_words(args)
+    words = load_words(args.token_to_word_path)
     model = build_model(args, words)
     ways = [plain_trainer(model, device, get_args(argv=flags), options.steps)]
     for dtype in (torch.float32, torch.bfloat16):

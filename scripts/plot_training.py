@@ -13,9 +13,9 @@ import matplotlib
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from args import Parser
+from args import Parser, check_output
 from training.log import read_records
-from utils import InputError, atomic_write, check_output, run_script
+from utils import InputError, atomic_write, run_script
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt

@@ -1,8 +1,19 @@
+import argparse
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+import args
+import video_decoder
 from args import get_args
+from distributed.device import PRECISIONS
+from tests.helpers import ROOT
 
-# The public release's flags and defaults, as SPEC section 7 lists them.
+# The public release's flags and defaults, which command lines in the wild rely on.
 DEFAULTS = {
     "train_csv": "data/howto100m_videos.csv",
     "video_path": "",
@@ -56,8 +67,8 @@ def parse(line):
 
 def test_defaults_are_the_public_releases(monkeypatch):
     monkeypatch.setattr("sys.argv", ["main_distributed.py"])
-    args = vars(get_args())
-    assert {name: args[name] for name in DEFAULTS} == DEFAULTS
+    found = vars(get_args())
+    assert {name: found[name] for name in DEFAULTS} == DEFAULTS
 
 
 @pytest.mark.parametrize("name", [name for name in DEFAULTS if "_" in name])
@@ -118,3 +129,57 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1 and line.split()[0] in error
+
+
+# --- the help -------------------------------------------------------------------------------------
+
+SCRIPTS = ["main_distributed", "eval_youcook", "eval_msrvtt", "eval_hmdb", "extract_features"]
+
+
+def flags_read(source, functions=None):
+    """The attributes of `args` that a program reads, in all of it or in some of its functions."""
+    tree = ast.parse(source)
+    nodes = [n for n in tree.body if functions is None or getattr(n, "name", "") in functions]
+    parts = (part for node in nodes for part in ast.walk(node) if isinstance(part, ast.Attribute))
+    return {p.attr for p in parts if ast.unparse(p.value) in ("args", "state.args")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_help_shows_the_flags_that_the_script_reads(script):
+    parser = argparse.ArgumentParser(add_help=False)
+    args.add_flags(parser, script, others=False)
+    shown = {action.dest for action in parser._actions}
+    source = (ROOT / f"{script}.py").read_text()
+    shared = [name for name in vars(args) if re.search(rf"\b{name}\(args\b", source)]
+    read = flags_read(source) | flags_read(Path(args.__file__).read_text(), shared)
+    if "inference_model" in shared:
+        read.add("pretrain_cnn_path")
+    if script == "main_distributed":
+        read |= {"pin_memory", "multiprocessing_distributed"}  # named as without effect
+    if script == "eval_hmdb":
+        read.remove("fps")  # it decodes at the videos' own rate
+    assert shown == read
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_takes_every_flag_of_the_release(script):
+    parsed = vars(get_args("", script, ["--batch_size=4", "--random-flip=0", "--momemtum=0.5"]))
+    assert parsed.keys() >= DEFAULTS.keys()
+    assert (parsed["batch_size"], parsed["random_flip"], parsed["momentum"]) == (4, 0, 0.5)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "search"])
+def test_the_help_appears_without_torch(script):
+    program = (
+        "import runpy, sys\nsys.argv = [sys.argv[1], '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    assert not {'torch', 'av', 'numpy'} & sys.modules.keys()\n"
+    )
+    command = [sys.executable, "-c", program, f"{script}.py"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and "usage: " in ended.stdout, ended.stderr
+
+
+def test_names_that_are_spelled_out_agree_with_their_homes():
+    assert args.BACKENDS == video_decoder.BACKENDS
+    assert tuple(PRECISIONS) == args.PRECISIONS

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hubconf
-from annotations.msrvtt import MSRVTT
+from msrvtt_loader import MSRVTT
 from tests.helpers import ROOT, golden_json, golden_weight, make_video, write_csv
 
 CLONE = ROOT

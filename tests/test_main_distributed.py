@@ -13,10 +13,10 @@ import torch
 import distributed.process
 import main_distributed
 from args import get_args
-from s3dg import S3D, load_model, read_weights
+from s3dg import S3D, load_model, load_words, read_weights
 from tests.helpers import FAILURES, await_gone, run_python, scalars, toy_flags, write_csv
 from training.optimizer import lr_multiplier
-from utils import read_words, run_script
+from utils import run_script
 from video_loader import QUARANTINE, StepSampler, training_batches
 
 ROOT = Path(main_distributed.__file__).parent
@@ -411,7 +411,7 @@ def test_an_odd_clip_size_is_refused_with_that_stem(released_run, toy, monkeypat
 def test_a_sample_that_the_ffmpeg_program_fails_at_is_a_bad_one(toy, ffmpeg_in_path, failure):
     commands, quoted = FAILURES[failure]
     args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
-    dataset = main_distributed.training_set(args, read_words(args))
+    dataset = main_distributed.training_set(args, load_words(args.token_to_word_path))
     assert dataset[0, 0].keys() == {"video", "text"}
     ffmpeg_in_path(commands)
     assert quoted in dataset[0, 0]["error"]
@@ -432,7 +432,7 @@ def test_a_training_counts_what_the_ffmpeg_program_fails_at(toy, ffmpeg_in_path,
 def test_a_slow_ffmpeg_program_ends_with_its_worker(toy, ffmpeg_in_path, tmp_path):
     """One limit, that of the worker: it brings the video into quarantine."""
     args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
-    dataset = main_distributed.training_set(args, read_words(args))
+    dataset = main_distributed.training_set(args, load_words(args.token_to_word_path))
     ffmpeg_in_path(
         f'case "$*" in *toy00003*) echo $$ >> {tmp_path}/pids; exec sleep 600;; esac; '
         'exec {real} "$@"'

@@ -2,16 +2,15 @@ import json
 import os
 import stat
 
-import numpy as np
 import pytest
 import torch
 
-from args import get_args
+from args import check_output
 from distributed.device import check_compiler, pick_device
 from s3dg import to_unit_range
 from tests.helpers import golden_json
 from training.optimizer import lr_multiplier
-from utils import InputError, atomic_write, check_output, print_metrics, read_words, run_script
+from utils import InputError, atomic_write, print_metrics, run_script
 
 
 @pytest.mark.parametrize("case", golden_json("misc")["schedule"])
@@ -42,18 +41,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         file.write(b"after")
         assert path.read_bytes() == b"before"
     assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
-
-
-def test_absent_files_are_refused_by_flag_and_name(tmp_path):
-    args = get_args(argv=["--token_to_word_path", str(tmp_path / "absent.npy")])
-    with pytest.raises(InputError, match=r"--token_to_word_path.*absent\.npy"):
-        read_words(args)
-
-
-def test_a_pickled_word_list_is_refused(tmp_path):
-    np.save(tmp_path / "dict.npy", np.array(["a", None], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"--token_to_word_path.*dict\.npy"):
-        read_words(get_args(argv=["--token_to_word_path", str(tmp_path / "dict.npy")]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

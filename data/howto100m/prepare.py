@@ -24,21 +24,11 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from args import Parser, positive
+from args import Parser, check_absent, check_new_output, files_below, positive
 from captions.packing import write_store
 from captions.readers import CaptionError, CaptionStore, is_store, lookup_keys, open_captions
 from captions.sources import find_caption_files, iter_captions, read_caption_json
-from utils import (
-    DataError,
-    InputError,
-    atomic_write,
-    check_absent,
-    check_new_output,
-    files_below,
-    input_error,
-    printable,
-    run_stoppable_script,
-)
+from utils import DataError, InputError, atomic_write, input_error, printable, run_stoppable_script
 from video_decoder import EXTENSIONS
 
 # ---- pack ----------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations.msrvtt import msrvtt_table, read_ids
 from annotations.tables import write_table
-from args import Parser
-from utils import check_new_output, input_error, run_script
+from args import Parser, check_new_output
+from utils import input_error, run_script
 
 
 def main(argv=None):

@@ -38,18 +38,22 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from args import Parser, positive
+from args import Parser, check_file, make_folder, positive
 from captions.readers import CaptionError
 from captions.sources import iter_captions
-from s3dg import VOCABULARY_ROWS, WORD_DIM, load_word_vectors, load_words, tokenize
+from s3dg import (
+    VOCABULARY_ROWS,
+    WORD_DIM,
+    check_vocabulary,
+    load_word_vectors,
+    load_words,
+    tokenize,
+)
 from utils import (
     DataError,
     InputError,
     atomic_write,
-    check_file,
-    check_words_fit,
     input_error,
-    make_folder,
     one_line,
     run_stoppable_script,
     shorten,
@@ -299,7 +303,7 @@ def check_pair(folder: Path) -> tuple[int, list[str]]:
     with input_error("--out"):
         words = load_words(folder / WORDS)
         vectors = load_word_vectors(folder / VECTORS)
-        check_words_fit(words, len(vectors), folder / WORDS, "out")
+        check_vocabulary(words, len(vectors), folder / WORDS)
         if not torch.isfinite(vectors).all():
             raise DataError(folder / VECTORS, "has numbers that are not finite; get another")
     known, notes = find_words(words.tolist())
