@@ -51,14 +51,8 @@ def video_list(args):
     """
     check_folder(args.video_path, "video_path")
     if args.feature_csv:
-        table = read_table(args.feature_csv, COLUMNS, names=COLUMNS, flag="feature_csv")
-        require_non_empty(table, COLUMNS, args.feature_csv, "feature_csv")
-        for row, name in enumerate(table["feature_path"]):
-            if not name.endswith(".npy"):
-                fault = "is not the name of a .npy file: end it with .npy"
-                raise cell_error(args.feature_csv, "feature_csv", row, "feature_path", name, fault)
-        table["feature_path"] = table["feature_path"].map(posixpath.normpath)
-        require_unique(table, ["feature_path"], args.feature_csv, "feature_csv")
+        with input_error("--feature_csv"):
+            table = read_feature_csv(args.feature_csv)
         videos = list(zip(table["video_path"], table["feature_path"], strict=True))
     else:
         found = {}
@@ -73,6 +67,18 @@ def video_list(args):
     if not videos:
         raise InputError(f"no videos in {args.feature_csv or args.video_path}: name others")
     return videos
+
+
+def read_feature_csv(path):
+    """Return a table of videos and files of features, whose paths are normalized."""
+    table = read_table(path, COLUMNS, names=COLUMNS)
+    require_non_empty(table, COLUMNS, path)
+    for row, name in enumerate(table["feature_path"]):
+        if not name.endswith(".npy"):
+            fault = "is not the name of a .npy file; end it with .npy"
+            raise cell_error(path, row, "feature_path", name, fault)
+    table["feature_path"] = table["feature_path"].map(posixpath.normpath)
+    return require_unique(table, ["feature_path"], path)
 
 
 def is_done(path, video, settings):

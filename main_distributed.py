@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import s3dg
+from annotations.youcook import youcook_table
 from args import check_decoder, get_args
+from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
 from distributed.process import start
@@ -42,6 +44,7 @@ from utils import (
     InputError,
     check_clip_size,
     check_file,
+    check_folder,
     check_words_fit,
     input_error,
     log,
@@ -50,7 +53,8 @@ from utils import (
     run_script,
     setup_logging,
 )
-from video_loader import TEXT_WORDS, HowTo100M, StepSampler, training_batches
+from video_decoder import ClipSpec
+from video_loader import TRAINING_WORDS, HowTo100M, StepSampler, read_video_list, training_batches
 from youcook_loader import YouCook2
 
 
@@ -367,26 +371,35 @@ def make_folders(args):
 
 
 def training_set(args, words):
-    return HowTo100M(
-        args.train_csv,
+    with input_error("--train_csv"):
+        names = read_video_list(args.train_csv)
+    check_folder(args.video_path, "video_path")
+    with input_error("--caption_root"):
+        captions = open_captions(args.caption_root)
+    dataset = HowTo100M(
+        names,
         args.video_path,
-        args.caption_root,
-        Tokenizer(words, TEXT_WORDS),
-        num_frames=args.num_frames,
-        size=args.video_size,
-        fps=args.fps,
+        captions,
+        Tokenizer(words, TRAINING_WORDS),
+        ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder),
         crop_only=bool(args.crop_only),
         centercrop=bool(args.centercrop),
         random_flip=bool(args.random_flip),
         min_time=args.min_time,
         num_candidates=args.num_candidates,
         seed=args.seed,
-        decoder=args.decoder,
     )
+    with input_error("--video_path"):
+        dataset.check_videos()
+    with input_error("--caption_root"):
+        dataset.check_captions()
+    return dataset
 
 
 def validation_set(args, words):
-    return retrieval_set(args, YouCook2, "data/validation_youcook.csv", words)
+    return retrieval_set(
+        args, YouCook2, youcook_table, args.eval_csv or "data/validation_youcook.csv", words
+    )
 
 
 def find_checkpoint(args, resume):
@@ -546,7 +559,7 @@ def build_step(state, context):
         step.prime_ddp_buckets(
             {
                 "video": torch.zeros(clips, 3, args.num_frames, side, side, dtype=torch.uint8),
-                "text": torch.zeros(captions, TEXT_WORDS, dtype=torch.int64),
+                "text": torch.zeros(captions, TRAINING_WORDS, dtype=torch.int64),
             }
         )
     # The loop needs them no more, and they are as large as the model.

@@ -1,27 +1,33 @@
 """MSR-VTT for text-to-video retrieval: short videos, a sentence each (the 1k-A test list)."""
 
-from os.path import isfile
+from collections.abc import Callable
 from pathlib import Path
 
-from annotations.msrvtt import msrvtt_table
-from annotations.tables import log_notes
-from retrieval_loader import Retrieval
-from utils import check_folder
+import pandas as pd
+import torch
+
+from retrieval_loader import Pair, Retrieval
+from video_decoder import ClipSpec
 
 
 class MSRVTT(Retrieval):
-    """The videos of a table with columns key, vid_key, video_id, sentence, or those of an official
-    JSON's test split with their first sentences.
+    """The videos of a table, see annotations.msrvtt.msrvtt_table. Items: see Retrieval.
 
-    Files: <video_root>/<video_id>.mp4, of which the windows span the whole. Items: see Retrieval.
+    Files: <video_root>/<video_id>.mp4, whose whole length the windows span.
     """
 
-    def __init__(self, csv, video_root, tokenizer, **clips):
-        table, notes = msrvtt_table(csv)
-        log_notes(csv, notes)
-        check_folder(video_root, "eval_video_root")
-        pairs = []
-        for row in table.itertuples():
-            path = Path(video_root, f"{row.video_id}.mp4")
-            pairs.append((path if isfile(path) else None, 0.0, None, row.sentence))
-        super().__init__(pairs, tokenizer, **clips)
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        video_root: str | Path,
+        tokenizer: Callable[[str], torch.Tensor],
+        clip: ClipSpec = ClipSpec(),
+        *,
+        num_windows: int = 4,
+    ):
+        """Raises DataError if all videos are absent."""
+        pairs = [
+            Pair(Path(video_root, f"{row.video_id}.mp4"), 0.0, None, row.sentence)
+            for row in table.itertuples()
+        ]
+        super().__init__(pairs, video_root, tokenizer, clip, num_windows)

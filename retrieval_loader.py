@@ -1,65 +1,78 @@
-"""What the two retrieval data sets have in common: a text and evenly spaced windows of a video."""
+"""Text-to-video retrieval: texts, and evenly spaced windows of their videos."""
+
+from collections.abc import Callable, Iterable
+from os.path import isfile
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from utils import InputError
-from video_decoder import DecodeError, decode_clips, probe_duration
+from utils import DataError
+from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration
 
-TEXT_WORDS = 30
+RETRIEVAL_WORDS = 30  # words kept of a text
 
 
-def window_starts(start, end, *, num_frames, fps, num_windows):
-    """Where the windows of [start, end] (seconds) start; 0.4 s are spared before the end."""
-    return np.linspace(start, max(start, end - num_frames / fps - 0.4), num_windows).tolist()
+class Pair(NamedTuple):
+    """A text and the stretch of video that it describes, in seconds."""
+
+    path: Path
+    start: float
+    end: float | None  # None: the whole video
+    text: str | float  # NaN: an empty text
+
+
+def window_starts(start: float, end: float, *, clip: ClipSpec, num_windows: int) -> list[float]:
+    """Return the seconds at which the windows of [start, end] start; the last 0.4 s are spared."""
+    return np.linspace(start, max(start, end - clip.seconds - 0.4), num_windows).tolist()
 
 
 class Retrieval(Dataset):
-    """Pairs of a text and a stretch of video; the videos that are absent are left out and counted.
+    """Pairs of a text and a stretch of video: `pairs`, and `num_missing` whose video is absent.
 
-    pairs: (path or None where absent, start, end or None for the whole video, text), in seconds.
-    An item: "text" int64 [30] and "video" uint8 [num_windows, 3, num_frames, size, size], or
-    "error" with one line in place of a video that cannot be decoded.
+    An item has "video", uint8 [num_windows, 3, num_frames, size, size], or "error", a line, if it
+    cannot be decoded. Its text is `pairs[index].text`, of which `tokenizer` makes int64 [30].
     """
 
     def __init__(
-        self, pairs, tokenizer, *, num_frames=16, size=224, fps=5, num_windows=4, decoder="pyav"
+        self,
+        pairs: Iterable[Pair],
+        video_root: str | Path,
+        tokenizer: Callable[[str], torch.Tensor],
+        clip: ClipSpec,
+        num_windows: int,
     ):
-        self.pairs = [pair for pair in pairs if pair[0] is not None]
+        """pairs: of all rows of the table. Raises DataError if all of their videos are absent."""
+        pairs = list(pairs)
+        present = {path for path in {pair.path for pair in pairs} if isfile(path)}
+        self.pairs = [pair for pair in pairs if pair.path in present]
         self.num_missing = len(pairs) - len(self.pairs)
         if not self.pairs:
-            raise InputError("--eval_video_root: none of the videos of the table is there")
-        self.tokenizer = tokenizer
-        self.num_frames, self.size, self.fps = num_frames, size, fps
-        self.num_windows, self.decoder = num_windows, decoder
-        self.item_spec = {"video": ((num_windows, 3, num_frames, size, size), torch.uint8)}
+            raise DataError(video_root, "has no video of the table; give their folder")
+        self.tokenizer, self.clip, self.num_windows = tokenizer, clip, num_windows
+        self.item_spec = {"video": ((num_windows, *clip.shape), torch.uint8)}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def path(self, index):
-        return self.pairs[index][0]
+    def path(self, index: int) -> Path:
+        return self.pairs[index].path
 
-    def __getitem__(self, index):
-        path, start, end, text = self.pairs[index]
-        item = {"text": self.tokenizer(text)}
+    def __getitem__(self, index: int) -> dict:
+        path, start, end, _ = self.pairs[index]
         try:
-            starts = window_starts(
-                start,
-                probe_duration(path) if end is None else end,
-                num_frames=self.num_frames,
-                fps=self.fps,
-                num_windows=self.num_windows,
-            )
-            item["video"] = decode_clips(
+            end = probe_duration(path) if end is None else end
+            starts = window_starts(start, end, clip=self.clip, num_windows=self.num_windows)
+            video = decode_clips(
                 path,
                 starts,
-                fps=self.fps,
-                num_frames=self.num_frames,
-                size=self.size,
-                backend=self.decoder,
+                fps=self.clip.fps,
+                num_frames=self.clip.num_frames,
+                size=self.clip.size,
+                backend=self.clip.decoder,
             )
         except DecodeError as error:
-            item["error"] = str(error)
-        return item
+            return {"error": str(error)}
+        return {"video": video}

@@ -33,7 +33,7 @@ from args import (
 from distributed.device import pick_device
 from evaluation.feature_file import checksum, difference, feature_settings
 from evaluation.features import inference_model, strided_features, with_progress
-from retrieval_loader import TEXT_WORDS
+from retrieval_loader import RETRIEVAL_WORDS
 from s3dg import Tokenizer, load_model, summarize, tokenize
 from utils import (
     STOP_SIGNALS,
@@ -284,7 +284,7 @@ def text_embedder(options, about):
             )
     with input_error("--weights"):
         tower = load_model(options.weights).text_module
-    tokenizer = Tokenizer(read_words(options), TEXT_WORDS)
+    tokenizer = Tokenizer(read_words(options), RETRIEVAL_WORDS)
 
     @torch.inference_mode()
     def embed(text):
@@ -301,8 +301,8 @@ def text_embedder(options, about):
         notes = []
         if unknown:
             notes.append(f"not in the word list, ignored: {summarize(unknown, 10)}")
-        if sum(word in tokenizer.index for word in words) > TEXT_WORDS:
-            notes.append(f"only the first {TEXT_WORDS} words count")
+        if sum(word in tokenizer.index for word in words) > RETRIEVAL_WORDS:
+            notes.append(f"only the first {RETRIEVAL_WORDS} words count")
         return tower(tokenizer(text)[None])[0], notes
 
     return embed

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,31 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from annotations.tables import read_table
-from captions.readers import CaptionError, PackedStrings, open_captions
+from captions.readers import CaptionError, CaptionFolder, CaptionStore, PackedStrings
 from distributed.workers import WorkerFailure, sample_batches
-from utils import InputError, check_folder, log, one_line
-from video_decoder import DecodeError, decode_clip
+from utils import DataError, log, one_line
+from video_decoder import ClipSpec, DecodeError, decode_clip
 
-TEXT_WORDS = 20
+TRAINING_WORDS = 20  # words kept of a caption
 MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
-QUARANTINE = "quarantined"  # how the reason begins where a video is not to be tried again
+QUARANTINE = "quarantined"  # how the reason begins if a video is not to be tried again
+
+Key = tuple[int, ...]  # (epoch, index) or (epoch, index, attempt)
 
 
-def find_nearest_candidates(starts, ends, index, num_candidates):
-    """Indices of the num_candidates captions around caption `index` (paper, section 3.1).
+def read_video_list(csv: str | os.PathLike[str]) -> list[str]:
+    """Return the column video_path of a CSV file. Raises DataError or OSError."""
+    columns = ["video_path"]
+    return read_table(csv, columns, names=columns)["video_path"].dropna().tolist()
 
-    Grows from [index] by the side that keeps the spanned time shorter. Once the first caption is
-    reached they are the first ones, once the last is, the last ones. Short files repeat captions.
+
+def find_nearest_candidates(
+    starts: Sequence[float], ends: Sequence[float], index: int, num_candidates: int
+) -> list[int]:
+    """Return the indices of the captions around caption `index` (paper, section 3.1).
+
+    Grows from [index] on the side that keeps the spanned time shorter. Once the first caption is
+    reached they are the first ones; once the last is, the last ones. Short files repeat captions.
     """
     last = len(starts) - 1
     low = high = index
@@ -39,8 +50,8 @@ def find_nearest_candidates(starts, ends, index, num_candidates):
     return [min(max(i, 0), last) for i in range(low, low + num_candidates)]
 
 
-def clip_window(start, end, min_time):
-    """A caption's times, widened around the middle to min_time, in whole seconds."""
+def clip_window(start: float, end: float, min_time: float) -> tuple[int, int]:
+    """Return a caption's times, widened around the middle to min_time, in whole seconds."""
     if end - start < min_time:
         start = max(0, start - (min_time - (end - start)) / 2)
         end = start + min_time
@@ -50,98 +61,97 @@ def clip_window(start, end, min_time):
 class HowTo100M(Dataset):
     """Videos with narration. A sample is a function of (seed, epoch, index, attempt) alone.
 
-    Keys are (epoch, index) or (epoch, index, attempt): attempts from 1 on are of other videos, to
-    be taken where the one before cannot be read. An item: "video" uint8 [3, num_frames, size,
-    size] and "text" int64 [K, 20] for K candidate captions, [20] where K is 1; or "error", a line
-    that names the video or the captions that cannot be read.
+    Keys are (epoch, index) or (epoch, index, attempt). Attempts from 1 on are of other videos, to
+    replace a sample that cannot be read. An item has "video", uint8 [3, num_frames, size, size],
+    and "text", int64 [K, 20] for K candidate captions, [20] if K is 1; or "error", a line that
+    names the video or the captions that cannot be read.
     """
 
     def __init__(
         self,
-        csv,
-        video_path,
-        caption_root,
-        tokenizer,
+        names: Iterable[str],
+        video_root: str | os.PathLike[str],
+        captions: CaptionFolder | CaptionStore,
+        tokenizer: Callable[[str], torch.Tensor],
+        clip: ClipSpec = ClipSpec(),
         *,
-        num_frames=16,
-        size=224,
-        fps=5,
-        crop_only=True,
-        centercrop=False,
-        random_flip=True,
-        min_time=5.0,
-        num_candidates=1,
-        seed=1,
-        decoder="pyav",
+        crop_only: bool = True,
+        centercrop: bool = False,
+        random_flip: bool = True,
+        min_time: float = 5.0,
+        num_candidates: int = 1,
+        seed: int = 1,
     ):
-        columns = ["video_path"]
-        names = read_table(csv, columns, names=columns, flag="train_csv")["video_path"].dropna()
-        check_folder(video_path, "video_path")
-        self.captions = open_captions(caption_root)
-        self.names = PackedStrings(names)
-        self.video_path = Path(video_path)
-        self.tokenizer = tokenizer
-        self.num_frames, self.size, self.fps = num_frames, size, fps
-        self.crop_only, self.centercrop, self.random_flip = crop_only, centercrop, random_flip
-        self.min_time, self.num_candidates = min_time, num_candidates
-        self.seed, self.decoder = seed, decoder
-        captions = (num_candidates, TEXT_WORDS) if num_candidates > 1 else (TEXT_WORDS,)
-        self.item_spec = {
-            "video": ((3, num_frames, size, size), torch.uint8),
-            "text": (captions, torch.int64),
-        }
-        if not any(os.path.isfile(self.video_path / name) for name in names):
-            raise InputError(f"--video_path: none of the videos of {csv} is in {video_path}")
-        if not any(map(self.captions.has, names)):
-            raise InputError(
-                f"--caption_root: no captions of the videos of {csv} in {caption_root}"
-            )
+        """names: paths of videos in video_root, see read_video_list. captions: of open_captions.
 
-    def __len__(self):
+        crop_only: a random crop of the frame as it is; otherwise of its largest square, scaled.
+        centercrop: the crop is in the middle. random_flip: mirror half of the clips. min_time: of
+        the stretch of video around a caption, in seconds.
+        """
+        self.names = PackedStrings(names)
+        self.video_root = Path(video_root)
+        self.captions, self.tokenizer, self.clip = captions, tokenizer, clip
+        self.crop_only, self.centercrop, self.random_flip = crop_only, centercrop, random_flip
+        self.min_time, self.num_candidates, self.seed = min_time, num_candidates, seed
+        text = (num_candidates, TRAINING_WORDS) if num_candidates > 1 else (TRAINING_WORDS,)
+        self.item_spec = {"video": (clip.shape, torch.uint8), "text": (text, torch.int64)}
+
+    def check_videos(self) -> None:
+        """Raise DataError if none of the videos exists."""
+        if not any(os.path.isfile(self.video_root / name) for name in self.names):
+            raise DataError(self.video_root, "has no video of the list; give their folder")
+
+    def check_captions(self) -> None:
+        """Raise DataError if none of the videos has captions."""
+        if not any(map(self.captions.has, self.names)):
+            reason = "has no captions of the videos of the list; give those that do"
+            raise DataError(self.captions.root, reason)
+
+    def __len__(self) -> int:
         return len(self.names)
 
-    def draw(self, key):
-        """The video's index that this key is of, and the generator of the sample's randomness."""
+    def draw(self, key: Key) -> tuple[int, np.random.Generator]:
+        """Return the index of a key's video, and the generator of the sample's randomness."""
         epoch, index, attempt = (*key, 0)[:3]
         if attempt == 0:
             return index, np.random.default_rng((self.seed, epoch, index))
         rng = np.random.default_rng((self.seed, epoch, index, attempt))
         return int(rng.integers(len(self))), rng
 
-    def name(self, key):
-        """The video_path, as the list has it, of a key's video."""
+    def name(self, key: Key) -> str:
+        """Return the path of a key's video, as the list has it."""
         return self.names[self.draw(key)[0]]
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Key) -> dict:
         index, rng = self.draw(key)
         try:
             return self.sample(self.names[index], rng)
         except (CaptionError, DecodeError) as error:
             return {"error": str(error)}
-        except Exception as error:  # a run of weeks does not end for one strange file
+        except Exception as error:  # one strange file does not end a run of weeks
             return {"error": f"unexpected {type(error).__name__}: {one_line(error)}"}
 
-    def sample(self, name, rng):
-        """One sample of this video. Raises CaptionError or DecodeError."""
+    def sample(self, name: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Return a sample of this video. Raises CaptionError or DecodeError."""
         starts, ends, texts = self.captions.read(name)
         index = int(rng.integers(len(texts)))
         nearest = find_nearest_candidates(starts, ends, index, self.num_candidates)
         text = torch.stack([self.tokenizer(texts[i]) for i in nearest])
 
         start, end = clip_window(starts[index], ends[index], self.min_time)
-        seek = int(rng.integers(start, int(max(start, end - self.num_frames / self.fps)) + 1))
+        seek = int(rng.integers(start, int(max(start, end - self.clip.seconds)) + 1))
         crop = (0.5, 0.5) if self.centercrop else tuple(rng.random(2))
         flip = bool(self.random_flip and rng.random() < 0.5)
         video = decode_clip(
-            self.video_path / name,
+            self.video_root / name,
             seek,
-            fps=self.fps,
-            num_frames=self.num_frames,
-            size=self.size,
+            fps=self.clip.fps,
+            num_frames=self.clip.num_frames,
+            size=self.clip.size,
             crop_only=self.crop_only,
             crop=crop,
             flip=flip,
-            backend=self.decoder,
+            backend=self.clip.decoder,
         )
         return {"video": video, "text": text if self.num_candidates > 1 else text[0]}
 
@@ -150,13 +160,23 @@ class StepSampler(Sampler):
     """The keys of this rank's share of every step's batch, from `first_step` on.
 
     Each epoch is a permutation of the videos drawn from (seed, epoch), and the batches are cut from
-    the epochs laid end to end: every video is visited once an epoch, no batch is short, and the
-    union of the ranks' shares does not depend on how many ranks there are. Less than a batch is
-    left over where the last step ends.
+    the epochs laid end to end. Every video is visited once per epoch, no batch is short, and the
+    union of the ranks' shares does not depend on the number of ranks. After the last step, less
+    than a batch of the last epoch is unused.
     """
 
-    def __init__(self, length, batch_size, steps, *, first_step=0, seed=1, rank=0, world_size=1):
-        """batch_size: of all ranks together. steps: at which to stop."""
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        steps: int,
+        *,
+        first_step: int = 0,
+        seed: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        """length: of the data set. batch_size: of all ranks together. steps: at which to stop."""
         if batch_size % world_size:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks")
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -164,10 +184,10 @@ class StepSampler(Sampler):
         self.share = batch_size // world_size
         self.offset = rank * self.share
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.steps - self.first_step
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[Key]]:
         drawn, order = None, None
         for step in range(self.first_step, self.steps):
             keys = []
@@ -180,25 +200,28 @@ class StepSampler(Sampler):
             yield keys
 
 
-def training_batches(dataset, sampler, *, quarantined, **reading):
-    """Yields a rank's share of every step's batch, with other samples in place of unreadable ones.
+def training_batches(
+    dataset: HowTo100M, sampler: Iterable[list[Key]], *, quarantined: set[str], **reading
+) -> Iterator[dict]:
+    """Yield a rank's share of every step's batch, with unreadable samples replaced by others.
 
-    A batch has "video" and "text" as the items, [b, ...], and "bad": for each sample that others
-    had to replace, in turn, a list of (video_path, reason). A video whose decoding crashes its
-    worker, or takes it too long, joins `quarantined`, a set of video_paths that are not tried; the
-    sample that takes a place is the same whether a video is in quarantine or found to crash. For
-    the other arguments see workers.sample_batches. Raises InputError where MAX_REPLACEMENTS
-    samples in a row cannot be read.
+    A batch has "video" and "text" as the items, [b, ...], and "bad": for each sample that was
+    replaced, a list of (video_path, reason) of all that were tried. A video that crashes or hangs
+    its worker joins `quarantined`, a set of video_paths that are not tried; the same sample takes
+    its place whether it is in quarantine or found to crash. reading: the other arguments of
+    workers.sample_batches. Raises DataError if MAX_REPLACEMENTS samples in a row cannot be read.
     """
     faults = {}  # (epoch, index) -> [(video_path, reason)] of its attempts
-    sent = deque()  # the keys of the batches in work
+    sent = deque()  # the keys of the batches that are being read
 
     def next_attempt(key, reason):
         epoch, index, attempt = (*key, 0)[:3]
         faults.setdefault((epoch, index), []).append((dataset.name(key), reason))
         if attempt == MAX_REPLACEMENTS:
-            raise InputError(
-                f"--video_path: {MAX_REPLACEMENTS} samples in a row cannot be read: {reason}"
+            raise DataError(
+                dataset.video_root,
+                f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last one because of: "
+                f"{reason}",
             )
         return epoch, index, attempt + 1
 

@@ -1,34 +1,45 @@
 """YouCook2 for text-to-video retrieval: segments of cooking videos and their sentences."""
 
+from collections.abc import Callable
 from os.path import isfile
 from pathlib import Path
 
-from annotations.tables import log_notes
-from annotations.youcook import youcook_table
-from retrieval_loader import Retrieval
-from utils import check_folder
+import pandas as pd
+import torch
 
-EXTENSIONS = (".mp4", ".mkv", ".webm")
+from retrieval_loader import Pair, Retrieval
+from video_decoder import ClipSpec
+
+SUFFIXES = (".mp4", ".mkv", ".webm")  # of the files, in order of preference
 
 
 class YouCook2(Retrieval):
-    """The segments of a table with columns end, start, task, text, video_id (seconds), or of the
-    official JSON.
+    """The segments of a table, see annotations.youcook.youcook_table. Items: see Retrieval.
 
-    Files: <video_root>/validation/<task>/<video_id>.{mp4,mkv,webm}. Items: see Retrieval.
+    Files: <video_root>/validation/<task>/<video_id>.{mp4,mkv,webm}.
     """
 
-    def __init__(self, csv, video_root, tokenizer, **clips):
-        table, notes = youcook_table(csv)
-        log_notes(csv, notes)
-        check_folder(video_root, "eval_video_root")
-        found = {}
-        for task, video in set(zip(table["task"], table["video_id"], strict=True)):
-            stem = Path(video_root, "validation", task, video)
-            files = (stem.with_name(stem.name + extension) for extension in EXTENSIONS)
-            found[task, video] = next((file for file in files if isfile(file)), None)
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        video_root: str | Path,
+        tokenizer: Callable[[str], torch.Tensor],
+        clip: ClipSpec = ClipSpec(),
+        *,
+        num_windows: int = 4,
+    ):
+        """Raises DataError if all videos are absent."""
+        videos = set(zip(table["task"], table["video_id"], strict=True))
+        paths = {(task, name): find_video(video_root, task, name) for task, name in videos}
         pairs = [
-            (found[row.task, row.video_id], row.start, row.end, row.text)
+            Pair(paths[row.task, row.video_id], row.start, row.end, row.text)
             for row in table.itertuples()
         ]
-        super().__init__(pairs, tokenizer, **clips)
+        super().__init__(pairs, video_root, tokenizer, clip, num_windows)
+
+
+def find_video(video_root: str | Path, task: str, name: str) -> Path:
+    """Return the path of a video; if it is absent, the first of those that it could have."""
+    folder = Path(video_root, "validation", task)
+    paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next(filter(isfile, paths), paths[0])

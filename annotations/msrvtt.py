@@ -1,121 +1,148 @@
-"""MSR-VTT's test videos and sentences, from a CSV file or an official JSON."""
+"""MSR-VTT's test videos and sentences, from a CSV table or an official JSON."""
 
 import csv
+from collections import Counter
+from collections.abc import Mapping
 
-from annotations.official import get, is_json, name_of, read_json, read_lines, text_of
+import pandas as pd
+
+from annotations.official import is_json, parse_name, parse_text, read_json, read_lines, require_key
 from annotations.tables import (
-    as_table,
-    empty_notes,
-    read_ours,
+    AnyPath,
+    count_empty,
+    data_error,
+    make_table,
+    read_annotations,
     read_table,
     require_non_empty,
     require_unique,
 )
-from utils import InputError, check_file, shorten
+from utils import DataError, shorten
 
-MSRVTT = ["key", "vid_key", "video_id", "sentence"]
+COLUMNS = ["key", "vid_key", "video_id", "sentence"]
+JSFUSION_VIDEOS = 1000  # of the list "1k-A"
+
+Ids = Mapping[str, str | None]  # video -> its sentence, if the list has one
 
 
-def msrvtt_table(path, ids=None, flag="eval_csv"):
-    """MSR-VTT's test videos with a sentence each: key, vid_key, video_id, sentence.
+def msrvtt_table(path: AnyPath, ids: Ids | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """Return MSR-VTT's test videos with a sentence each, and notes on what is not among them.
 
-    path: that table (MSRVTT_JSFUSION_test.csv is one), or an official videodatainfo JSON. Of a
-    JSON, `ids` is a file that lists the videos, see read_ids; without it they are those of the
-    JSON's test split, which is not what papers report on as 1k-A. A video's sentence is the one
-    in the list, otherwise the first that the JSON has of it and that is not empty.
+    The table has the columns key, vid_key, video_id and sentence. path: such a table as CSV
+    (MSRVTT_JSFUSION_test.csv is one), or an official videodatainfo JSON. ids: the videos to take
+    from a JSON, see read_ids. Without it they are those of the JSON's test split, which is not the
+    list 1k-A that papers report on. A video's sentence is the list's, otherwise the first of the
+    JSON that is not empty. Raises DataError or OSError.
     """
     if not is_json(path):
         if ids:
-            raise InputError(f"--ids goes with a JSON of annotations: {path} has its own videos")
-        table = read_ours(path, flag, MSRVTT, ["video_id"])
-        return require_unique(table, ["video_id"], path, flag), []
-    where = f"--{flag}: {path}"
-    content = read_json(path, flag)
-    splits = {}
-    for number, video in enumerate(get(content, "videos", list, where), 1):
-        at = f"{where}, entry {number} of videos"
-        name = name_of(get(video, "video_id", str, at), at)
-        if name in splits:
-            raise InputError(f"{at}: {shorten(name)} is there twice: give an intact file")
-        splits[name] = None if ids else get(video, "split", str, at)
-    sentences, further = {}, {}
-    for number, sentence in enumerate(get(content, "sentences", list, where), 1):
-        at = f"{where}, entry {number} of sentences"
-        name = get(sentence, "video_id", str, at)
-        text = text_of(get(sentence, "caption", str, at), at)
-        if sentences.get(name):
-            further[name] = further.get(name, 0) + 1
-        else:
-            sentences[name] = text
-    if ids:
-        listed = read_ids(ids)
-        unknown = [name for name in listed if name not in splits]
-        if unknown:
-            raise InputError(
-                f"--ids: {path} does not have {len(unknown)} of the {len(listed)} videos of {ids} "
-                f"(the first is {shorten(unknown[0])}): give the JSON that does"
+            raise DataError(path, "is a table with its own videos; a list goes with a JSON file")
+        return require_unique(read_annotations(path, COLUMNS, ["video_id"]), ["video_id"], path), []
+    content = read_json(path)
+    with data_error(path):
+        videos = parse_videos(content, need_split=not ids)
+        sentences, counts = parse_sentences(content)
+        chosen = choose_listed(videos, ids) if ids else choose_test_split(videos)
+        texts = {name: text or sentences.get(name) for name, text in chosen.items()}
+        lacking = [name for name, text in texts.items() if text is None]
+        if lacking:
+            raise ValueError(
+                f"has no sentence for {len(lacking)} of its videos (the first is "
+                f"{shorten(lacking[0])}); give the file with them"
             )
-        reason = f"not in {ids}"
-    else:
-        listed = dict.fromkeys(name for name, split in splits.items() if split == "test")
-        if not listed:
-            raise InputError(f"{where} has no video of the split test: give the test set's JSON")
-        reason = "not of the split test"
-    others = len(splits) - len(listed)
-    notes = [f"left out: {others} videos that are {reason}"] if others else []
-    if not ids and len(listed) != 1000:
-        notes.append(
-            f"these are {len(listed)} videos, not the 1,000 of the list 1k-A of most papers: "
-            "data/msrvtt/prepare.py takes a list"
-        )
-    chosen = {name: text or sentences.get(name) for name, text in listed.items()}
-    silent = [name for name, text in chosen.items() if text is None]
-    if silent:
-        raise InputError(
-            f"{where} has no sentence for {len(silent)} of its videos (the first is "
-            f"{shorten(silent[0])}): give the file with them"
-        )
-    from_list = sum(bool(text) for text in listed.values())
-    if from_list:
-        notes.append(f"{from_list} sentences are those of {ids}")
-    passed_over = sum(further.get(name, 0) for name, text in listed.items() if not text)
-    if passed_over:
-        notes.append(
-            f"left out: {passed_over} sentences, all but the first of each video; papers report on "
-            "those of MSRVTT_JSFUSION_test.csv"
-        )
     rows = [
         (f"ret{number}", f"msr{name.removeprefix('video')}", name, text)
-        for number, (name, text) in enumerate(chosen.items())
+        for number, (name, text) in enumerate(texts.items())
     ]
-    table = as_table(rows, MSRVTT)
-    return table, notes + empty_notes(table["sentence"])
+    table = make_table(rows, COLUMNS)
+    notes = describe_choice(videos, chosen, counts, from_list=bool(ids))
+    return table, notes + count_empty(table["sentence"])
 
 
-def read_ids(path):
-    """The videos of a list, in its order: a dict from id to its sentence there, or None.
+def parse_videos(content, need_split: bool) -> dict[str, str | None]:
+    """Return the videos of a JSON: a dict from id to split, or to None unless it is needed."""
+    videos = {}
+    for number, video in enumerate(require_key(content, "videos", list), 1):
+        place = f"entry {number} of videos"
+        name = parse_name(require_key(video, "video_id", str, place), place)
+        if name in videos:
+            raise ValueError(f"{place}: {shorten(name)} is duplicated; give an intact file")
+        videos[name] = require_key(video, "split", str, place) if need_split else None
+    return videos
 
-    path: a text file with an id on each line; or a CSV file with a column video_id, and perhaps
-    one with sentences.
-    """
-    check_file(path, "ids")
-    lines = read_lines(path, f"--ids: {path}")
-    if lines and "video_id" in next(csv.reader(lines[:1])):
-        table = read_table(path, ["video_id"], names=["video_id"], flag="ids")
-        require_unique(
-            require_non_empty(table, ["video_id"], path, "ids"), ["video_id"], path, "ids"
+
+def parse_sentences(content) -> tuple[dict[str, str], Counter]:
+    """Return each video's first sentence that is not empty, and how many follow it."""
+    sentences, others = {}, Counter()
+    for number, sentence in enumerate(require_key(content, "sentences", list), 1):
+        place = f"entry {number} of sentences"
+        name = require_key(sentence, "video_id", str, place)
+        text = parse_text(require_key(sentence, "caption", str, place), place)
+        if sentences.get(name):
+            others[name] += 1
+        else:
+            sentences[name] = text
+    return sentences, others
+
+
+def choose_listed(videos: Mapping, ids: Ids) -> Ids:
+    unknown = [name for name in ids if name not in videos]
+    if unknown:
+        raise ValueError(
+            f"does not have {len(unknown)} of the {len(ids)} videos of the list (the first is "
+            f"{shorten(unknown[0])}); give the JSON that does"
         )
+    return ids
+
+
+def choose_test_split(videos: Mapping[str, str | None]) -> Ids:
+    chosen = dict.fromkeys(name for name, split in videos.items() if split == "test")
+    if not chosen:
+        raise ValueError("has no video of the split test; give the test set's JSON")
+    return chosen
+
+
+def describe_choice(videos: Mapping, chosen: Ids, others: Counter, from_list: bool) -> list[str]:
+    """Return notes on how a table of a JSON differs from the file, and from what papers use."""
+    notes = []
+    if skipped := len(videos) - len(chosen):
+        reason = "in the list" if from_list else "of the split test"
+        notes.append(f"skipped: {skipped} videos that are not {reason}")
+    if not from_list and len(chosen) != JSFUSION_VIDEOS:
+        notes.append(
+            f"these are {len(chosen)} videos, not the 1,000 of the list 1k-A of most papers: "
+            "data/msrvtt/prepare.py takes a list"
+        )
+    if listed := sum(bool(text) for text in chosen.values()):
+        notes.append(f"{listed} sentences are those of the list")
+    if unused := sum(others[name] for name, text in chosen.items() if not text):
+        notes.append(
+            f"skipped: {unused} sentences, all but the first of each video; papers report on those "
+            "of MSRVTT_JSFUSION_test.csv"
+        )
+    return notes
+
+
+def read_ids(path: AnyPath) -> Ids:
+    """Return the videos of a list, in its order: a dict from id to its sentence there, or None.
+
+    path: a text file with an id per line; or a CSV file with a column video_id, and perhaps one
+    with sentences. Raises DataError or OSError.
+    """
+    lines = read_lines(path)
+    if lines and "video_id" in next(csv.reader(lines[:1])):
+        table = read_table(path, ["video_id"], names=["video_id"])
+        require_unique(require_non_empty(table, ["video_id"], path), ["video_id"], path)
         sentences = table["sentence"] if "sentence" in table else [None] * len(table)
-        given = [text if isinstance(text, str) else None for text in sentences]
-        return dict(zip(table["video_id"], given, strict=True))
-    found = {}
-    for number, line in enumerate(lines, 1):
-        name = line.strip()
-        at = f"--ids: {path}, line {number}"
-        if name in found:
-            raise InputError(f"{at}: {shorten(name)} is there twice: take one of them out")
-        if name:
-            found[name_of(name, at)] = None
-    if not found:
-        raise InputError(f"--ids: {path} lists no videos: give a file with an id on each line")
-    return found
+        texts = [text if isinstance(text, str) else None for text in sentences]
+        return dict(zip(table["video_id"], texts, strict=True))
+    ids = {}
+    for number, name in enumerate(map(str.strip, lines), 1):
+        with data_error(path, number):
+            if name in ids:
+                raise ValueError(f"{shorten(name)} is duplicated; remove one")
+            if name:
+                ids[parse_name(name)] = None
+    if not ids:
+        raise DataError(path, "lists no videos; give a file with an id per line")
+    return ids

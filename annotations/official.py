@@ -1,79 +1,98 @@
-"""Read the files that a data set's authors hand out, and check every value of them."""
+"""Read the files that a data set's authors publish, and validate every value of them.
+
+Functions raise ValueError for a value, with its place in the file; tables.data_error adds the
+file's name.
+"""
 
 import json
 from collections import Counter
 from pathlib import Path
 
-from annotations.tables import (
-    escapes_root,
-)
-from utils import InputError, check_file, one_line, shorten
+from annotations.tables import LARGEST_NUMBER, AnyPath, data_error, escapes_root
+from utils import DataError, one_line, shorten
+
+JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 
-def is_json(path):
+def is_json(path: AnyPath) -> bool:
     return str(path).lower().endswith(".json")
 
 
-def read_json(path, flag):
-    """The content of a JSON file. A key that an object has twice is a fault, not the last one."""
-    check_file(path, flag)
+def read_json(path: AnyPath):
+    """Return the content of a JSON file, in which no object has a key twice.
 
-    def distinct(pairs):
+    Raises DataError or OSError.
+    """
+
+    def to_dict(pairs):
         content = dict(pairs)
         if len(content) < len(pairs):
-            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"the key {shorten(twice)} is there twice")
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {shorten(key)} is duplicated")
         return content
 
     try:
-        return json.loads(Path(path).read_bytes(), object_pairs_hook=distinct)
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=to_dict)
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
-        raise InputError(
-            f"--{flag}: {path} is not JSON ({one_line(error)}): fetch it again"
-        ) from None
+        raise DataError(path, f"is not JSON ({one_line(error)}); fetch it again") from None
 
 
-def read_lines(path, where):
-    """The lines of a text file."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{where} is not a text file ({one_line(error)}): give one") from None
+def read_lines(path: AnyPath) -> list[str]:
+    """Return the lines of a text file. Raises DataError or OSError."""
+    with data_error(path):
+        try:
+            return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not a text file ({one_line(error)}); give one") from None
 
 
-def get(content, key, kinds, where):
-    """content[key], of one of these types; JSON's true and false are no numbers."""
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    words = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+def require_key(content, key: str, types: type | tuple[type, ...], place: str = ""):
+    """Return content[key], of one of these types; JSON's true and false are no numbers.
+
+    place: where in the file the content is, such as "entry 3 of videos".
+    """
+    types = types if isinstance(types, tuple) else (types,)
+    where = f"{place}: " * bool(place)
     if not isinstance(content, dict) or key not in content:
-        have = ", ".join(map(shorten, list(content)[:5])) if isinstance(content, dict) else "none"
-        raise InputError(f"{where} has no {key!r} (its keys: {have}): give the official file")
+        keys = ", ".join(map(shorten, list(content)[:5])) if isinstance(content, dict) else "none"
+        raise ValueError(f"{where}has no {key!r} (its keys: {keys}); give the official file")
     value = content[key]
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        expected = " or ".join(words[kind] for kind in kinds)
-        raise InputError(f"{where}: {key!r} is {shorten(value)}, not {expected}: mend it")
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join(JSON_TYPES[kind] for kind in types)
+        raise ValueError(f"{where}{key!r} is {shorten(value)}, not {expected}; fix it")
     return value
 
 
-def text_of(sentence, where):
-    """A sentence, with line ends that a CSV file keeps."""
-    check_encodable(sentence, where)
+def parse_text(sentence: str, place: str) -> str:
+    """Return a sentence with the line ends that a CSV file keeps."""
+    check_encodable(sentence, place)
     return "\n".join(sentence.splitlines())
 
 
-def name_of(name, where):
-    """A path, or a part of one, that stays in the data's folder."""
+def parse_name(name: str | int, place: str = "") -> str:
+    """Return a path, or a part of one, that stays in the data's folder."""
     name = str(name)
-    if not name or escapes_root(name):
-        fault = "leads out of the data's folder: it needs to be a path in it, without .."
-        raise InputError(f"{where}: {shorten(name)} {fault if name else 'is not a name'}")
-    check_encodable(name, where)
+    where = f"{place}: " * bool(place)
+    if not name:
+        raise ValueError(f"{where}a name is empty; fill it in")
+    if escapes_root(name):
+        fault = "leads out of the data's folder; give a path in it, without .."
+        raise ValueError(f"{where}{shorten(name)} {fault}")
+    check_encodable(name, place)
     return name
 
 
-def check_encodable(text, where):
-    """JSON can spell halves of characters, which no file can hold."""
+def parse_segment(segment: list, place: str) -> tuple[float, float]:
+    """Return a segment's start and end in seconds."""
+    numbers = all(type(time) in (int, float) and 0 <= time <= LARGEST_NUMBER for time in segment)
+    if len(segment) != 2 or not numbers or segment[0] > segment[1]:
+        raise ValueError(f"{place}: 'segment' is {shorten(segment)}, not [start, end]; fix it")
+    return segment[0], segment[1]
+
+
+def check_encodable(text: str, place: str) -> None:
+    """Reject half of a surrogate pair, which JSON can spell and no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: {shorten(text)} is not Unicode text: mend it") from None
+        raise ValueError(f"{place}: {shorten(text)} is not Unicode text; fix it") from None

@@ -1,59 +1,35 @@
-"""Tables: CSV files that a user gives, read with a look at every cell that matters."""
+"""Read the CSV tables that a user gives, and validate every cell that matters."""
 
 import contextlib
 import csv
+import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 
-from utils import InputError, atomic_write, check_file, log, one_line, shorten
+from utils import DataError, atomic_write, log, one_line, shorten
 
 LARGEST_NUMBER = 1e7  # of a table: seconds, in practice; the decoder takes no time far beyond
 OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # what a path must not have to stay in its folder
 
-
-def read_ours(path, flag, columns, names, numbers=()):
-    """A table of ours, which has rows; `names` are the columns that no row may leave empty."""
-    table = read_table(path, columns, numbers=numbers, names=names, flag=flag)
-    if table.empty:
-        raise InputError(f"--{flag}: {path} has no rows: give the whole table")
-    return require_non_empty(table, names, path, flag)
+AnyPath = str | os.PathLike[str]
 
 
-def as_table(rows, columns):
-    """Rows as read_table would give them: an empty text is a missing one."""
-    table = pd.DataFrame(rows, columns=columns)
-    texts = table.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]]
-    table[texts] = table[texts].mask(table[texts] == "")
-    return table
-
-
-def empty_notes(texts):
-    """A note where sentences are missing: they stay in, as a sentence without words."""
-    count = int(texts.isna().sum())
-    return [f"{count} sentences are empty"] if count else []
-
-
-def log_notes(path, notes):
-    """Has an evaluation's log say what of an official file is not evaluated."""
-    for note in notes:
-        log.info("%s: %s", path, note)
-
-
-def write_table(path, table, summary, notes):
-    """What data/*/prepare.py end with: the CSV file, and what is in it and what is not."""
+@contextlib.contextmanager
+def data_error(path: AnyPath, line: int | None = None) -> Iterator[None]:
+    """Report a ValueError about the content of a file as a DataError that names the file."""
     try:
-        with atomic_write(path) as file:
-            file.write(table.to_csv(index=False, lineterminator="\n").encode())
-    except OSError as error:
-        raise InputError(f"--out: {path} cannot be written: {one_line(error)}") from None
-    print("\n".join([f"{path}: {summary}", *notes]))
+        yield
+    except ValueError as error:
+        raise DataError(path, str(error), line) from None
 
 
-def read_cells(path):
-    """A CSV file's table, all strings; an empty cell is missing, "null" or "NA" is a word.
+def read_cells(path: AnyPath) -> pd.DataFrame:
+    """Read a CSV file as strings; an empty cell is missing, "null" and "NA" are words.
 
-    Raises ValueError where it is no table: pandas' parser errors and undecodable bytes are one.
+    Raises OSError, or ValueError if it is no table: pandas' parser errors and undecodable bytes
+    are ValueErrors.
     """
     table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
@@ -61,89 +37,122 @@ def read_cells(path):
     return table
 
 
-def read_table(path, columns, numbers=(), names=(), flag="eval_csv"):
-    """Reads a CSV file's columns. All are strings but `numbers`, which are 0 or above; an empty
-    cell is a missing text. `names` are columns of paths, see check_names.
+def read_table(
+    path: AnyPath, columns: Sequence[str], numbers: Iterable[str] = (), names: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Read a CSV file that needs to have these columns.
 
-    Words such as "null" or "NA" stay words. Raises InputError naming the file and the fault.
+    Columns are strings, as in read_cells, except `numbers`: floats from 0 to LARGEST_NUMBER.
+    `names` are columns of paths, see check_names. Raises DataError or OSError.
     """
-    check_file(path, flag)
-    needed = f"give one with {', '.join(columns)}"
+    os.stat(path)  # pandas would fetch a URL
     try:
         table = read_cells(path)
     except ValueError as error:
-        reason = one_line(error)
-        raise InputError(f"--{flag}: {path} is not a CSV table ({reason}): {needed}") from None
+        needed = f"give one with {', '.join(columns)}" if columns else "give one"
+        raise DataError(path, f"is not a CSV table ({one_line(error)}); {needed}") from None
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        have = shorten(", ".join(map(str, table.columns)))
-        raise InputError(
-            f"--{flag}: {path} has no column {', '.join(missing)} (it has {have}): add it"
-        )
+        present = shorten(", ".join(map(str, table.columns)))
+        raise DataError(path, f"has no column {', '.join(missing)} (it has {present}); add it")
     for column in numbers:
         values = pd.to_numeric(table[column], errors="coerce")
-        wrong = table.index[~values.between(0, LARGEST_NUMBER)]
-        if len(wrong):
-            fault = f"is not a number from 0 to {LARGEST_NUMBER:.0e}: mend it"
-            raise cell_error(path, flag, wrong[0], column, table[column][wrong[0]], fault)
+        for row in table.index[~values.between(0, LARGEST_NUMBER)][:1]:
+            fault = f"is not a number from 0 to {LARGEST_NUMBER:.0e}; fix it"
+            raise cell_error(path, row, column, table[column][row], fault)
         table[column] = values
-    check_names(table, names, path, flag)
+    check_names(table, names, path)
     return table
 
 
-def require_non_empty(table, columns, path, flag):
-    """Refuses a table in whose columns a cell is empty."""
+def read_annotations(
+    path: AnyPath, columns: Sequence[str], names: Sequence[str], numbers: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Read the table of an evaluation: it has rows, and no empty cell in the columns `names`."""
+    table = read_table(path, columns, numbers=numbers, names=names)
+    if table.empty:
+        raise DataError(path, "has no rows; give the whole table")
+    return require_non_empty(table, names, path)
+
+
+def require_non_empty(table: pd.DataFrame, columns: Iterable[str], path: AnyPath) -> pd.DataFrame:
+    """Return the table. Raises DataError if a cell of these columns is empty."""
     for column in columns:
         for row in table.index[table[column].isna()][:1]:
-            raise cell_error(path, flag, row, column, None, "names nothing: mend it")
+            raise cell_error(path, row, column, None, "is empty; fill it in")
     return table
 
 
-def require_unique(table, columns, path, flag):
-    """Refuses a table that has the same values of these columns twice."""
+def require_unique(table: pd.DataFrame, columns: Sequence[str], path: AnyPath) -> pd.DataFrame:
+    """Return the table. Raises DataError if two rows have the same values in these columns."""
     for row in table.index[table.duplicated(columns)][:1]:
         value = table[columns[-1]][row]
-        raise cell_error(
-            path, flag, row, columns[-1], value, "is there twice: take one of them out"
-        )
+        raise cell_error(path, row, columns[-1], value, "is duplicated; remove one")
     return table
 
 
-def escapes_root(name):
-    """Whether a path, joined to a folder, could lead out of it: an absolute one, or one with `..`.
+def escapes_root(name: str) -> bool:
+    """Whether a path, joined to a folder, could lead out of it: absolute, or with `..`.
 
-    What the folder itself holds, links included, is its owner's business.
+    Links inside the folder are its owner's business.
     """
     return OUTSIDE.search(name) is not None
 
 
-def check_names(table, columns, path, flag):
-    """Refuses paths in a table, of videos or parts of such paths, that lead out of their folder."""
+def check_names(table: pd.DataFrame, columns: Iterable[str], path: AnyPath) -> None:
+    """Reject paths of videos, or parts of such paths, that lead out of their folder."""
     for column in columns:
         for row, name in enumerate(table[column]):
             if isinstance(name, str) and escapes_root(name):
-                fault = "leads out of the data's folder: give a path in it, without .."
-                raise cell_error(path, flag, row, column, name, fault)
+                fault = "leads out of the data's folder; give a path in it, without .."
+                raise cell_error(path, row, column, name, fault)
 
 
-def cell_error(path, flag, row, column, value, fault):
-    """The InputError for a cell of a CSV table, by the line on which its row starts."""
-    cell = shorten(value) if isinstance(value, str) else "an empty cell"
-    return InputError(
-        f"--{flag}: {path}, line {line_of_row(path, row)}, column {column}: {cell} {fault}"
-    )
+def cell_error(path: AnyPath, row: int, column: str, value: object, fault: str) -> DataError:
+    """Return the error for a cell of a CSV table, with the line on which its row starts.
+
+    row: from 0, as in read_table. fault: what is wrong with the value, and the fix.
+    """
+    cell = shorten(value) if isinstance(value, str) else "the cell"
+    return DataError(path, f"column {column}: {cell} {fault}", line_of_row(path, row))
 
 
-def line_of_row(path, row):
-    """The line, from 1, on which a row of read_table starts: quoted cells may have line ends."""
+def line_of_row(path: AnyPath, row: int) -> int:
+    """Return the line, from 1, on which a row of read_table starts: cells may have line ends."""
     with open(path, newline="", encoding="utf-8-sig") as file, contextlib.suppress(csv.Error):
         reader = csv.reader(file)
         rows = -1  # the first record is the header
         before = 0  # lines
         for cells in reader:
-            if len(cells) > 1 or "".join(cells).strip():  # pandas passes over blank lines
+            if len(cells) > 1 or "".join(cells).strip():  # pandas skips blank lines
                 if rows == row:
                     return before + 1
                 rows += 1
             before = reader.line_num
     return row + 2  # a cell that the csv module takes for too large
+
+
+def make_table(rows: Iterable[Sequence], columns: Sequence[str]) -> pd.DataFrame:
+    """Return rows as read_table would: an empty text is a missing one."""
+    table = pd.DataFrame(rows, columns=columns)
+    texts = table.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]]
+    table[texts] = table[texts].mask(table[texts] == "")
+    return table
+
+
+def count_empty(texts: pd.Series) -> list[str]:
+    """Return a note if sentences are missing: they are evaluated as sentences without words."""
+    count = int(texts.isna().sum())
+    return [f"{count} sentences are empty"] if count else []
+
+
+def log_notes(path: AnyPath, notes: Iterable[str]) -> None:
+    """Log what of an official file is not evaluated."""
+    for note in notes:
+        log.info("%s: %s", path, note)
+
+
+def write_table(path: AnyPath, table: pd.DataFrame) -> None:
+    """Write a table that read_table reads. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())

@@ -1,51 +1,56 @@
-"""YouCook2's validation segments, from our CSV file or the official JSON."""
+"""YouCook2's validation segments, from a CSV table or the official JSON."""
 
-from annotations.official import get, is_json, name_of, read_json, text_of
-from annotations.tables import LARGEST_NUMBER, as_table, empty_notes, read_ours
-from utils import InputError, shorten
+from collections import Counter
 
-YOUCOOK = ["end", "start", "task", "text", "video_id"]
+import pandas as pd
+
+from annotations.official import (
+    is_json,
+    parse_name,
+    parse_segment,
+    parse_text,
+    read_json,
+    require_key,
+)
+from annotations.tables import AnyPath, count_empty, data_error, make_table, read_annotations
+from utils import shorten
+
+COLUMNS = ["end", "start", "task", "text", "video_id"]
 
 
-def youcook_table(path, flag="eval_csv"):
-    """YouCook2's validation segments: end, start (seconds), task, text, video_id.
+def youcook_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
+    """Return YouCook2's validation segments, and notes on what of the file is not among them.
 
-    path: that table, or the official youcookii_annotations_trainval.json, whose order is kept.
+    The table has the columns end and start (seconds), task, text and video_id. path: such a table
+    as CSV, or the official youcookii_annotations_trainval.json, whose order is kept. Raises
+    DataError or OSError.
     """
     if not is_json(path):
-        names = ["task", "video_id"]
-        return read_ours(path, flag, YOUCOOK, names, numbers=["start", "end"]), []
-    where = f"--{flag}: {path}"
-    content = read_json(path, flag)
-    database = get(content, "database", dict, where)
-    rows, others = [], {}
+        return read_annotations(path, COLUMNS, ["task", "video_id"], numbers=["start", "end"]), []
+    content = read_json(path)
+    with data_error(path):
+        rows, skipped = parse_database(require_key(content, "database", dict))
+        if not rows:
+            raise ValueError("has no annotation of a validation video; give the file with them")
+    table = make_table(rows, COLUMNS)
+    notes = [f"skipped: {n} videos of the subset {shorten(name)}" for name, n in skipped.items()]
+    return table, notes + count_empty(table["text"])
+
+
+def parse_database(database: dict) -> tuple[list[tuple], Counter]:
+    """Return the rows of the validation subset, and how many videos each other subset has."""
+    rows, skipped = [], Counter()
     for video, entry in database.items():
-        at = f"{where}, video {shorten(video)}"
-        subset = get(entry, "subset", str, at)
+        place = f"video {shorten(video)}"
+        subset = require_key(entry, "subset", str, place)
         if subset != "validation":
-            others[subset] = others.get(subset, 0) + 1
+            skipped[subset] += 1
             continue
-        task = name_of(get(entry, "recipe_type", (str, int), at), at)
-        for number, segment in enumerate(get(entry, "annotations", list, at), 1):
-            in_segment = f"{at}, annotation {number}"
-            start, end = seconds(get(segment, "segment", list, in_segment), in_segment)
-            text = text_of(get(segment, "sentence", str, in_segment), in_segment)
-            rows.append((end, start, task, text, name_of(video, at)))
-    if not rows:
-        raise InputError(
-            f"{where} has no annotation of a validation video: give the file with them"
-        )
-    notes = [f"left out: {n} videos of the subset {shorten(name)}" for name, n in others.items()]
-    table = as_table(rows, YOUCOOK)
-    return table, notes + empty_notes(table["text"])
-
-
-def seconds(segment, where):
-    """A segment's [start, end]."""
-    good = len(segment) == 2 and all(
-        type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER for value in segment
-    )
-    good = good and segment[0] <= segment[1]
-    if not good:
-        raise InputError(f"{where}: 'segment' is {shorten(segment)}, not [start, end]: mend it")
-    return segment
+        task = parse_name(require_key(entry, "recipe_type", (str, int), place), place)
+        name = parse_name(video, place)
+        for number, annotation in enumerate(require_key(entry, "annotations", list, place), 1):
+            inner = f"{place}, annotation {number}"
+            start, end = parse_segment(require_key(annotation, "segment", list, inner), inner)
+            text = parse_text(require_key(annotation, "sentence", str, inner), inner)
+            rows.append((end, start, task, text, name))
+    return rows, skipped

@@ -1,24 +1,23 @@
-"""What reading captions costs: a folder of CSV files against a caption store, in one run.
+"""Measure what reading captions costs, from a folder of CSV files and from a caption store.
 
     python benchmarks/bench_captions.py                   # some minutes, 5 GB of disk
-    python benchmarks/bench_captions.py --videos 500      # half a minute: that it runs
+    python benchmarks/bench_captions.py --videos 500      # half a minute, to see that it runs
 
-Makes 100,000 videos of 100 captions each, as CSV files and as one JSON file, packs either with
+Makes 100,000 videos of 100 captions each, as CSV files and as one JSON file, packs both with
 data/howto100m/prepare.py, and reads the captions of random videos, as training does:
 
-    folder    caption_store.CaptionFolder: a CSV file a video
-    store     caption_store.CaptionStore: all of them in arrays that are mapped into memory
+    folder    captions.readers.CaptionFolder: a CSV file per video
+    store     captions.readers.CaptionStore: all of them in memory-mapped arrays
 
-The same videos in both, by one process. "Warm" is with the files in the page cache, in CPU time;
-"cold" after they were dropped from it, in wall time (the file system's own tables stay: a folder
-of a million files on a network file system is slower than that). A whole item is one of
-video_loader.HowTo100M, in CPU time: captions, words and a decoded clip of 16 x 224 x 224; all
-videos are links to one of 340x256, 25 frames/s, GOP 250. Memory is by how much the workers of
-workers.sample_batches grow by reading random videos: what each has changed for itself
-(Private_Dirty of /proc), summed. Pages of files are not counted, neither those of a mapped store
-nor those of the folder's files: they are in the page cache once, which gives them up when memory is
-short. The last line says whether the captions of a thousand videos are the same in the folder and
-in both stores.
+One process reads the same videos from both. "Warm" is CPU time with the files in the page cache.
+"Cold" is wall time after they were dropped from it; the file system's own tables stay, so a folder
+of a million files on a network file system is slower. "CPU ms per item" is of an item of
+video_loader.HowTo100M: captions, words and a decoded clip of 16 x 224 x 224. All videos are links
+to one of 340x256, 25 frames/s, GOP 250. Memory is the growth of the workers of
+workers.sample_batches as they read random videos: the Private_Dirty of /proc, summed. It leaves out
+the pages of files, of the store and of the folder, which the page cache has once and releases when
+memory is short. The last line reports whether the captions of a thousand videos are the same in the
+folder and in both stores.
 """
 
 import argparse
@@ -45,7 +44,7 @@ import prepare  # noqa: E402
 from captions.readers import open_captions  # noqa: E402
 from distributed.workers import sample_batches  # noqa: E402
 from s3dg import Tokenizer  # noqa: E402
-from video_loader import TEXT_WORDS, HowTo100M  # noqa: E402
+from video_loader import TRAINING_WORDS, HowTo100M, read_video_list  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(2000)]
 
@@ -54,7 +53,7 @@ WORDS = [f"word{i}" for i in range(2000)]
 
 
 def make_set(root, videos, captions):
-    """Captions of about ten words and three seconds, as `csv/xx/video....csv` and as `all.json`."""
+    """Write captions of ten words and four seconds, as `csv/xx/video....csv` and `all.json`."""
     rng = np.random.default_rng(1)
     sentences = [" ".join(WORDS[i] for i in rng.integers(len(WORDS), size=10)) for _ in range(9999)]
     names = [f"{i % 100:02d}/video{i:07d}" for i in range(videos)]
@@ -74,40 +73,40 @@ def make_set(root, videos, captions):
 
 
 def pack(source, out):
-    """Seconds of the wall and of CPU, and the peak in MiB of the process, without its readers."""
+    """Return wall and CPU seconds, and the peak in MiB of the process without its readers."""
     began, spent = time.perf_counter(), cpu_seconds()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare.main(["pack", "--caption_root", str(source), "--out", str(out)])
     return time.perf_counter() - began, cpu_seconds() - spent, resident("VmHWM")
 
 
-def apart(function, *arguments):
+def run_in_process(function, *arguments):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def files_of(root):
-    return [path for path in Path(root).rglob("*") if path.is_file()]
+def list_files(root):
+    return [path for path in (root, *root.rglob("*")) if path.is_file()]
 
 
-def disk(root):
-    return sum(path.stat().st_blocks * 512 for path in files_of(root)) / 1e6
+def disk_usage(root):
+    return sum(path.stat().st_blocks * 512 for path in list_files(root)) / 1e6
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-def forget(root):
-    """Drops the files from the page cache."""
+def drop_cache(root):
+    """Drop the files from the page cache."""
     os.sync()
-    for path in files_of(root):
+    for path in list_files(root):
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
 
 
 def read(root, names):
-    """Milliseconds to open the captions; to read a video's, of the wall and of CPU; files open."""
+    """Return milliseconds to open, wall and CPU milliseconds per video, and open files."""
     files = len(os.listdir("/proc/self/fd"))
     began = time.perf_counter()
     captions = open_captions(root)
@@ -121,16 +120,16 @@ def read(root, names):
 
 
 class Reader:
-    """A data set whose item reads a share of the videos, and says what memory that took."""
+    """A data set whose item reads a part of the videos, and has the memory before and after."""
 
-    def __init__(self, root, shares):
-        self.captions, self.shares = open_captions(root), shares
+    def __init__(self, root, parts):
+        self.captions, self.parts = open_captions(root), parts
         self.item_spec = {"bytes": ((2,), torch.int64)}
 
     def __getitem__(self, key):
-        self.captions.read(self.shares[key][0])  # imports, and what is allocated once
+        self.captions.read(self.parts[key][0])  # imports, and what is allocated once
         before = private_memory()
-        for name in self.shares[key]:
+        for name in self.parts[key]:
             self.captions.read(name)
         return {"bytes": torch.tensor([before, private_memory()])}
 
@@ -141,20 +140,23 @@ def private_memory():
 
 
 def workers_memory(root, names, workers):
-    """MB that so many workers together have to themselves of reading these videos."""
-    shares = [[f"{name}.mp4" for name in names[rank::workers]] for rank in range(workers)]
-    reader = Reader(root, shares)
+    """Return by how many MB so many workers grow together as they read these videos."""
+    parts = [[f"{name}.mp4" for name in names[rank::workers]] for rank in range(workers)]
+    reader = Reader(root, parts)
     [batch] = sample_batches(reader, [list(range(workers))], workers=workers, timeout=600)
     assert batch["errors"] == [None] * workers
     return (batch["bytes"][:, 1] - batch["bytes"][:, 0]).sum().item() / 1e6
 
 
 def whole_items(roots, names, folder):
-    """Milliseconds of CPU an item of the training set takes each way, in turns."""
+    """Return the CPU milliseconds per item of the training set for each source, in turns."""
     torch.set_num_threads(1)
-    words = Tokenizer(WORDS, TEXT_WORDS)
-    videos = folder / "list.csv", folder / "videos"
-    sets = {way: HowTo100M(*videos, root, words, num_candidates=4) for way, root in roots.items()}
+    words = Tokenizer(WORDS, TRAINING_WORDS)
+    videos = read_video_list(folder / "list.csv"), folder / "videos"
+    sets = {
+        way: HowTo100M(*videos, open_captions(root), words, num_candidates=4)
+        for way, root in roots.items()
+    }
     for data in sets.values():
         data[1, 0]  # imports, and what is allocated once
     spent = dict.fromkeys(sets, 0.0)
@@ -168,7 +170,7 @@ def whole_items(roots, names, folder):
 
 
 def make_videos(folder, names, seconds):
-    """One video, the others links to it, and their list."""
+    """Make one video, links to it as the others, and their list."""
     film = folder / "film.mp4"
     scene = f"testsrc2=size=340x256:rate=25:duration={seconds}"
     x264 = ["-c:v", "libx264", "-preset", "veryfast", "-g", "250", "-pix_fmt", "yuv420p"]
@@ -179,8 +181,8 @@ def make_videos(folder, names, seconds):
     (folder / "list.csv").write_text("\n".join(["video_path", *(f"{n}.mp4" for n in names)]) + "\n")
 
 
-def same(roots, names):
-    """How many of the videos have the same captions in all roots."""
+def count_equal(roots, names):
+    """Return how many of the videos have the same captions in all roots."""
     sources = [open_captions(root) for root in roots]
     count = 0
     for name in names:
@@ -194,10 +196,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--videos", type=int, default=100_000)
-    parser.add_argument("--captions", type=int, default=100, help="of a video")
+    parser.add_argument("--captions", type=int, default=100, help="per video")
     parser.add_argument("--samples", type=int, default=20_000, help="videos read, warm")
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--folder", help="where to make the set, and remove it (default: TMPDIR)")
+    parser.add_argument("--folder", help="where to make the set and remove it (default: TMPDIR)")
     options = parser.parse_args()
     print(processor())
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -208,29 +210,26 @@ def main():
         print("| pack from | seconds | CPU seconds | peak MiB | source MB | store MB |")
         print("| --- | --- | --- | --- | --- | --- |")
         for source, out in (("csv", "store"), ("all.json", "from_json")):
-            seconds, cpu, peak = apart(pack, root / source, root / out)
-            size = disk(root / source) if source == "csv" else (root / source).stat().st_size / 1e6
+            seconds, cpu, peak = run_in_process(pack, root / source, root / out)
             print(f"| {source} | {seconds:.1f} | {cpu:.1f} | {peak:.0f} ", end="")
-            print(f"| {size:.0f} | {disk(root / out):.0f} |")
-        print("\n| captions from | files | open files | to open, ms | cold, ms a video |", end="")
-        print(f" warm, CPU ms a video | an item, CPU ms | {options.workers} workers, MB |")
+            print(f"| {disk_usage(root / source):.0f} | {disk_usage(root / out):.0f} |")
+        print("\n| captions from | files | open files | to open, ms | cold, ms per video |", end="")
+        print(f" warm, CPU ms per video | CPU ms per item | {options.workers} workers, MB |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         rng = np.random.default_rng(2)
         drawn = [names[i] for i in rng.integers(len(names), size=options.samples)]
         items = sorted(set(drawn[:200]))
         make_videos(root, items, 3 * options.captions + 10)
-        item = apart(whole_items, roots, items, root)
+        item = run_in_process(whole_items, roots, items, root)
         for way, path in roots.items():
-            forget(path)
-            _, cold, _, _ = apart(read, path, drawn[:2000])
-            apart(read, path, drawn)
-            opening, _, warm, files = apart(read, path, drawn)
-            memory = apart(workers_memory, path, drawn, options.workers)
-            print(
-                f"| {way} | {len(files_of(path)):,} | {files} | {opening:.1f} | {cold:.3f} ", end=""
-            )
-            print(f"| {warm:.3f} | {item[way]:.1f} | {memory:.1f} |")
-        count = same([*roots.values(), root / "from_json"], names[:1000])
+            drop_cache(path)
+            _, cold, _, _ = run_in_process(read, path, drawn[:2000])
+            run_in_process(read, path, drawn)
+            opening, _, warm, files = run_in_process(read, path, drawn)
+            memory = run_in_process(workers_memory, path, drawn, options.workers)
+            print(f"| {way} | {len(list_files(path)):,} | {files} | {opening:.1f} ", end="")
+            print(f"| {cold:.3f} | {warm:.3f} | {item[way]:.1f} | {memory:.1f} |")
+        count = count_equal([*roots.values(), root / "from_json"], names[:1000])
         print(f"\nthe same captions in all three: {count:,} of {len(names[:1000]):,} videos")
 
 

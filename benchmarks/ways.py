@@ -32,7 +32,7 @@ from evaluation.features import video_features
 from s3dg import S3D, VOCABULARY_ROWS, MaxPool3dTFPadding, TemporalConv3d, fuse_for_inference
 from training.optimizer import build_optimizer, build_scheduler
 from training.step import TrainingStep
-from video_loader import TEXT_WORDS
+from video_loader import TRAINING_WORDS
 
 # --- model and clips -----------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def draw_batch(options, clips, device):
     generator = torch.Generator().manual_seed(1)
     size = clips, 3, math.ceil(options.frames / 4), 4, 4
     blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    size = clips, options.candidates, TEXT_WORDS
+    size = clips, options.candidates, TRAINING_WORDS
     text = torch.randint(0, VOCABULARY_ROWS, size, generator=generator)
     video = F.interpolate(blocks, (options.frames, options.size, options.size))
     batch = {"video": video, "text": text}

@@ -1,10 +1,11 @@
-"""Pack the captions of all videos into a caption store; see captions/readers.py for its format."""
+"""Pack the captions of all videos into a caption store; captions/readers.py has its format."""
 
 import json
 import os
 import shutil
 import zlib
 from array import array
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -17,19 +18,19 @@ from captions.readers import (
     INDEX,
     VERSION,
     PackedStrings,
-    checksum,
+    compute_checksum,
     file_name,
 )
-from utils import InputError, check_absent, make_folder, sync_folder
+from utils import DataError, sync_folder
 
 PARTIAL = ".part"
 BUFFER = 1 << 20  # bytes written at a time
 
 
 class ArrayFile:
-    """An array [n] in a .npy file, written piece by piece: it need not fit into memory."""
+    """An array [n] in a .npy file, written piece by piece so that it need not fit into memory."""
 
-    def __init__(self, path, dtype):
+    def __init__(self, path: str | os.PathLike[str], dtype: str):
         self.dtype, self.length = np.dtype(dtype), 0
         self.sum = 0  # CRC-32 of the values
         self.file = open(path, "xb", buffering=BUFFER)  # noqa: SIM115
@@ -40,15 +41,14 @@ class ArrayFile:
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
-    def append(self, values):
-        """values: an array of this type."""
+    def append(self, values: np.ndarray):
         data = np.ascontiguousarray(values, self.dtype).data
         self.file.write(data)
         self.length += len(data)
         self.sum = zlib.crc32(data, self.sum)
 
-    def finish(self):
-        """Has all of it on the disk. Returns the file's size in bytes."""
+    def finish(self) -> int:
+        """Complete the file on the disk. Returns its size in bytes."""
         self.file.seek(0)
         self.write_header()
         if self.file.tell() != self.begin:  # numpy leaves room for any length
@@ -61,36 +61,43 @@ class ArrayFile:
         self.file.close()
 
 
-def write_store(folder, videos, *, by_id=False):
-    """Writes a store into a folder that is not there yet, whole or not at all.
+def write_store(
+    folder: str | os.PathLike[str],
+    videos: Iterable[tuple[str, np.ndarray, np.ndarray, list[str]]],
+    *,
+    by_id: bool = False,
+) -> tuple[int, int]:
+    """Write a caption store into a new folder, whole or not at all.
 
-    videos: an iterable of (name, starts, ends, texts) as read_captions gives them, each name once.
-    Returns how many videos and captions there are. Raises InputError where --out cannot be written
-    or there are no videos.
+    videos: (name, starts, ends, texts) of each video, as read_captions returns them; no name
+    twice. by_id: see readers.lookup_keys. Returns the numbers of videos and captions. Raises
+    DataError if the folder exists or cannot be written, ValueError without videos.
     """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}{PARTIAL}")
-    check_absent(folder, "out")
-    make_folder(partial.parent, "out")
+    if os.path.lexists(folder):
+        raise DataError(folder, "exists already; remove it or give another")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            raise DataError(partial, "exists; wait for the run that writes it, or remove it")
         partial.mkdir()
-    except FileExistsError:
-        raise InputError(
-            f"--out: {partial} is there: wait for the run that writes it, or remove it"
-        ) from None
+    except OSError as error:
+        raise DataError(folder, f"cannot be written: {error.strerror}") from None
     try:
         counts = write_arrays(partial, videos, by_id)
         sync_folder(partial)
         partial.rename(folder)
         sync_folder(partial.parent)
     except OSError as error:
-        raise InputError(f"--out: cannot write {folder}: {error.strerror or error}") from None
+        raise DataError(folder, f"cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 
-def write_arrays(folder, videos, by_id):
+def write_arrays(folder: Path, videos: Iterable, by_id: bool) -> tuple[int, int]:
+    """Write the files of a store. Returns the numbers of videos and captions."""
     with ExitStack() as stack:
         arrays = {
             name: stack.enter_context(closing(ArrayFile(folder / file_name(name), dtype)))
@@ -104,13 +111,13 @@ def write_arrays(folder, videos, by_id):
             names.append(name)
             firsts.append(arrays["starts"].length)
             counts.append(len(texts))
-            checksums.append(checksum(starts, ends, text_ends, text))
+            checksums.append(compute_checksum(starts, ends, text_ends, text))
             arrays["starts"].append(starts)
             arrays["ends"].append(ends)
             arrays["text_ends"].append(text_ends + arrays["text"].length)
             arrays["text"].append(np.frombuffer(text, np.uint8))
         if not names:
-            raise InputError("--caption_root: there are no captions with usable times in it")
+            raise ValueError("there are no captions to write")
 
         order = sorted(range(len(names)), key=names.__getitem__)
         packed = PackedStrings(names[place] for place in order)

@@ -89,7 +89,7 @@ def retrieval_data(pairs, root, pictures, scores, ranks, best):
     ]
     queries = [
         {
-            "text": pair[-1] if isinstance(pair[-1], str) else "",  # an empty cell of the table
+            "text": pair.text if isinstance(pair.text, str) else "",  # an empty cell of the table
             "rank": int(ranks[text]),
             "score": f"{scores[text, text]:.4g}",
             "best": [[int(video), f"{scores[text, video]:.4g}"] for video in best[text]],

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from annotations.tables import log_notes
 from args import check_decoder
 from distributed.device import pick_device
 from evaluation.features import inference_model, video_features
@@ -14,10 +15,11 @@ from evaluation.report import (
     small_animation,
     write_page,
 )
-from retrieval_loader import TEXT_WORDS
+from retrieval_loader import RETRIEVAL_WORDS
 from s3dg import Tokenizer
 from utils import (
     InputError,
+    check_folder,
     check_output,
     check_words_fit,
     input_error,
@@ -25,12 +27,13 @@ from utils import (
     read_words,
     setup_logging,
 )
+from video_decoder import ClipSpec
 
 
 @torch.inference_mode()
 def text_features(model, dataset, indices, device, batch_size=256):
     """Embeddings of these items' texts: float array [len(indices), 512]."""
-    tokens = torch.stack([dataset.tokenizer(dataset.pairs[i][-1]) for i in indices])
+    tokens = torch.stack([dataset.tokenizer(dataset.pairs[i].text) for i in indices])
     embeddings = [model(None, t.to(device), mode="text") for t in tokens.split(batch_size)]
     return torch.cat(embeddings).float().cpu().numpy()
 
@@ -98,21 +101,23 @@ def evaluate_retrieval(model, dataset, device, **decoding):
     return None if found is None else count_retrieval(dataset, found[0])
 
 
-def retrieval_set(args, dataset_class, default_csv, words):
+def retrieval_set(args, dataset_class, read_annotations, csv, words):
     """YouCook2 or MSRVTT as the flags describe it."""
-    return dataset_class(
-        args.eval_csv or default_csv,
-        args.eval_video_root,
-        Tokenizer(words, TEXT_WORDS),
-        num_frames=args.num_frames,
-        size=args.video_size,
-        fps=args.fps,
-        num_windows=args.num_windows_test,
-        decoder=args.decoder,
-    )
+    with input_error("--eval_csv"):
+        table, notes = read_annotations(csv)
+    log_notes(csv, notes)
+    check_folder(args.eval_video_root, "eval_video_root")
+    with input_error("--eval_video_root"):
+        return dataset_class(
+            table,
+            args.eval_video_root,
+            Tokenizer(words, RETRIEVAL_WORDS),
+            ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder),
+            num_windows=args.num_windows_test,
+        )
 
 
-def retrieval_script(args, dataset_class, default_csv):
+def retrieval_script(args, dataset_class, read_annotations, default_csv):
     """The whole of a retrieval script: all input is checked first, then scored and reported."""
     setup_logging(args.verbose)
     with input_error("--device, --gpu"):
@@ -122,11 +127,12 @@ def retrieval_script(args, dataset_class, default_csv):
     if args.report:
         check_report(args.report)
     check_decoder(args)
+    csv = args.eval_csv or default_csv
     words = read_words(args)
-    dataset = retrieval_set(args, dataset_class, default_csv, words)
+    dataset = retrieval_set(args, dataset_class, read_annotations, csv, words)
     model = inference_model(args, device)
     check_words_fit(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
-    settings = evaluation_settings(args, args.eval_csv or default_csv, flags=["fps"])
+    settings = evaluation_settings(args, csv, flags=["fps"])
     pictures = {}
 
     def on_windows(index, windows):

@@ -373,12 +373,12 @@ def test_features_of_something_else_are_not_written_over(
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([("/a.mp4", "a.npy")], "line 2, column video_path: '/a.mp4' leads out"),
-        ([("a.mp4", "../a.npy")], r"line 2, column feature_path: '../a.npy' leads out"),
-        ([("a.mp4", "/tmp/a.npy")], "line 2, column feature_path: '/tmp/a.npy' leads out"),
-        ([("a.mp4", "a.npy"), ("b.mp4", "./a.npy")], "line 3, .* is there twice"),
-        ([("a.mp4", "a.npz")], r"line 2, .*'a.npz' is not the name of a \.npy"),
-        ([("a.mp4", "")], "line 2, column feature_path: an empty cell"),
+        ([("/a.mp4", "a.npy")], "line 2: column video_path: '/a.mp4' leads out"),
+        ([("a.mp4", "../a.npy")], r"line 2: column feature_path: '../a.npy' leads out"),
+        ([("a.mp4", "/tmp/a.npy")], "line 2: column feature_path: '/tmp/a.npy' leads out"),
+        ([("a.mp4", "a.npy"), ("b.mp4", "./a.npy")], "line 3: .* is duplicated"),
+        ([("a.mp4", "a.npz")], r"line 2: .*'a.npz' is not the name of a \.npy"),
+        ([("a.mp4", "")], "line 2: column feature_path: the cell is empty"),
         ([], "no videos"),
     ],
 )

@@ -1,11 +1,15 @@
 import pandas as pd
 import pytest
 
+from annotations.hmdb import COLUMNS, hmdb_table
 from hmdb_loader import HMDB51
 from tests.helpers import frames_digest, golden_frames, write_csv
-from utils import InputError
+from utils import DataError
+from video_decoder import ClipSpec
 
-COLUMNS = ("video_id", "label", "split1", "split2", "split3")
+
+def hmdb(path, root, **settings):
+    return HMDB51(hmdb_table(path)[0], root, **settings)
 
 
 @pytest.mark.parametrize("row", golden_frames("hmdb"), ids=lambda row: row["video"])
@@ -13,8 +17,8 @@ def test_items_match_the_golden_windows(row, tmp_path, shared_videos):
     (tmp_path / "wave").mkdir()
     (tmp_path / "wave" / row["video"]).symlink_to(shared_videos / row["video"])
     write_csv(tmp_path / "t.csv", COLUMNS, (row["video"], "wave_test", 1, 2, 0))
-    settings = {"num_frames": row["num_frames"], "size": row["size"]}
-    dataset = HMDB51(tmp_path / "t.csv", tmp_path, num_windows=row["num_clip"], **settings)
+    clip = ClipSpec(row["num_frames"], row["size"])
+    dataset = hmdb(tmp_path / "t.csv", tmp_path, clip=clip, num_windows=row["num_clip"])
     assert dataset.labels.tolist() == ["wave"] and dataset.splits.tolist() == [[1, 2, 0]]
     video = dataset[0]["video"]
     assert dataset.item_spec == {"video": (video.shape, video.dtype)}
@@ -26,7 +30,7 @@ def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):
     (tmp_path / "wave" / "a.avi").write_text("no video")
     rows = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 2)]
     write_csv(tmp_path / "t.csv", COLUMNS, *rows)
-    dataset = HMDB51(tmp_path / "t.csv", tmp_path)
+    dataset = hmdb(tmp_path / "t.csv", tmp_path)
     assert (dataset.names, dataset.absent) == (["wave/a.avi"], ["wave/b.avi"])
     assert len(dataset) == 1
     assert "a.avi" in dataset[0]["error"]
@@ -36,7 +40,7 @@ def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):
 def test_without_a_folder_it_is_the_table_alone(tmp_path):
     rows = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 0)]
     write_csv(tmp_path / "t.csv", COLUMNS, *rows)
-    dataset = HMDB51(tmp_path / "t.csv", video_root=None)
+    dataset = hmdb(tmp_path / "t.csv", None)
     assert (dataset.names, dataset.absent) == (["wave/a.avi", "wave/b.avi"], [])
     assert dataset.labels.tolist() == ["wave", "wave"]
     assert dataset.splits.tolist() == [[1, 1, 1], [2, 2, 0]]
@@ -44,8 +48,8 @@ def test_without_a_folder_it_is_the_table_alone(tmp_path):
 
 def test_a_split_that_is_no_split_is_refused(tmp_path):
     write_csv(tmp_path / "t.csv", COLUMNS, ("a.avi", "wave_test", 1, 3, 1))
-    with pytest.raises(InputError, match="splits"):
-        HMDB51(tmp_path / "t.csv", tmp_path)
+    with pytest.raises(DataError, match="splits"):
+        hmdb(tmp_path / "t.csv", tmp_path)
 
 
 def test_the_official_table_is_read_whole(shared_csv, tmp_path):
@@ -54,7 +58,7 @@ def test_the_official_table_is_read_whole(shared_csv, tmp_path):
         path = tmp_path / row.label.removesuffix("_test") / row.video_id
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    dataset = HMDB51(shared_csv / "hmdb51.csv", tmp_path)
+    dataset = hmdb(shared_csv / "hmdb51.csv", tmp_path)
     assert len(dataset) == 6766 and len(set(dataset.labels)) == 51
     for split in range(3):
         parts = dataset.splits[:, split]

@@ -19,8 +19,8 @@ from captions.readers import open_captions
 from distributed.workers import sample_batches
 from s3dg import Tokenizer
 from tests.helpers import frames_digest, golden_frames, golden_json, private_memory, write_csv
-from utils import InputError
-from video_decoder import DecodeError
+from utils import DataError
+from video_decoder import ClipSpec, DecodeError
 from video_loader import (
     MAX_REPLACEMENTS,
     QUARANTINE,
@@ -28,6 +28,7 @@ from video_loader import (
     StepSampler,
     clip_window,
     find_nearest_candidates,
+    read_video_list,
     training_batches,
 )
 
@@ -70,16 +71,16 @@ def write_list(path, names):
 
 
 def dataset(tree, shared_videos, **settings):
-    settings = {"num_frames": 4, "size": 32, "num_candidates": 3, **settings}
-    tokenizer = Tokenizer(WORDS, 20)
-    return HowTo100M(tree / "list.csv", shared_videos, tree, tokenizer, **settings)
+    settings = {"clip": ClipSpec(num_frames=4, size=32), "num_candidates": 3, **settings}
+    names, captions = read_video_list(tree / "list.csv"), open_captions(tree)
+    return HowTo100M(names, shared_videos, captions, Tokenizer(WORDS, 20), **settings)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.mp4", "a/../../b.mp4"])
 def test_a_list_cannot_name_videos_outside_the_folder(tmp_path, name):
     write_list(tmp_path / "list.csv", ["a.mp4", name])
-    with pytest.raises(InputError, match=r"--train_csv: .*list\.csv, line 3, .* leads out of"):
-        dataset(tmp_path, tmp_path)
+    with pytest.raises(DataError, match=r"list\.csv, line 3: .* leads out of"):
+        read_video_list(tmp_path / "list.csv")
 
 
 def test_an_item_has_the_documented_shapes_and_types(tree, shared_videos):
@@ -123,7 +124,8 @@ def test_clips_match_the_golden_frames(row, tmp_path, shared_videos):
     data = dataset(
         tmp_path,
         shared_videos,
-        **{name: row[name] for name in ("num_frames", "size", "fps", "crop_only")},
+        clip=ClipSpec(row["num_frames"], row["size"], row["fps"]),
+        crop_only=row["crop_only"],
         centercrop=True,
         random_flip=False,
         min_time=0.1,
@@ -170,15 +172,15 @@ def test_later_attempts_are_of_any_video_the_same_every_time(tree, shared_videos
 
 
 def test_a_list_of_nothing_that_is_there_is_refused(tree, shared_videos):
-    write_list(tree / "list.csv", ["absent.mp4"])
-    with pytest.raises(InputError, match="--video_path"):
-        dataset(tree, shared_videos)
-    write_list(tree / "list.csv", [])
-    with pytest.raises(InputError, match="--video_path"):
-        dataset(tree, shared_videos)
+    for names in (["absent.mp4"], []):
+        write_list(tree / "list.csv", names)
+        with pytest.raises(DataError, match="has no video of the list"):
+            dataset(tree, shared_videos).check_videos()
     write_list(tree / "list.csv", ["h265_video.mp4"])
-    with pytest.raises(InputError, match="--caption_root"):
-        dataset(tree, shared_videos)
+    data = dataset(tree, shared_videos)
+    data.check_videos()
+    with pytest.raises(DataError, match=f"{tree}: has no captions"):
+        data.check_captions()
 
 
 def keys(world_size, length=10, batch=4, steps=10, **settings):
@@ -215,12 +217,11 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 1)])
 def test_batches_are_the_same_for_any_number_of_processes_and_workers(toy, world_size, workers):
     data = HowTo100M(
-        toy / "howto100m_videos.csv",
+        read_video_list(toy / "howto100m_videos.csv"),
         toy / "videos",
-        toy / "captions",
+        open_captions(toy / "captions"),
         Tokenizer(np.load(toy / "dict.npy"), 20),
-        num_frames=2,
-        size=16,
+        ClipSpec(num_frames=2, size=16),
         num_candidates=2,
     )
     expected, found = union(data, 4, 3), union(data, 4, 3, world_size=world_size, workers=workers)
@@ -288,7 +289,7 @@ def fake_videos(tmp_path, monkeypatch):
                 rows = [(t, t + 2, f"the cook flips {t}") for t in range(0, 90, 2)]
                 write_captions((tmp_path / name).with_suffix(".csv"), *rows)
         write_list(tmp_path / "list.csv", names)
-        return dataset(tmp_path, tmp_path, size=2)
+        return dataset(tmp_path, tmp_path, clip=ClipSpec(num_frames=4, size=2))
 
     monkeypatch.setattr(video_loader, "decode_clip", fake_decode)
     return make
@@ -386,7 +387,7 @@ def test_a_hundred_unreadable_samples_in_a_row_end_the_training(fake_videos, wor
     data = fake_videos("good.mp4", *BAD)
     write_captions(data.captions.file("good.mp4"))
     children = psutil.Process().children()
-    with pytest.raises(InputError, match=f"--video_path: {MAX_REPLACEMENTS} samples in a row"):
+    with pytest.raises(DataError, match=f"{MAX_REPLACEMENTS} samples in a row"):
         load(data, 2, 2, workers=workers, quarantined=set(quarantined))
     assert psutil.Process().children() == children
 

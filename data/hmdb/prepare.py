@@ -1,4 +1,4 @@
-"""HMDB-51's official split files (<class>_test_split<k>.txt) to the evaluation's table.
+"""Convert HMDB-51's official split files (<class>_test_split<k>.txt) to the evaluation's table.
 
 python data/hmdb/prepare.py --annotations testTrainMulti_7030_splits
 """
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations.hmdb import SPLITS, TEST, TRAIN, hmdb_table
 from annotations.tables import write_table
 from args import Parser
-from utils import check_new_output, run_script
+from utils import check_new_output, input_error, run_script
 
 
 def main(argv=None):
@@ -19,13 +19,15 @@ def main(argv=None):
     parser.add_argument("--out", default="data/hmdb51.csv", help="(default %(default)s)")
     args = parser.parse_args(argv)
     check_new_output(args.out, "out")
-    table, notes = hmdb_table(args.annotations, "annotations")
+    with input_error("--annotations"):
+        table, _ = hmdb_table(args.annotations)
+    with input_error("--out"):
+        write_table(args.out, table)
+    print(f"{args.out}: {len(table)} clips of {table['label'].nunique()} classes")
     for split in SPLITS:
         train, test = ((table[split] == part).sum() for part in (TRAIN, TEST))
-        notes.append(
-            f"{split}: {train} to train on, {test} to test, {len(table) - train - test} in neither"
-        )
-    write_table(args.out, table, f"{len(table)} clips of {table['label'].nunique()} classes", notes)
+        unused = len(table) - train - test
+        print(f"{split}: {train} to train on, {test} to test, {unused} in neither")
 
 
 if __name__ == "__main__":

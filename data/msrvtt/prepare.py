@@ -1,13 +1,13 @@
-"""MSR-VTT's 1k-A test list to the evaluation's table.
+"""Make the evaluation's table of MSR-VTT's 1k-A test list.
 
     python data/msrvtt/prepare.py --annotations MSRVTT_JSFUSION_test.csv
     python data/msrvtt/prepare.py --annotations test_videodatainfo.json --ids LIST
 
-The first is the table of the JSFusion authors, which papers report on: a sentence for each of 1,000
-videos. The second makes one from the official annotations, of the videos that LIST names: a text
-file with an id on each line, or a CSV file with a column video_id. A column sentence of LIST says
-which sentence is a video's; otherwise it is the first that the annotations have of it, and the
-figures are not those of the JSFusion table. Without --ids: all videos of the test split.
+The first is the table of the JSFusion authors, which papers report on: 1,000 videos with a sentence
+each. The second makes a table of the official annotations, with the videos of LIST: a text file
+with an id per line, or a CSV file with a column video_id. A video's sentence is the one in LIST's
+column sentence, if it has one; otherwise it is the first one in the annotations, and the metrics
+are not those of the JSFusion table. Without --ids: all videos of the test split.
 """
 
 import argparse
@@ -15,22 +15,27 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from annotations.msrvtt import msrvtt_table
+from annotations.msrvtt import msrvtt_table, read_ids
 from annotations.tables import write_table
 from args import Parser
-from utils import check_new_output, run_script
+from utils import check_new_output, input_error, run_script
 
 
 def main(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--annotations", required=True, help="the CSV file or the JSON")
-    parser.add_argument("--ids", default="", help="of a JSON: the file that lists the videos")
+    parser.add_argument("--ids", default="", help="the videos to take from a JSON file")
     parser.add_argument("--out", default="data/msrvtt_test.csv", help="(default %(default)s)")
     args = parser.parse_args(argv)
     check_new_output(args.out, "out")
-    table, notes = msrvtt_table(args.annotations, args.ids, "annotations")
-    write_table(args.out, table, f"{len(table)} videos with a sentence each", notes)
+    with input_error("--ids"):
+        ids = read_ids(args.ids) if args.ids else None
+    with input_error("--annotations"):
+        table, notes = msrvtt_table(args.annotations, ids)
+    with input_error("--out"):
+        write_table(args.out, table)
+    print(f"{args.out}: {len(table)} videos with a sentence each", *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""YouCook2's official annotations (youcookii_annotations_trainval.json) to the evaluation's table.
+"""Convert YouCook2's official annotations to the evaluation's table.
 
     python data/youcook/prepare.py --annotations youcookii_annotations_trainval.json
 
-The table has the segments of the validation videos, in the file's order; `task` is the recipe type.
+The table has the segments of the validation videos, in the file's order. `task` is the recipe type.
 """
 
 import sys
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations.tables import write_table
 from annotations.youcook import youcook_table
 from args import Parser
-from utils import check_new_output, run_script
+from utils import check_new_output, input_error, run_script
 
 
 def main(argv=None):
@@ -23,9 +23,12 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     check_new_output(args.out, "out")
-    table, notes = youcook_table(args.annotations, "annotations")
+    with input_error("--annotations"):
+        table, notes = youcook_table(args.annotations)
+    with input_error("--out"):
+        write_table(args.out, table)
     summary = f"{len(table)} segments of {table['video_id'].nunique()} validation videos"
-    write_table(args.out, table, summary, notes)
+    print(f"{args.out}: {summary}", *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_a_store_has_the_captions_that_the_folders_reader_finds(captions, source
     assert not store.has("none.mp4")
     printed = capsys.readouterr()
     assert printed.out.endswith("5 captions of 2 videos; 1 videos have no usable caption\n")
-    assert "left out: " in printed.err and "none" in printed.err
+    assert "skipped: " in printed.err and "none" in printed.err
 
 
 def test_what_is_missing_in_json_is_nan_or_null(tmp_path):
@@ -132,7 +132,7 @@ def test_captions_of_the_json_file_go_by_id(captions):
     assert store.has("v-1.mp4") and store.has("some/folder/v-1.webm")
 
 
-def test_unreadable_caption_files_are_told_and_left_out(captions, capsys):
+def test_unreadable_caption_files_are_reported_and_skipped(captions, capsys):
     (captions / "csv" / "latin.csv").write_bytes(b"start,end,text\n0,1,caf\xe9\n")
     (captions / "csv" / "empty.csv").touch()
     (captions / "csv" / "notes.txt").touch()
@@ -143,7 +143,7 @@ def test_unreadable_caption_files_are_told_and_left_out(captions, capsys):
     assert "4 videos have no usable caption" in printed.out
     for named in ("latin.csv", "empty.csv", "none.csv", r"caf\xe9.csv"):
         assert named in printed.err
-    assert printed.err.count("left out: ") == 4
+    assert printed.err.count("skipped: ") == 4
 
 
 def test_file_names_may_have_any_characters(tmp_path):
@@ -165,7 +165,7 @@ def test_file_names_may_have_any_characters(tmp_path):
 def test_two_files_of_one_id_are_refused(tmp_path):
     write_captions(tmp_path / "csv", "x/a", "y/a")
     assert len(pack(tmp_path / "csv", tmp_path / "store")) == 2
-    with pytest.raises(InputError, match=r"--by_id: x/a\.csv and y/a\.csv"):
+    with pytest.raises(InputError, match=r"--caption_root: .*csv: x/a\.csv and y/a\.csv"):
         pack(tmp_path / "csv", tmp_path / "other", "--by_id")
 
 
@@ -190,12 +190,12 @@ WRONG = {
     '{"a": [1}': "Expecting ',' delimiter",
     '{"a": ' + "[" * 100_000 + "}": "recursion",
     '{"a": {"start": [' + "1" * 5000 + '], "end": [2], "text": ["x"]}}': "4300 digits",
-    f"{{{GOOD}, {GOOD}}}": "video 'a' is in it twice",
-    '{"a": 1}': "video 'a' has not the lists",
-    '{"a": null}': "video 'a' has not the lists",
-    '{"a": [1, 2]}': "video 'a' has not the lists",
-    '{"a": {"start": [1], "end": [2]}}': "video 'a' has not the lists",
-    '{"a": {"start": 1, "end": 2, "text": "x"}}': "video 'a' has not the lists",
+    f"{{{GOOD}, {GOOD}}}": "video 'a' is duplicated",
+    '{"a": 1}': "video 'a' lacks the lists",
+    '{"a": null}': "video 'a' lacks the lists",
+    '{"a": [1, 2]}': "video 'a' lacks the lists",
+    '{"a": {"start": [1], "end": [2]}}': "video 'a' lacks the lists",
+    '{"a": {"start": 1, "end": 2, "text": "x"}}': "video 'a' lacks the lists",
     '{"a": {"start": [1, 2], "end": [2], "text": ["x"]}}': "video 'a' are 2, 1, 1 long",
     '{"a": {"start": [[1]], "end": [2], "text": ["x"]}}': "a time of video 'a'",
     '{"a": {"start": ["1s"], "end": [2], "text": ["x"]}}': "a time of video 'a'",
@@ -210,7 +210,7 @@ WRONG = {
 @pytest.mark.parametrize(("text", "reason"), WRONG.items(), ids=range(len(WRONG)))
 def test_what_is_not_a_json_file_of_captions_is_one_line_that_says_why(tmp_path, text, reason):
     (tmp_path / "all.json").write_text(text)
-    with pytest.raises(InputError, match=r"^--caption_root: .*all\.json is not a JSON") as refused:
+    with pytest.raises(InputError, match=r"^--caption_root: .*all\.json: is not a JSON") as refused:
         pack(tmp_path / "all.json", tmp_path / "store")
     assert reason in str(refused.value) and "\n" not in str(refused.value)
     assert written(tmp_path) == ["all.json"]
@@ -225,9 +225,9 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 @pytest.mark.parametrize("source", ["{}", '{"a": {"start": [], "end": [], "text": []}}'])
 def test_a_json_file_without_captions_is_refused(tmp_path, source):
     (tmp_path / "all.json").write_text(source)
-    with pytest.raises(InputError, match="--caption_root: there are no captions"):
+    with pytest.raises(InputError, match=r"--caption_root: .*all\.json: has no captions"):
         pack(tmp_path / "all.json", tmp_path / "store")
-    with pytest.raises(InputError, match="--caption_root: there are no captions"):
+    with pytest.raises(InputError, match=r"--caption_root: .*all\.json: has no captions"):
         touch(tmp_path, "a.mp4")
         list_videos(tmp_path, tmp_path / "all.json", tmp_path / "list.csv")
     assert written(tmp_path) == ["a.mp4", "all.json"]
@@ -239,7 +239,7 @@ def test_a_json_file_may_be_cut_into_chunks_anywhere(captions, monkeypatch, chun
     text = f"\n {text}\r\n\t "
     whole = list(caption_source.json_members(io.StringIO(text)))
     assert dict(whole) == json.loads(text) and len(whole) == len(ROWS)
-    monkeypatch.setattr(caption_source, "CHUNK", chunk)
+    monkeypatch.setattr(caption_source, "JSON_CHUNK", chunk)
     assert list(caption_source.json_members(io.StringIO(text))) == whole
 
 
@@ -249,7 +249,7 @@ def test_a_byte_order_mark_is_passed_over(tmp_path):
 
 
 def test_of_a_json_file_one_video_at_a_time_is_in_memory(monkeypatch):
-    monkeypatch.setattr(caption_source, "CHUNK", 1 << 16)
+    monkeypatch.setattr(caption_source, "JSON_CHUNK", 1 << 16)
     value = {"start": [0.5] * 100, "end": [1.5] * 100, "text": ["one two three"] * 100}
     text = io.StringIO(json.dumps({f"video{i}": value for i in range(3000)}))
     tracemalloc.start()
@@ -262,7 +262,7 @@ def test_of_a_json_file_one_video_at_a_time_is_in_memory(monkeypatch):
 
 
 def test_a_fault_at_the_beginning_does_not_read_all_the_file(monkeypatch):
-    monkeypatch.setattr(caption_source, "CHUNK", 1 << 10)
+    monkeypatch.setattr(caption_source, "JSON_CHUNK", 1 << 10)
     monkeypatch.setattr(caption_source, "LARGEST_VIDEO", 1 << 12)
     file = io.StringIO('{"a": [1}' + " " * (1 << 20))
     with pytest.raises(ValueError, match="Expecting ',' delimiter, at character 8"):
@@ -367,7 +367,8 @@ def test_two_videos_of_the_same_captions_are_refused_and_named(tmp_path, capsys)
     with pytest.raises(InputError, match="--video_path: 2 videos have the captions of another"):
         list_videos(tmp_path / "videos", tmp_path / "store", tmp_path / "list.csv")
     printed = capsys.readouterr().err
-    assert "twice: a.mp4 and a.webm\n" in printed and "twice: x/b.mp4 and y/b.mp4\n" in printed
+    assert "duplicate: a.mp4 and a.webm\n" in printed
+    assert "duplicate: x/b.mp4 and y/b.mp4\n" in printed
     assert not (tmp_path / "list.csv").exists()
 
 
@@ -377,17 +378,19 @@ PACK, LIST = ["pack", "--caption_root", "{pairs}/csv"], ["list", "--video_path",
 WRONG_CALLS = {
     "no command": ([], "pack|list"),
     "no source": (["pack", "--out", "x"], "--caption_root"),
-    "a source that is not there": (["pack", "--caption_root", "no", "--out", "x"], "no folder no"),
-    "an empty source": (["pack", "--caption_root", "", "--out", "x"], "--caption_root is needed"),
+    "a source that is not there": (
+        ["pack", "--caption_root", "no", "--out", "x"],
+        "no: is not an existing",
+    ),
     "a folder without captions": (
         ["pack", "--caption_root", "{pairs}/videos/x", "--out", "x"],
-        "--caption_root: there is no caption file",
+        "--caption_root: {pairs}/videos/x: has no caption file",
     ),
-    "a store": (["pack", "--caption_root", "{pairs}/store", "--out", "x"], "is a store already"),
+    "a store": (["pack", "--caption_root", "{pairs}/store", "--out", "x"], "is already a store"),
     "a store that is there": ([*PACK, "--out", "{pairs}/store"], "--out: "),
     "a store inside a file": (
         [*PACK, "--out", "{pairs}/csv/a.csv/store"],
-        "--out: cannot make the folder",
+        "--out: {pairs}/csv/a.csv/store: cannot be written",
     ),
     "no process": ([*PACK, "--out", "x", "--num_workers", "0"], "--num_workers"),
     "videos that are not there": (
@@ -428,7 +431,7 @@ def test_a_wrong_call_is_one_line_that_names_the_flag_and_status_2(
         run_script(prepare.main)
     assert stopped.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(lines) == 1 and message in lines[0]
+    assert len(lines) == 1 and message.format(pairs=pairs) in lines[0]
     assert written(pairs) == before
 
 
@@ -441,7 +444,7 @@ def test_the_script_runs_as_a_user_does(captions):
 
 
 def test_captions_of_many_files_are_read_in_parallel_in_order(tmp_path):
-    names = [f"{number:03d}" for number in range(3 * caption_source.FILES + 5)]
+    names = [f"{number:03d}" for number in range(3 * caption_source.FILES_PER_TASK + 5)]
     random.Random(1).shuffle(names)
     write_captions(tmp_path, *names)
     read = list(caption_source.read_folder(str(tmp_path), [(name, name) for name in names], 2))
@@ -463,9 +466,9 @@ def test_a_reading_process_that_is_killed_ends_the_packing_with_one_line(
     tmp_path, monkeypatch, kill, workers
 ):
     write_captions(tmp_path / "csv", *map(str, range(20)))
-    monkeypatch.setattr(caption_source, "FILES", 1)
+    monkeypatch.setattr(caption_source, "FILES_PER_TASK", 1)
     monkeypatch.setattr(caption_source, "read_files", kill)
     before = set(psutil.Process().children())
-    with pytest.raises(InputError, match="--num_workers: a process that reads was killed"):
+    with pytest.raises(InputError, match=r"--caption_root: .*csv: a process .* was killed"):
         pack(tmp_path / "csv", tmp_path / "store", "--num_workers", str(workers))
     assert written(tmp_path) == ["csv"] and set(psutil.Process().children()) <= before

@@ -90,7 +90,7 @@ def test_the_words_of_a_list_take_their_vectors_in_its_order(
         np.testing.assert_array_equal(row, vector(word))
     said = capsys.readouterr().out
     assert "4 of 5 words have a vector, 0 of them in other capitals" in said
-    assert "left out: 1 words without a vector, such as unheard" in said
+    assert "skipped: 1 words without a vector, such as unheard" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dict.npy",
         "word2vec.pth",
@@ -114,8 +114,8 @@ def test_a_word_is_what_the_tokenizer_makes_of_it(prepare, files, tmp_path, caps
     run(prepare, "--vectors", files / "a.bin", "--vocabulary", words, "--out", tmp_path / "out")
     assert list(pair(tmp_path / "out")) == ["tomato", "cut"]
     said = capsys.readouterr().out
-    assert "left out: 1 words that are there twice" in said
-    assert "left out: 2 entries that are not a single word, such as 'cut the'" in said
+    assert "skipped: 1 words that are duplicates" in said
+    assert "skipped: 2 entries that are not a single word, such as 'cut the'" in said
 
 
 def test_a_numpy_list_serves_as_vocabulary(prepare, files, tmp_path):
@@ -180,9 +180,9 @@ def test_the_most_frequent_words_of_captions_are_a_vocabulary(
     assert list(pair(tmp_path / "out")) == ["the", "tomato", "cut"]  # aroma has no vector
     said = capsys.readouterr().out
     assert "read the captions of 2 videos, 17 words" in said
-    assert "left out: 1 videos without usable captions" in said and "broken.csv" in said
+    assert "skipped: 1 videos without usable captions" in said and "broken.csv" in said
     assert "the vocabulary is 4 of the captions' 6 distinct words" in said
-    assert "left out: 1 words without a vector, such as aroma" in said
+    assert "skipped: 1 words without a vector, such as aroma" in said
 
 
 def test_a_wrong_file_of_vectors_is_found_before_the_captions_are_read(prepare, tmp_path, capsys):
@@ -239,12 +239,12 @@ def test_captions_without_words_are_refused(prepare, files, source, captions, tm
     source = ["--train"] if source == "--train" else ["--vectors", files / "a.bin"]
     out = ["--out", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="--caption_root: there is no caption file"):
+    with pytest.raises(InputError, match=r"--caption_root: .*empty: has no caption file"):
         run(prepare, *source, "--caption_root", tmp_path / "empty", *out)
     write_csv(tmp_path / "empty/a.csv", ("start", "end", "text"), (0, 1, ""), (1, 2, "..."))
     with pytest.raises(InputError, match=r"--caption_root: no caption in .* has words"):
         run(prepare, *source, "--caption_root", tmp_path / "empty", *out)
-    with pytest.raises(InputError, match="--caption_root: there is no folder"):
+    with pytest.raises(InputError, match=r"--caption_root: .*absent: is not an existing"):
         run(prepare, *source, "--caption_root", tmp_path / "absent", *out)
     with pytest.raises(InputError, match=r"--min_count: no word .* 9 times"):
         run(prepare, *source, "--caption_root", captions, "--min_count", 9, *out)
@@ -262,7 +262,7 @@ def select(prepare, path, content, *words):
         run(prepare, "--vectors", path, "--vocabulary", words, "--out", out)
     assert list(out.iterdir()) == []  # neither a pair nor half a one
     message = str(caught.value)
-    assert message.startswith(f"--vectors: {path}") and "\n" not in message
+    assert message.startswith(f"--vectors: {path}: ") and "\n" not in message
     return message
 
 
@@ -280,16 +280,16 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(prepare, files, name, tm
         (b"", "does not start with a line"),
         (b"the 0.1 0.2\ncut 0.3 0.4\n", "does not start with a line `words numbers`"),
         (b"\x80\x04\x95\xff\xff" * 50, "does not start with a line"),
-        (b"2 200\nthe " + b"0.1 " * 200 + b"\n", "vectors of 200 numbers: give one of 300"),
+        (b"2 200\nthe " + b"0.1 " * 200 + b"\n", "vectors of 200 numbers; give one of 300"),
         (b"1 300\nthe " + b"0.1 " * 299 + b"\n", "'the' does not have 300"),
         (b"1 300\nthe " + b"0.1 " * 299 + b"x\n", "'the' does not have 300"),
         (b"1 300\nthe " + b"0.1 " * 299 + b"nan\n", "'the' does not have 300 finite"),
         (b"1 300\nthe " + np.full(300, np.inf, "f4").tobytes(), "'the' does not have 300 finite"),
-        (b"1 300\nthe " + b"0.1 " * 300 + b"\ncut " + b"0.1 " * 300, "goes on after its 1 words"),
+        (b"1 300\nthe " + b"0.1 " * 300 + b"\ncut " + b"0.1 " * 300, "continues after its 1 words"),
         (b"2 300\n" + b"\xff" * 100_000, "damaged at entry 1"),
         (b"0 300\n", "has none of the 2 words"),
         (b"1 300\nother " + b"0.1 " * 300 + b"\n", "has none of the 2 words"),
-        (b"PK\x03\x04" + b"\0" * 50, "is a zip archive: give the file that is in it"),
+        (b"PK\x03\x04" + b"\0" * 50, "is a zip archive; give the file that is in it"),
         (b"\x1f\x8b" + b"\0" * 50, "damaged"),
     ],
 )
@@ -316,9 +316,9 @@ def test_bytes_that_are_no_word_are_passed_over(prepare, files, tmp_path):
     [
         ("w.txt", b"", "no words"),
         ("w.txt", b"cut the\n\n", "no words"),
-        ("w.txt", b"caf\xe9\n", "cannot be read"),
-        ("w.npy", b"no list", "cannot be read"),
-        ("absent/w.txt", None, "there is no file"),
+        ("w.txt", b"caf\xe9\n", "is not a list of words"),
+        ("w.npy", b"no list", "is not a list of words"),
+        ("absent/w.txt", None, "No such file"),
     ],
 )
 def test_unusable_vocabularies_are_refused(prepare, files, name, content, complaint, tmp_path):
@@ -364,7 +364,7 @@ def test_an_archive_cut_short_or_damaged_is_refused_wherever(prepare, tmp_path):
     damaged.append(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"^--zip: .*word2vec\.zip is damaged, cut short"):
+        with pytest.raises(InputError, match=r"^--zip: .*word2vec\.zip: is damaged, cut short"):
             run(prepare, "--zip", path, "--out", tmp_path / "out")
         assert list((tmp_path / "out").iterdir()) == []
 
@@ -373,7 +373,7 @@ def test_an_archive_cut_short_or_damaged_is_refused_wherever(prepare, tmp_path):
     ("archive", "complaint"),
     [
         ({"rows": 5}, "2 words, but the word embedding has 5 rows"),
-        ({"name": "other/x{}".format}, "has 0 files word2vec.pth: one is needed"),
+        ({"name": "other/x{}".format}, "has 0 files word2vec.pth; one is needed"),
         ({"words": (1.0, 2.0)}, "not a word list"),
     ],
 )
@@ -392,7 +392,7 @@ def test_check_tells_a_pair_that_fits_from_one_that_does_not(prepare, tmp_path, 
     with pytest.raises(InputError, match=r"--out: .*dict\.npy has 3 words"):
         run(prepare, "--check", "--out", tmp_path)
     torch.save(torch.full((4, 300), torch.nan), tmp_path / "word2vec.pth")
-    with pytest.raises(InputError, match=r"--out: .*word2vec\.pth has numbers that are not finite"):
+    with pytest.raises(InputError, match=r"--out: .*word2vec\.pth: has numbers that are not"):
         run(prepare, "--check", "--out", tmp_path)
     (tmp_path / "word2vec.pth").unlink()
     with pytest.raises(InputError, match=r"--out: .*word2vec\.pth"):
@@ -405,7 +405,7 @@ def test_a_pair_that_is_there_is_never_written_over(prepare, files, tmp_path):
     words = word_list(tmp_path, "tomato")
     (tmp_path / "word2vec.pth").unlink()
     for source in (["--zip", path], ["--vectors", files / "a.bin", "--vocabulary", words]):
-        with pytest.raises(InputError, match=r"--out: .*dict\.npy is there already"):
+        with pytest.raises(InputError, match=r"--out: .*dict\.npy exists already"):
             run(prepare, *source, "--out", tmp_path)
     assert (tmp_path / "dict.npy").read_bytes() == before
 

@@ -16,6 +16,7 @@ from evaluation.report import (
     write_page,
 )
 from evaluation.retrieval import ground_truth_ranks, top_k_videos
+from retrieval_loader import Pair
 from tests.helpers import open_page, page_errors, requests_of
 from utils import InputError
 
@@ -49,7 +50,7 @@ def pairs_of(count, texts=()):
     """As Retrieval has them: of one long video, so that the segments tell them apart."""
     numbered = [f"stir number {i}, please" for i in range(len(texts), count)]
     return [
-        ("/films/a b/<b>&.mp4", float(i), i + 5.5, text)
+        Pair("/films/a b/<b>&.mp4", float(i), i + 5.5, text)
         for i, text in enumerate([*texts, *numbered])
     ]
 

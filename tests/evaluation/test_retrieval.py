@@ -14,6 +14,7 @@ from evaluation.retrieval import (
     retrieval_metrics,
     top_k_videos,
 )
+from retrieval_loader import Pair
 from s3dg import Tokenizer
 from tests.helpers import golden_json
 from utils import InputError
@@ -87,7 +88,7 @@ class Colours(torch.utils.data.Dataset):
     def __init__(self, colours, broken=(), fatal=(), endless=()):
         self.colours, self.broken, self.fatal, self.endless = colours, broken, fatal, endless
         self.item_spec = {"video": ((5, 3, 2, 4, 4), torch.uint8)}
-        self.pairs = [(None, 0, 1, " ".join(map(str, colour))) for colour in colours]
+        self.pairs = [Pair(None, 0, 1, " ".join(map(str, colour))) for colour in colours]
         self.tokenizer = Tokenizer([str(i) for i in range(1, 256)], 3)
 
     def __len__(self):
