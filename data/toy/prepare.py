@@ -310,7 +310,7 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     codec, options = {
         ".mp4": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
         ".mkv": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
-        ".webm": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "500k"}),
+        ".webm": ("libvpx", {"deadline": "realtime", "cpu-used": "-8", "crf": "20", "b": "500k"}),
         ".avi": ("mpeg4", {"qmin": "4", "qmax": "4"}),
     }[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
