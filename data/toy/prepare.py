@@ -1,13 +1,13 @@
-"""Draws the toy data set: narrated how-to videos, and three held-out evaluation sets beside them.
+"""Draw the toy data set: narrated how-to videos, and three held-out evaluation sets beside them.
 
     python data/toy/prepare.py                      # the default: 160 videos of about half a minute
     python data/toy/prepare.py --num_videos 24      # seconds, for tests
 
-A video is a dim backdrop in front of which a handful of coloured shapes do things, one step of
-two to four seconds after the other. Its narrator is as unreliable as those of HowTo100M: a caption
-names the colour, the shape and the action of a step, but comes up to a few seconds early or late,
-and one sentence in three or so is idle talk. Learning from it takes what MIL-NCE is for, several
-candidate captions per clip. Everything lies in the layouts and formats of the real data sets:
+In a video, a few coloured shapes move before a dim backdrop, one step of two to four seconds after
+the other. Its narrator is as unreliable as those of HowTo100M. A caption names the colour, the
+shape and the action of a step, but is up to a few seconds early or late, and about one sentence in
+three is idle talk. Learning from it takes what MIL-NCE has, several candidate captions per clip.
+Layouts and formats are those of the real data sets:
 
     videos/toy00000.mp4 ...   captions/toy00000.csv ...   howto100m_videos.csv
     word2vec.pth   dict.npy
@@ -15,11 +15,10 @@ candidate captions per clip. Everything lies in the layouts and formats of the r
     msrvtt/<video>.mp4                                    msrvtt_test.csv
     hmdb/<label>/<video>.avi                              hmdb51.csv
 
-The evaluation sets have a fixed size, whatever --num_videos says, so that figures of runs on more
-or fewer training videos compare. They are drawn from random streams that no training video shares.
+The evaluation sets have a fixed size, whatever --num_videos is, so that the metrics of runs on more
+or fewer training videos compare. They share no random stream with a training video.
 """
 
-import argparse
 import concurrent.futures
 import csv
 import functools
@@ -31,20 +30,25 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from args import Parser, positive
+from utils import InputError, run_script
+
 WIDTH, HEIGHT = 320, 240
-MARGIN = 12  # how far the camera may drift: the backdrop is drawn that much larger on each side
+MARGIN = 12  # pixels that the camera may drift; the backdrop is that much larger on each side
 FPS = 25
-# HMDB-51 windows are taken at a file's own rate, where 8 frames at 25 fps would show a third of a
-# second: too little to tell one action from another. A low rate makes them last as in training.
+# HMDB-51 windows have the file's own frame rate. At 25 fps, 8 frames show a third of a second, too
+# little to recognize an action. At a low rate they last as long as in training.
 HMDB_FPS, HMDB_SECONDS = 8, 2.0
-# A shape draws a fading trail, as a fast thing does in a dim room: (seconds ago, opacity). What it
-# does then shows within a few minutes of training; told from its places alone, it takes far longer.
+# A shape draws a fading trail of (seconds ago, opacity). Actions are then learned within a few
+# minutes of training; from the shape's places alone it takes far longer.
 TRAIL = ((0.5, 0.3), (0.25, 0.5), (0.0, 1.0))
 
 COLOURS = {
@@ -58,12 +62,12 @@ COLOURS = {
 }
 SHAPES = ("ball", "box", "triangle", "star", "ring")
 
-# None depends on left and right: training flips its clips.
+# None depends on left and right, as training flips its clips.
 ACTIONS = ("rise", "fall", "slide", "spin", "grow", "shrink", "shake", "meet")
 
-# A verb is the same word in every sentence: the model knows nothing of "spins" and "spinning".
-INSTRUCTION = "make the {a} {verb}"  # as YouCook2 puts it
-DESCRIPTION = "a {a} starts to {verb}"  # as MSR-VTT does
+# A verb is the same word in every sentence: to the model, "spins" and "spinning" are unrelated.
+INSTRUCTION = "make the {a} {verb}"  # the style of YouCook2
+DESCRIPTION = "a {a} starts to {verb}"  # the style of MSR-VTT
 NARRATIONS = (
     "we're going to make the {a} {verb}",
     "now go ahead and let the {a} {verb}",
@@ -88,8 +92,8 @@ FILLERS = (
     "if you have any questions leave a comment below",
 )
 
-# The classes of HMDB-51 come with tell-tale things: who rides has a horse. Here half of a label's
-# clips show the action in its usual colour, the rest in any: colours help, actions settle it.
+# The classes of HMDB-51 come with typical objects: a ride has a horse. Here half of a label's clips
+# show the action in its usual colour and the rest in any, so that colours help and actions decide.
 HMDB_LABELS = {
     "rise": "red",
     "slide": "yellow",
@@ -104,8 +108,8 @@ MSRVTT_CLIPS = 80
 
 DRIFT = 1.0  # standard deviation of the seconds that a caption is off its step, cut off at 4
 
-SETTINGS = "settings.json"  # the stamp: what the files beside it were made with
-PARTIAL = ".partial"  # where they are made; they move to their places when all of them exist
+SETTINGS = "settings.json"  # the stamp, with which the files beside it were made
+PARTIAL = ".partial"  # the files are made here, and move to their places when all of them exist
 OUTPUTS = (
     "videos",
     "captions",
@@ -123,26 +127,27 @@ OUTPUTS = (
 
 class Step(NamedTuple):
     action: str
-    a: tuple  # (colour, shape) of who does it ...
-    b: tuple  # ... and of whom it meets
-    start: float
+    a: tuple[str, str]  # (colour, shape) that acts ...
+    b: tuple[str, str]  # ... and that it meets
+    start: float  # seconds
     end: float
 
 
 # ---- what happens, and what is said --------------------------------------------------------------
 
 
-def pick(rng, options):
+def pick(rng: np.random.Generator, options: Sequence):
     return options[rng.integers(len(options))]
 
 
-def sentence(step, template):
+def describe(step: Step, template: str) -> str:
+    """Fill in a sentence about a step."""
     verb = f"meet a {step.b[0]} {step.b[1]}" if step.action == "meet" else step.action
     return template.format(a=" ".join(step.a), verb=verb)
 
 
-def random_steps(rng, count):
-    """A training video's steps: like a recipe, it keeps using the same few things."""
+def draw_steps(rng: np.random.Generator, count: int) -> list[Step]:
+    """Draw a training video's steps, which like a recipe's use the same few things."""
     things = list(itertools.product(COLOURS, SHAPES))
     cast = [things[i] for i in rng.choice(len(things), 4, replace=False)]
     steps, now = [], rng.uniform(0.5, 2.0)
@@ -154,14 +159,16 @@ def random_steps(rng, count):
     return steps
 
 
-def narrate(rng, steps, seconds, drift=DRIFT):
-    """Captions [(start, end, text)] in order of time: one per step, displaced, and idle talk.
+def narrate(
+    rng: np.random.Generator, steps: list[Step], seconds: float, drift: float = DRIFT
+) -> list[tuple[float, float, str]]:
+    """Draw captions (start, end, text) in order of time: one per step, displaced, and idle talk.
 
     Another drift moves the same sentences to other times.
     """
     captions = []
     for step in steps:
-        text = sentence(step, pick(rng, NARRATIONS))
+        text = describe(step, pick(rng, NARRATIONS))
         duration = rng.uniform(1.5, 3.5)
         middle = (step.start + step.end) / 2 + np.clip(rng.normal(0, drift), -4, 4)
         captions.append((middle - duration / 2, text, duration))
@@ -174,8 +181,8 @@ def narrate(rng, steps, seconds, drift=DRIFT):
     return rows
 
 
-def distinct_steps(rng, count, seconds):
-    """`count` steps no two of which do the same with the same thing, each with times 0..seconds."""
+def draw_distinct_steps(rng: np.random.Generator, count: int, seconds: float) -> list[Step]:
+    """Draw steps from 0 to `seconds`, no two with the same action of the same thing."""
     choices = list(itertools.product(ACTIONS, COLOURS, SHAPES))
     steps = []
     for i in rng.permutation(len(choices))[:count]:
@@ -195,8 +202,8 @@ def to_ycbcr(rgb):
     return y, 128 - 0.148 * r - 0.291 * g + 0.439 * b, 128 + 0.439 * r - 0.368 * g - 0.071 * b
 
 
-def outline(shape, u, v):
-    """How far (u, v) lies outside the shape of unit size; negative inside."""
+def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return how far (u, v) is outside the shape of unit size; negative inside."""
     if shape == "ball":
         return np.hypot(u, v) - 0.9
     if shape == "box":
@@ -210,7 +217,7 @@ def outline(shape, u, v):
 
 
 def paint(image, shape, colour, opacity, x, y, radius, angle):
-    """One shape onto a [3, H, W] image; one half is paler, so that even a ball can spin."""
+    """Paint a shape onto an image [3, H, W]. One half is paler, so that even a ball can spin."""
     reach = int(radius * 1.45) + 2
     left, right = max(0, int(x) - reach), min(WIDTH, int(x) + reach)
     top, bottom = max(0, int(y) - reach), min(HEIGHT, int(y) + reach)
@@ -218,15 +225,15 @@ def paint(image, shape, colour, opacity, x, y, radius, angle):
     dx = (np.arange(left, right, dtype=np.float32) - np.float32(x)) / radius
     dy = (np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(y)) / radius
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
-    cover = np.clip(0.5 - outline(shape, u, v) * radius, 0, 1) * np.float32(opacity)
+    cover = np.clip(0.5 - signed_distance(shape, u, v) * radius, 0, 1) * np.float32(opacity)
     pale = np.clip(0.5 + v * radius, 0, 1) * np.float32(0.45)
     for channel, value in zip(image, colour, strict=True):
         patch = channel[top:bottom, left:right]
         patch[:] = patch + cover * (value + pale * (128 - value) - patch)
 
 
-def backdrop(rng):
-    """Dim, soft blotches of little colour, larger than the picture by the camera's drift."""
+def draw_backdrop(rng: np.random.Generator) -> np.ndarray:
+    """Draw dim, soft blotches of little colour, larger than the picture by the camera's drift."""
     blotches = rng.uniform(-1, 1, (3, 5, 6)) * [[[25]], [[9]], [[9]]]
     blotches += np.reshape([rng.uniform(80, 150), 128, 128], (3, 1, 1))
     for axis, size in (1, HEIGHT + 2 * MARGIN), (2, WIDTH + 2 * MARGIN):
@@ -236,11 +243,11 @@ def backdrop(rng):
     return blotches.astype(np.uint8)
 
 
-def stage(rng, step):
-    """Fixes what the step leaves open; returns a function of time giving [(thing, x, y, r, angle)].
+def stage(rng: np.random.Generator, step: Step) -> Callable[[float], list[tuple]]:
+    """Draw what the step leaves open. Returns a function of time: [(thing, x, y, radius, angle)].
 
     x and y are pixels from the middle of the picture. Everything stays inside the central square,
-    which is all that a model looking at a centre crop sees.
+    which is all of it that a centre crop shows.
     """
     seconds = step.end - step.start
     size, tilt, phase = rng.uniform(36, 50), rng.uniform(-0.5, 0.5), rng.uniform(0, 2 * math.pi)
@@ -273,9 +280,11 @@ def stage(rng, step):
     return at
 
 
-def draw(rng, steps, seconds, fps):
-    """Yields the video's frames, uint8 [3, HEIGHT, WIDTH]."""
-    scene = backdrop(rng)
+def draw_frames(
+    rng: np.random.Generator, steps: list[Step], seconds: float, fps: int
+) -> Iterator[np.ndarray]:
+    """Yield the frames of a video, uint8 [3, HEIGHT, WIDTH]."""
+    scene = draw_backdrop(rng)
     sway = rng.uniform(2, MARGIN / 2 - 1, 4) * rng.choice((-1, 1), 4)
     pace = rng.uniform(0.4, 3.0, 4)
     staged = [(step, stage(rng, step)) for step in steps]
@@ -296,12 +305,12 @@ def draw(rng, steps, seconds, fps):
         yield image
 
 
-def encode(path, frames, fps):
-    """Writes the frames with a codec usual for the file's kind, in one thread: the same bytes."""
+def encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+    """Write the frames with a usual codec for the suffix, in one thread: always the same bytes."""
     codec, options = {
         ".mp4": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
         ".mkv": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
-        ".webm": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "500k"}),
+        ".webm": ("libvpx", {"deadline": "realtime", "cpu-used": "-8", "crf": "20", "b": "500k"}),
         ".avi": ("mpeg4", {"qmin": "4", "qmax": "4"}),
     }[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -317,11 +326,13 @@ def encode(path, frames, fps):
 
 # ---- the four data sets --------------------------------------------------------------------------
 # Each plans its videos as (path, steps, seconds, fps) and writes its tables. A video is then drawn
-# from a random stream of its own, named by its path: neither which process gets to it nor how many
-# training videos there are makes a difference to what it shows.
+# from a random stream of its own, named by its path, so that it depends neither on the process that
+# draws it nor on the number of training videos.
+
+Plan = list[tuple[Path, list[Step], float, int]]
 
 
-def write_table(path, columns, rows):
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -329,51 +340,51 @@ def write_table(path, columns, rows):
         writer.writerows(rows)
 
 
-def plan_training(root, seed, num_videos, drift=DRIFT):
+def plan_training(root: Path, seed: int, num_videos: int, drift: float = DRIFT) -> Plan:
     plan, names = [], []
     for i in range(num_videos):
         rng = np.random.default_rng([seed, 0, i])
         name = f"toy{i:05d}"
-        steps = random_steps(rng, rng.integers(6, 9))
+        steps = draw_steps(rng, rng.integers(6, 9))
         seconds = math.ceil(steps[-1].end + 0.5)
         captions = narrate(rng, steps, seconds, drift)
-        write_table(root / "captions" / f"{name}.csv", ("start", "end", "text"), captions)
+        write_rows(root / "captions" / f"{name}.csv", ("start", "end", "text"), captions)
         names.append((f"{name}.mp4",))
         plan.append((root / "videos" / f"{name}.mp4", steps, seconds, FPS))
-    write_table(root / "howto100m_videos.csv", ("video_path",), names)
+    write_rows(root / "howto100m_videos.csv", ("video_path",), names)
     return plan
 
 
-def plan_youcook(root, seed):
+def plan_youcook(root: Path, seed: int) -> Plan:
     plan, rows = [], []
     rng = np.random.default_rng([seed, 1])
-    steps = iter(distinct_steps(rng, YOUCOOK_VIDEOS * YOUCOOK_STEPS, 0.0))
+    steps = iter(draw_distinct_steps(rng, YOUCOOK_VIDEOS * YOUCOOK_STEPS, 0.0))
     for i in range(YOUCOOK_VIDEOS):
-        # The real videos come in these three kinds, too; webm is rare because its encoder is slow.
+        # The real videos also have these three suffixes; webm is rare because its encoder is slow.
         suffix = ".webm" if i % 8 == 7 else ".mkv" if i % 3 == 2 else ".mp4"
         name, task, now, placed = f"toycook{i:04d}", 101 + i % 5, 1, []
         for step in itertools.islice(steps, YOUCOOK_STEPS):
             start, end = now, now + int(rng.integers(3, 5))  # annotators give whole seconds
             placed.append(step._replace(start=start, end=end))
-            rows.append((end, start, task, sentence(step, INSTRUCTION), name))
+            rows.append((end, start, task, describe(step, INSTRUCTION), name))
             now = end + 1
         plan.append((root / "youcook/validation" / str(task) / f"{name}{suffix}", placed, now, FPS))
     columns = ("end", "start", "task", "text", "video_id")
-    write_table(root / "validation_youcook.csv", columns, rows)
+    write_rows(root / "validation_youcook.csv", columns, rows)
     return plan
 
 
-def plan_msrvtt(root, seed):
+def plan_msrvtt(root: Path, seed: int) -> Plan:
     plan, rows = [], []
     rng = np.random.default_rng([seed, 2])
-    for i, step in enumerate(distinct_steps(rng, MSRVTT_CLIPS, 4.0)):
-        rows.append((f"ret{i}", f"msr{i}", f"video{i}", sentence(step, DESCRIPTION)))
+    for i, step in enumerate(draw_distinct_steps(rng, MSRVTT_CLIPS, 4.0)):
+        rows.append((f"ret{i}", f"msr{i}", f"video{i}", describe(step, DESCRIPTION)))
         plan.append((root / "msrvtt" / f"video{i}.mp4", [step], step.end, FPS))
-    write_table(root / "msrvtt_test.csv", ("key", "vid_key", "video_id", "sentence"), rows)
+    write_rows(root / "msrvtt_test.csv", ("key", "vid_key", "video_id", "sentence"), rows)
     return plan
 
 
-def plan_hmdb(root, seed):
+def plan_hmdb(root: Path, seed: int) -> Plan:
     plan, rows = [], []
     rng = np.random.default_rng([seed, 3])
     for label, usual in HMDB_LABELS.items():
@@ -387,25 +398,25 @@ def plan_hmdb(root, seed):
             name = f"toy_{label}_{i:02d}.avi"
             rows.append((name, f"{label}_test", *(split[i] for split in splits)))
             plan.append((root / "hmdb" / label / name, [step], HMDB_SECONDS, HMDB_FPS))
-    write_table(root / "hmdb51.csv", ("video_id", "label", "split1", "split2", "split3"), rows)
+    write_rows(root / "hmdb51.csv", ("video_id", "label", "split1", "split2", "split3"), rows)
     return plan
 
 
-def make_video(seed, root, item):
+def make_video(seed: int, root: Path, item: tuple) -> None:
     path, steps, seconds, fps = item
     stream = zlib.crc32(path.relative_to(root).as_posix().encode())
-    encode(path, draw(np.random.default_rng([seed, 4, stream]), steps, seconds, fps), fps)
+    encode(path, draw_frames(np.random.default_rng([seed, 4, stream]), steps, seconds, fps), fps)
 
 
 # ---- word vectors --------------------------------------------------------------------------------
 
 
-def write_word_vectors(root, seed):
-    """Word2Vec on the narrations, in the files that the model reads.
+def write_word_vectors(root: Path, seed: int) -> None:
+    """Train Word2Vec on the narrations, and write the two files that the model reads.
 
-    A video's captions are one document with a wide window: words then keep the company of the few
-    things their video is about. Sentence by sentence "red" and "blue" would have the same company,
-    and hardly different vectors, in a world where anything may be of any colour.
+    A video's captions are one document with a wide window, so that a word's context is the few
+    things of its video. Within a sentence, "red" and "blue" have the same context, as anything may
+    have any colour, and would hardly get different vectors.
     """
     import gensim
     import torch
@@ -424,7 +435,7 @@ def write_word_vectors(root, seed):
         negative=10,
         epochs=30,
         seed=seed,
-        workers=1,  # more than one makes the outcome depend on which is first
+        workers=1,  # the result of several depends on which is first
     )
     words = model.wv.index_to_key
     table = torch.zeros(len(words) + 1, 300)  # row 0 is the padding
@@ -436,34 +447,30 @@ def write_word_vectors(root, seed):
 # ---- command line --------------------------------------------------------------------------------
 
 
-def fail(message):
-    print(f"prepare.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = fail
-    parser.add_argument("--out", type=Path, default=Path("data/toy"), metavar="DIR")
-    parser.add_argument("--num_videos", "--num-videos", type=int, default=160, help="to train on")
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    if args.num_videos < 1:
-        fail(f"--num_videos must be at least 1, not {args.num_videos}")
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("data/toy"), metavar="DIR", help="(default %(default)s)")
+    add("--num_videos", "--num-videos", type=positive(int), default=160, help="to train on")
+    add("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**32:
-        fail(f"--seed must lie in 0..2^32-1, not {args.seed}")
+        parser.error(f"--seed is {args.seed}; give one from 0 to 2^32-1")
     return args
 
 
-def remove(path):
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def read_stamp(out):
-    """The settings of the files in `out`: {} if those are ours but incomplete, None if not ours."""
+def read_stamp(out: Path) -> dict | None:
+    """Return the settings of the files in `out`.
+
+    {} if they are of this script but incomplete, None if they are of something else.
+    """
     try:
         return json.loads((out / SETTINGS).read_text())
     except FileNotFoundError:
@@ -472,7 +479,8 @@ def read_stamp(out):
         return {}
 
 
-def prepare(out, num_videos, seed):
+def prepare(out: Path, num_videos: int, seed: int) -> None:
+    """Make the data set, unless `out` has it already. Raises InputError or OSError."""
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     settings = {"num_videos": num_videos, "seed": seed, "script": script}
     stamp = read_stamp(out)
@@ -481,7 +489,7 @@ def prepare(out, num_videos, seed):
         return
     for name in OUTPUTS:
         if stamp is None and (out / name).exists():
-            fail(f"--out {out}: {name} is there and not from this script; name another directory")
+            raise InputError(f"--out: {out / name} is not of this script; name another directory")
 
     root = out / PARTIAL
     out.mkdir(parents=True, exist_ok=True)
@@ -493,10 +501,10 @@ def prepare(out, num_videos, seed):
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = pool.map(functools.partial(make_video, seed, root), plan, chunksize=4)
         write_word_vectors(root, seed)
-        for _ in made:  # raises what went wrong in a process
+        for _ in made:  # raises the error of a process
             pass
 
-    (out / SETTINGS).write_text("{}")  # ours, incomplete: so it reads until the last file is there
+    (out / SETTINGS).write_text("{}")  # incomplete, until the last file is there
     for name in OUTPUTS:
         remove(out / name)
         os.replace(root / name, out / name)
@@ -504,9 +512,13 @@ def prepare(out, num_videos, seed):
     (out / SETTINGS).write_text(json.dumps(settings))
 
 
-if __name__ == "__main__":
+def main():
     args = parse_args()
     try:
         prepare(args.out, args.num_videos, args.seed)
     except OSError as error:
-        fail(f"--out {args.out}: {error}")
+        raise InputError(f"--out: {args.out}: {error}") from None
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -380,7 +380,7 @@ WRONG_CALLS = {
     "no source": (["pack", "--out", "x"], "--caption_root"),
     "a source that is not there": (
         ["pack", "--caption_root", "no", "--out", "x"],
-        "no: No such file",
+        "no: is not an existing",
     ),
     "a folder without captions": (
         ["pack", "--caption_root", "{pairs}/videos/x", "--out", "x"],

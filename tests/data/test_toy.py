@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
+from utils import InputError
 
 SCRIPT = ROOT / "data" / "toy" / "prepare.py"
 VIDEOS = 6
@@ -195,14 +196,14 @@ def test_captions_are_displaced_yet_mostly_right(script):
     shifts, overlaps, idle = [], [], 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        steps = script.random_steps(rng, 7)
+        steps = script.draw_steps(rng, 7)
         rows = script.narrate(rng, steps, steps[-1].end + 1)
         idle += sum(text in script.FILLERS for _, _, text in rows)
         spoken = {}
         for start, end, text in rows:
             spoken.setdefault(text, []).append((start, end))
         for step in steps:
-            saying = [script.sentence(step, template) for template in script.NARRATIONS]
+            saying = [script.describe(step, template) for template in script.NARRATIONS]
             heard = [times for text in saying for times in spoken.get(text, ())]
             assert heard, step
             if len(heard) == 1:
@@ -227,7 +228,7 @@ def test_drift_moves_captions_and_changes_nothing_else(script, tmp_path):
         for table, (_, steps, _, _) in zip(rows, plan, strict=True):
             talk = table[~table.text.isin(script.FILLERS)]
             for step in steps:
-                saying = [script.sentence(step, template) for template in script.NARRATIONS]
+                saying = [script.describe(step, template) for template in script.NARRATIONS]
                 heard = talk[talk.text.isin(saying)]
                 if len(heard) == 1:
                     middle = (heard.start.iloc[0] + heard.end.iloc[0]) / 2
@@ -243,7 +244,7 @@ def test_shapes_and_actions_look_different(script):
     def clip(action, shape):
         thing = ("red", shape)
         step = script.Step(action, thing, ("blue", "box"), 0.0, 2.0)
-        drawn = script.draw(np.random.default_rng(5), [step], 2.0, 8)
+        drawn = script.draw_frames(np.random.default_rng(5), [step], 2.0, 8)
         return np.stack(list(drawn)).astype(int)
 
     stills = [clip("spin", shape)[0] for shape in script.SHAPES]
@@ -281,9 +282,8 @@ def test_incomplete_and_foreign_folders(script, tmp_path, monkeypatch):
 
     theirs = tmp_path / "theirs"
     (theirs / "videos").mkdir(parents=True)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(InputError, match=r"--out: .*videos is not of this script"):
         script.prepare(theirs, 1, 1)
-    assert stopped.value.code == 2
     assert list(theirs.iterdir()) == [theirs / "videos"]
 
 
