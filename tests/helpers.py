@@ -35,12 +35,12 @@ def golden_json(name):
 
 
 def golden_random(tag):
-    """The generator of golden/README: numpy's RandomState seeded with the tag's CRC-32."""
+    """Make the generator of the golden values: RandomState, seeded with the CRC-32 of the tag."""
     return np.random.RandomState(zlib.crc32(tag.encode()))
 
 
 def golden_weight(name, shape):
-    """A tensor of golden/README's deterministic weights, float64."""
+    """Make a tensor of the golden values' deterministic weights, float64."""
     n = golden_random(name).standard_normal(shape)
     if name.endswith("num_batches_tracked"):
         value = np.zeros(shape, dtype=np.int64)

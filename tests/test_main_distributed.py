@@ -35,7 +35,7 @@ def records(folder, name="run"):
 
 
 def test_the_releases_command_trains_on_a_tree_of_the_real_layout(toy, tmp_path):
-    """The command of the contract with smaller sizes appended; it finds its tables in data/."""
+    """The release's command with smaller sizes appended; it finds its tables in data/."""
     (tmp_path / "data").mkdir()
     for name in ("howto100m_videos.csv", "word2vec.pth", "dict.npy"):
         shutil.copy(toy / name, tmp_path / "data")

@@ -9,7 +9,7 @@ Two backends give the same pixels, those of the command
 plain arithmetic what the command does with timestamps, so that it knows which frames are wanted
 before it converts them.
 
-There is no time limit here. Data workers have one (workers.py), and an ffmpeg process ends with the
+There is no time limit here. Data workers have one, and an ffmpeg process ends with the
 worker that started it.
 """
 
