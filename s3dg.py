@@ -9,6 +9,7 @@ Attribute names give the keys of the public checkpoints, so weights interchange 
 import contextlib
 import copy
 import re
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,20 @@ from torch.utils.checkpoint import checkpoint
 VOCABULARY_ROWS = 66250  # the released word list, plus row 0 for padding
 WORD_DIM = 300
 HIDDEN_DIM = 2048
+WORD = re.compile(r"[\w']+")
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
 
 
-def tokenize(sentence):
-    r"""The words of a sentence: the matches of [\w']+ in it, lower-cased."""
-    return re.findall(r"[\w']+", sentence.lower())
+def tokenize(sentence: str, vocabulary: Container[str] = ()) -> list[str]:
+    r"""Split a sentence into its words, the matches of [\w']+, and lower-case them.
+
+    A word that the vocabulary has exactly as it is written keeps its capitals.
+    """
+    tokens = []
+    for word in WORD.findall(sentence):
+        # Lower-casing can split a word: that of a dotted capital I has a combining dot.
+        tokens += [word] if word in vocabulary else WORD.findall(word.lower())
+    return tokens
 
 
 class Tokenizer:
@@ -43,7 +52,7 @@ class Tokenizer:
         self.max_words = max_words
 
     def __call__(self, sentence):
-        found = tokenize(sentence) if isinstance(sentence, str) else []
+        found = tokenize(sentence, self.index) if isinstance(sentence, str) else []
         ids = [self.index[word] for word in found if word in self.index][: self.max_words]
         return torch.tensor(ids + [0] * (self.max_words - len(ids)), dtype=torch.long)
 

@@ -329,7 +329,7 @@ def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed
     def embed(text):
         if len(text) > MAX_TEXT_LENGTH:
             raise InputError(f"the text has more than {MAX_TEXT_LENGTH} characters: shorten it")
-        words = tokenize(text)
+        words = tokenize(text, tokenizer.index)
         unknown = list(dict.fromkeys(word for word in words if word not in tokenizer.index))
         if not words:
             raise InputError("there is no word in the text: describe what is to be seen")

@@ -24,6 +24,7 @@ LAYERS = [  # each may import itself and those before it
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = [path for name in LAYER for path in ROOT.glob(f"{name}.py")]
 FILES += [path for name in LAYER for path in ROOT.glob(f"{name}/*.py")]
+FILES.sort()
 
 
 def imported(path):

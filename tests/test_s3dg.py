@@ -155,6 +155,13 @@ def test_tokenizer_matches_the_golden_ids(case):
     assert tokenizer(case["sentence"]).tolist() == case["ids"]
 
 
+def test_a_word_that_the_vocabulary_has_with_its_capitals_keeps_them():
+    tokenizer = Tokenizer(np.array(["Turkey", "turkey", "cut", "McIntosh", "i"]), 6)
+    assert tokenizer("Cut Turkey, turkey, TURKEY, McIntosh").tolist() == [3, 1, 2, 2, 4, 0]
+    assert tokenizer("mcintosh \u0130").tolist() == [5, 0, 0, 0, 0, 0]  # a dotted capital I
+    assert s3dg.tokenize("Cut TURKEY", {"TURKEY"}) == ["cut", "TURKEY"]
+
+
 def test_tokenizer_lower_cases_and_takes_none_and_null_for_words():
     tokenizer = Tokenizer(np.array(["none", "null", "cut"]), 4)
     assert tokenizer("CUT None, null").tolist() == [3, 1, 2, 0]

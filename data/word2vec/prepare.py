@@ -306,12 +306,9 @@ def check_pair(folder: Path) -> tuple[int, list[str]]:
         check_vocabulary(words, len(vectors), folder / WORDS)
         if not torch.isfinite(vectors).all():
             raise DataError(folder / VECTORS, "has numbers that are not finite; get another")
-    known, notes = find_words(words.tolist())
-    if len(known) < len(words):
-        notes = [
-            f"{len(words) - len(known)} words can never be found: they are duplicates, or not "
-            "lower-case words"
-        ]
+    listed, notes = set(words.tolist()), []
+    if lost := len(words) - sum(tokenize(word, listed) == [word] for word in listed):
+        notes.append(f"{lost} words can never be found: they are duplicated, or not single words")
     if vectors[0].any():
         notes.append("row 0, the padding's, is not zero")
     return len(words), notes

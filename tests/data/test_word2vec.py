@@ -384,7 +384,7 @@ def test_an_archive_of_something_else_is_refused(prepare, archive, complaint, tm
 
 
 def test_check_tells_a_pair_that_fits_from_one_that_does_not(prepare, tmp_path, capsys):
-    released(tmp_path, words=("the", "The"))
+    released(tmp_path, words=("the", "the"))
     run(prepare, "--check", "--out", tmp_path)
     said = capsys.readouterr().out
     assert "2 words\n" in said and "1 words can never be found" in said
