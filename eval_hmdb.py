@@ -23,7 +23,6 @@ from args import (
     check_folder,
     check_output,
     clip_spec,
-    get_args,
     inference_model,
 )
 from distributed.device import pick_device

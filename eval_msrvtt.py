@@ -12,7 +12,6 @@ from args import (
     check_evaluation_outputs,
     check_folder,
     clip_spec,
-    get_args,
     inference_model,
 )
 from distributed.device import pick_device

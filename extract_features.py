@@ -36,7 +36,6 @@ from args import (
     check_folder,
     clip_spec,
     files_below,
-    get_args,
     inference_model,
     make_folder,
 )

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import s3dg
 from annotations.tables import log_notes
 from annotations.youcook import youcook_table
-from args import check_decoder, check_file, check_folder, clip_spec, get_args, make_folder
+from args import check_decoder, check_file, check_folder, clip_spec, make_folder
 from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
