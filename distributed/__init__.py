@@ -1,1 +1,1 @@
-"""Start the processes of a run, and keep them together."""
+"""Start the processes of a run, watch them, and read samples in worker processes."""

@@ -1,4 +1,4 @@
-"""The device and the number type that a process computes with."""
+"""Choose the device and the number type that a process computes with."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float
 def training_dtype(amp: str, device: torch.device) -> torch.dtype:
     """Choose the type of a training's convolutions and matrix products.
 
-    amp: a key of PRECISIONS, or "auto": bfloat16 where the processor computes in it, which needs
-    no scaling of the loss, and float32 elsewhere.
+    amp: a key of PRECISIONS, or "auto": bfloat16 if the processor computes in it, as it needs no
+    loss scaling, otherwise float32.
     """
     if amp in PRECISIONS:
         return PRECISIONS[amp]
@@ -31,9 +31,10 @@ def inference_amp(amp: str) -> str:
 
 
 def pick_device(device: str, gpu: int | None = None, local_rank: int = 0) -> torch.device:
-    """Choose the device of the process of this rank on its node.
+    """Choose the device of a process.
 
-    device: "auto", "cpu" or "cuda". gpu: use this one only. Raises ValueError where there is none.
+    device: "auto", "cpu" or "cuda". gpu: the only one to use. local_rank: the process's number on
+    its node, which is the GPU to use if gpu is None. Raises ValueError if there is no such device.
     """
     if device == "cpu":
         if gpu is not None:
@@ -43,7 +44,7 @@ def pick_device(device: str, gpu: int | None = None, local_rank: int = 0) -> tor
         if device == "cuda" or gpu is not None:
             raise ValueError("no CUDA GPU is available here: use --device cpu")
         return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False  # float32 is meant where it is asked for
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     index = local_rank if gpu is None else gpu
     if not 0 <= index < torch.cuda.device_count():
         raise ValueError(f"there is no GPU {index}, only {torch.cuda.device_count()} here")

@@ -1,8 +1,8 @@
-"""main_distributed.py with the faults planted that the environment has as JSON in FAULTS.
+"""Run main_distributed.py with the faults that the environment variable FAULTS lists as JSON.
 
-crash, hang: part of a video's name, whose decoding crashes or hangs the worker.
-nan: [rank, first step, last step] at which that rank's clips are not numbers.
-stuck: [rank, step] at which that rank gets no further.
+crash, hang: part of the name of a video, whose decoding crashes or hangs the worker.
+nan: [rank, first step, last step] in which the rank's clips are NaN.
+stuck: [rank, step] at which the rank hangs.
 """
 
 import json

@@ -100,7 +100,7 @@ def run_rank(rank, world_size, folder):
     torch.save((loss.detach(), gradients), f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # as distributed.end_with, and for its reason
+    os._exit(0)  # as distributed.process.run_and_exit does, and for its reason
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

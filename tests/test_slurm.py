@@ -19,7 +19,7 @@ STEPS = 30  # of an epoch
 
 
 class Slurm:
-    """Starts jobs from the repository's folder, all of them under one name."""
+    """Start jobs from the repository's folder, all of them under one name."""
 
     name = f"--job-name=test-{os.getpid()}"
 
@@ -44,12 +44,12 @@ class Slurm:
         return done.stdout.strip()
 
     def job(self, job):
-        """What SLURM knows of a job: JobState, Restarts, ExitCode, .."""
+        """What SLURM reports of a job: JobState, Restarts, ExitCode, .."""
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for_end(self, job):
-        """Waits until a job has left the queue; returns what SLURM knows of it."""
+        """Wait until a job has left the queue; return what SLURM reports of it."""
         wait_for(lambda: not self.ask("squeue", "--noheader", f"--name={self.name[11:]}"))
         return self.job(job)
 
@@ -79,7 +79,7 @@ def slurm():
 
 @pytest.fixture(scope="module")
 def flags(toy, weights, tmp_path_factory):
-    """Trains four ranks on two nodes, 8 clips a step; an epoch has STEPS of them."""
+    """Flags of a training by four ranks on two nodes, 8 clips per step, STEPS steps per epoch."""
     table = tmp_path_factory.mktemp("list") / "long.csv"
     header, *videos = (toy / "howto100m_videos.csv").read_text().splitlines()
     table.write_text("\n".join([header, *videos * STEPS]) + "\n")
@@ -103,7 +103,7 @@ def steps(folder):
 
 
 def submit(slurm, flags, folder, *more):
-    """Submits the script that users copy."""
+    """Submit the script that users copy."""
     folder.mkdir(exist_ok=True)  # else SLURM cannot write the output
     return slurm.sbatch(
         *("--cpus-per-task=2", f"--output={folder}/output.txt"),
@@ -113,7 +113,7 @@ def submit(slurm, flags, folder, *more):
 
 
 def follow(slurm, job, folder, condition):
-    """Waits until something is so of a job that submit() started."""
+    """Wait until a condition holds for a job that submit() started."""
 
     def reached():
         assert slurm.job(job)["JobState"] != "FAILED", (folder / "output.txt").read_text()
@@ -126,7 +126,7 @@ def follow_to_step(slurm, job, folder, step):
     follow(slurm, job, folder, lambda: max(steps(folder), default=0) >= step)
 
 
-def test_a_task_a_node_and_a_task_a_process_train_alike(slurm, flags, toy, tmp_path):
+def test_a_task_per_node_and_a_task_per_process_train_alike(slurm, flags, toy, tmp_path):
     losses = []
     for name, tasks, more in (("node", 1, ["--nproc_per_node=2"]), ("process", 2, [])):
         command = [sys.executable, "main_distributed.py", *flags, *folders(tmp_path / name), *more]
@@ -148,8 +148,8 @@ def test_several_tasks_without_srun_are_refused(slurm, flags, tmp_path):
     assert text.startswith("error: ") and "srun" in text and text.count("\n") == 1
 
 
-def test_a_job_goes_on_to_the_bit_after_a_preemption_and_at_its_time_limit(slurm, flags, tmp_path):
-    """The time limit is played: SLURM would send the shell the same signal."""
+def test_a_job_resumes_to_the_bit_after_a_preemption_and_at_its_time_limit(slurm, flags, tmp_path):
+    """The time limit is simulated by the signal that SLURM would send the shell."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     job = submit(slurm, flags, stopped, "--epochs=2")
     follow_to_step(slurm, job, stopped, 10)

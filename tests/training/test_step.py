@@ -94,7 +94,7 @@ def run_rank(rank, world_size, folder):
     torch.save((loss, gradients(network)), f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # as distributed.end_with, and for its reason
+    os._exit(0)  # as distributed.process.run_and_exit does, and for its reason
 
 
 def test_two_processes_with_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path):
