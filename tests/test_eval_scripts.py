@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from evaluation.feature_file import read_features
 from tests.helpers import run_python, write_csv
 from utils import run_script
 
@@ -222,6 +223,27 @@ def test_the_page_of_hmdb_agrees_with_the_metrics_and_needs_no_video(kept, tmp_p
     assert sorted(row[0] for row in data["classes"]) == data["names"]
     # The toy set's splits test nearly as many videos each: the mean of all is near that of splits.
     assert np.trace(confusion) / confusion.sum() == pytest.approx(metrics["mean"], abs=0.05)
+
+
+def test_metrics_are_reported_even_if_the_features_cannot_be_written(
+    kept, toy, tmp_path, monkeypatch, capsys
+):
+    folder, flags, metrics, _ = kept
+    stored = str(folder / "features.npz")
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("eval_hmdb.inference_model", lambda args, device: None)
+    monkeypatch.setattr(
+        "eval_hmdb.hmdb_features",
+        lambda model, dataset, device, **decoding: read_features(stored, {}, dataset.names),
+    )
+    monkeypatch.setattr("eval_hmdb.write_features", full)
+    more = [f"--features={tmp_path}/new.npz", f"--output={tmp_path}/out.json"]
+    run_main("eval_hmdb.py", [*flags, f"--eval_video_root={toy}/hmdb", *more], monkeypatch)
+    assert "No space left on device" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text()) == metrics
 
 
 @pytest.mark.parametrize(

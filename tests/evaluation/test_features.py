@@ -1,18 +1,165 @@
+"""Features of an evaluation's windows, and of windows at a constant stride."""
+
 import faulthandler
 import os
+import signal
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from evaluation import features as features_module
-from evaluation.features import strided_features, strided_starts
-from s3dg import to_unit_range
+from evaluation.features import clip_batches, strided_features, strided_starts, video_features
+from retrieval_loader import Pair
+from s3dg import Tokenizer, to_unit_range
 from tests.helpers import make_video
 from video_decoder import ClipSpec, DecodeError, decode_clips
 
 CPU = torch.device("cpu")
 CLIP = ClipSpec(num_frames=4, size=16, fps=5)
+
+
+# --- the windows of an evaluation ---------------------------------------------------------------
+
+
+def test_windows_are_batched_across_videos_and_none_is_lost():
+    items = [(name, torch.full((windows, 3, 2, 4, 4), i)) for i, (name, windows) in
+             enumerate([("a", 3), ("b", 1), ("c", 7)])]  # fmt: skip
+    batches = list(clip_batches(items, 4))
+    assert [len(clips) for _, clips in batches] == [4, 4, 3]
+    assert [owner for owners, _ in batches for owner in owners] == list("aaab" + "ccccccc")
+    assert (
+        torch.cat([clips for _, clips in batches])[:, 0, 0, 0, 0].tolist()
+        == [0] * 3 + [1] + [2] * 7
+    )
+
+
+class Brightness(torch.nn.Module):
+    """Embeds a clip by its mean colour and a text by its first words; counts its largest batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def forward(self, video, text, mode, mixed5c=False):
+        if mode == "text":
+            return text[:, :3].float() / 255
+        self.largest = max(self.largest, len(video))
+        return video.mean(dim=(2, 3, 4))
+
+
+class Colours(torch.utils.data.Dataset):
+    """Videos of one colour each, described by that colour's numbers; some cannot be decoded, some
+    end the process that tries, some never end."""
+
+    num_missing = 2
+
+    def __init__(self, colours, broken=(), fatal=(), endless=()):
+        self.colours, self.broken, self.fatal, self.endless = colours, broken, fatal, endless
+        self.item_spec = {"video": ((5, 3, 2, 4, 4), torch.uint8)}
+        self.pairs = [Pair(None, 0, 1, " ".join(map(str, colour))) for colour in colours]
+        self.tokenizer = Tokenizer([str(i) for i in range(1, 256)], 3)
+
+    def __len__(self):
+        return len(self.colours)
+
+    def path(self, index):
+        return f"/videos/{index}.mp4"
+
+    def __getitem__(self, index):
+        if index in self.fatal:
+            faulthandler.disable()  # pytest's, which would fill the screen
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if index in self.endless:
+            signal.pause()
+        if index in self.broken:
+            return {"error": f"video {index} is broken"}
+        video = torch.tensor(self.colours[index], dtype=torch.uint8).view(1, 3, 1, 1, 1)
+        video = video.repeat(5, 1, 2, 4, 4)
+        video[0] = 255  # a first window that is of every colour: the others have to outweigh it
+        return {"video": video}
+
+
+def primaries(n, **settings):
+    return Colours([[255 if c == i % 3 else i + 1 for c in range(3)] for i in range(n)], **settings)
+
+
+def decoding(workers=0, batch_size=4, sample_timeout=60):
+    return {"workers": workers, "batch_size": batch_size, "sample_timeout": sample_timeout}
+
+
+def test_a_video_that_crashes_or_hangs_its_worker_is_left_out_and_named(milnce_log):
+    videos = primaries(5, fatal=[1], endless=[3])
+    settings = decoding(workers=2, sample_timeout=1)
+    features = video_features(Brightness(), videos, CPU, **settings)
+    expected = video_features(Brightness(), primaries(5), CPU, **decoding())
+    assert list(features) == [0, 2, 4]
+    for index, feature in features.items():
+        np.testing.assert_array_equal(feature, expected[index])
+    [crashed] = [line for line in milnce_log.messages if "/videos/1.mp4" in line]
+    assert "SIGSEGV" in crashed
+    [hung] = [line for line in milnce_log.messages if "/videos/3.mp4" in line]
+    assert "1 s" in hung
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_windows_gets_each_decoded_video_once(workers):
+    """And as they are, whatever is decoded after them."""
+    videos, shown = primaries(7, broken=[1]), {}
+
+    def on_windows(index, windows):
+        assert index not in shown
+        shown[index] = windows
+
+    video_features(Brightness(), videos, CPU, **decoding(workers), on_windows=on_windows)
+    assert list(shown) == [0, 2, 3, 4, 5, 6]
+    for index, windows in shown.items():
+        assert torch.equal(windows, videos[index]["video"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_batch_is_larger_than_batch_size_val(workers):
+    model = Brightness()
+    features = video_features(model, primaries(7), CPU, **decoding(workers, batch_size=6))
+    assert model.largest == 6
+    assert [f.shape for f in features.values()] == [(5, 3)] * 7
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_features_do_not_depend_on_the_batch_size(workers):
+    model = Brightness()
+    one = video_features(model, primaries(5), CPU, **decoding(batch_size=1))
+    many = video_features(model, primaries(5), CPU, **decoding(workers, batch_size=32))
+    assert list(one) == list(many) == list(range(5))
+    for index, feature in one.items():
+        np.testing.assert_array_equal(feature, many[index])
+
+
+def test_an_exception_of_on_video_ends_the_evaluation_and_its_workers():
+    seen, children = [], psutil.Process().children()
+
+    def on_video():
+        seen.append(1)
+        if len(seen) == 3:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        settings = decoding(workers=2)
+        video_features(Brightness(), primaries(9, broken=[1]), CPU, **settings, on_video=on_video)
+    assert len(seen) == 3
+    assert psutil.Process().children() == children
+
+
+def test_ranks_share_the_videos():
+    shards = [
+        video_features(Brightness(), primaries(5), CPU, **decoding(), rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    assert [list(shard) for shard in shards] == [[0, 2, 4], [1, 3]]
+
+
+# --- windows at a constant stride ---------------------------------------------------------------
 
 
 class Pixels(torch.nn.Module):

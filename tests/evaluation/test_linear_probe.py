@@ -12,7 +12,7 @@ from evaluation.linear_probe import (
     predict_splits,
     top1_metrics,
 )
-from tests.evaluation.test_retrieval import CPU, Brightness, decoding, primaries
+from tests.evaluation.test_features import CPU, Brightness, decoding, primaries
 
 
 @pytest.mark.parametrize("classes", [2, 5])
