@@ -220,8 +220,7 @@ def training_batches(
         if attempt == MAX_REPLACEMENTS:
             raise DataError(
                 dataset.video_root,
-                f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last one because of: "
-                f"{reason}",
+                f"{MAX_REPLACEMENTS} samples in a row cannot be read: {reason}",
             )
         return epoch, index, attempt + 1
 
