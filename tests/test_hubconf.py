@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hubconf
-from msrvtt_loader import MSRVTT
+from annotations.msrvtt import COLUMNS
 from tests.helpers import ROOT, golden_json, golden_weight, make_video, write_csv
 
 CLONE = ROOT
@@ -127,7 +127,7 @@ def test_what_is_absent_is_named(released, tmp_path):
 def test_scripts_take_the_released_files(script, released, tmp_path, monkeypatch):
     """The other evaluations build their model as these do; for the training see its own tests."""
     make_video(tmp_path / "video0.mp4", seconds=2)
-    write_csv(tmp_path / "table.csv", MSRVTT, ("ret0", "msr0", "video0", "cut the tomato"))
+    write_csv(tmp_path / "table.csv", COLUMNS, ("ret0", "msr0", "video0", "cut the tomato"))
     flags = [f"--pretrain_cnn_path={released}/s3d_howto100m.pth", "--num_thread_reader=0"]
     if script == "eval_msrvtt":
         flags += [f"--eval_video_root={tmp_path}", f"--eval_csv={tmp_path}/table.csv"]
