@@ -282,8 +282,8 @@ BAD_INPUTS = {
     "unknown backend": (["--decoder=gstreamer"], "--decoder"),
 }
 BAD_TEXT_INPUTS = {
-    "missing word list": (["--token_to_word_path=absent.npy"], "absent.npy"),
-    "word list that does not fit": (["--token_to_word_path={short}"], "--token_to_word_path"),
+    "missing vocabulary": (["--token_to_word_path=absent.npy"], "absent.npy"),
+    "vocabulary that does not fit": (["--token_to_word_path={short}"], "--token_to_word_path"),
 }
 
 
