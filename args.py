@@ -399,19 +399,19 @@ def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bo
     )
     add(
         EVALUATION,
-        "--output",
+        "--metrics_json",
         default="",
         help="Write the metrics to this JSON file.",
     )
     add(
         EVALUATION,
-        "--report",
+        "--html_report",
         default="",
         help="Write the results as a page, index.html, to this folder.",
     )
     add(
         {"eval_hmdb"},
-        "--features",
+        "--feature_cache",
         default="",
         help="Keep the features in this .npz file, or read them there if it exists.",
     )
@@ -492,11 +492,17 @@ def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bo
         action="store_true",
         help="Has no effect: on a GPU, batches always arrive in page-locked memory.",
     )
-    if others:  # spellings of the release that scripts in the wild still carry
+    if others:  # old spellings, of the release and of our own, that scripts in the wild still carry
         add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
         momentum = not_negative(float)
         add("--momemtum", dest="momentum", type=momentum, default=argparse.SUPPRESS)
         add("--pretrained", action="store_true")
+        for old, name in (
+            ("--output", "metrics_json"),
+            ("--report", "html_report"),
+            ("--features", "feature_cache"),
+        ):
+            add(old, dest=name, default=argparse.SUPPRESS)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -598,7 +604,7 @@ def check_folder(path, flag):
         raise InputError(f"{format_flag(flag)}: there is no folder {path}: give an existing one")
 
 
-def check_output(path, flag="output"):
+def check_output(path, flag):
     """Refuses, before the work, a file that could not be written after it."""
     folder = Path(path).resolve().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
@@ -686,11 +692,11 @@ def inference_model(args, device, weights="pretrain_cnn_path"):
 
 
 def check_evaluation_outputs(args):
-    """Reject, before the work, an --output or --report that could not be written after it."""
-    if args.output:
-        check_output(args.output)
-    if args.report:
+    """Reject, before the work, outputs of an evaluation that could not be written after it."""
+    if args.metrics_json:
+        check_output(args.metrics_json, "metrics_json")
+    if args.html_report:
         from evaluation.report import page_path
 
-        make_folder(args.report, "report")
-        check_output(page_path(args.report), "report")
+        make_folder(args.html_report, "html_report")
+        check_output(page_path(args.html_report), "html_report")

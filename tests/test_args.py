@@ -100,10 +100,14 @@ def test_the_releases_command_parses():
 
 def test_old_spellings_work_and_stay_out_of_the_help(capsys):
     assert parse("--momemtum 0.5 --pretrained").momentum == 0.5
+    named = parse("--output a.json --report b --features=c.npz")
+    assert (named.metrics_json, named.html_report, named.feature_cache) == ("a.json", "b", "c.npz")
+    assert parse("").feature_cache == ""
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
-    assert "momemtum" not in text and "--pretrained" not in text
+    for old in ("momemtum", "--pretrained ", "--output", "--report", "--features"):
+        assert old not in text
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, 
         "eval_youcook.py",
         *without(flags, "--nproc", "--evaluate", "--pretrain"),
         f"--pretrain_cnn_path={folder}/checkpoint/run/epoch0002.pth.tar",
-        f"--output={tmp_path}/out.json",
+        f"--metrics_json={tmp_path}/out.json",
     )
     figures = json.loads((tmp_path / "out.json").read_text())
     during = records(folder)[-1]
