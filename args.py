@@ -9,11 +9,12 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import InputError, find_files, input_error
+from utils import FilePath, InputError, find_files, input_error
 
 # The scripts, by what they do. A script's help shows the flags that it uses; the others, which the
 # release's command lines share, are accepted and ignored.
@@ -21,18 +22,17 @@ TRAINING = frozenset({"main_distributed"})
 RETRIEVAL = frozenset({"eval_youcook", "eval_msrvtt"})
 EVALUATION = RETRIEVAL | {"eval_hmdb"}
 EXTRACTION = frozenset({"extract_features"})
-INFERENCE = EVALUATION | EXTRACTION | {"search"}
-ALL = TRAINING | INFERENCE
+ALL = TRAINING | EVALUATION | EXTRACTION | {"search"}
 
 # Spelled out, as their homes import torch and FFmpeg, for which --help should not wait.
 BACKENDS = ("pyav", "ffmpeg")  # video_decoder.BACKENDS
 PRECISIONS = ("bf16", "fp16", "none")  # distributed.device.PRECISIONS
 
 
-def positive(kind):
-    """An argparse type: a number of that kind above zero."""
+def positive(kind: type) -> Callable[[str], float]:
+    """Make an argparse type: a number of that kind above zero."""
 
-    def parse(text):
+    def parse(text: str):
         value = kind(text)
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
@@ -42,10 +42,10 @@ def positive(kind):
     return parse
 
 
-def not_negative(kind):
-    """An argparse type: a number of that kind, zero or above."""
+def not_negative(kind: type) -> Callable[[str], float]:
+    """Make an argparse type: a number of that kind, zero or above."""
 
-    def parse(text):
+    def parse(text: str):
         value = kind(text)
         if not 0 <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from zero")
@@ -55,8 +55,8 @@ def not_negative(kind):
     return parse
 
 
-def shard(text):
-    """An argparse type: I/N, the part I, from 0, of N."""
+def shard(text: str) -> tuple[int, int]:
+    """Parse I/N, shard I, from 0, of N: an argparse type."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N-1")
@@ -64,14 +64,14 @@ def shard(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """An error is one line: which flag, and what is wrong with it."""
+    """A parser whose errors are one line: the flag, and what is wrong with it."""
 
-    def error(self, message):
+    def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def normalize_flags(argv=None):
-    """The command line (default: the process's) with `_` for each `-` in the names of flags."""
+def normalize_flags(argv: list[str] | None = None) -> list[str]:
+    """Replace each `-` in the names of flags by `_`. argv: by default the process's."""
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = argv.index("--") if "--" in argv else len(argv)
 
@@ -399,19 +399,19 @@ def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bo
     )
     add(
         EVALUATION,
-        "--output",
+        "--metrics_json",
         default="",
         help="Write the metrics to this JSON file.",
     )
     add(
         EVALUATION,
-        "--report",
+        "--html_report",
         default="",
         help="Write the results as a page, index.html, to this folder.",
     )
     add(
         {"eval_hmdb"},
-        "--features",
+        "--feature_cache",
         default="",
         help="Keep the features in this .npz file, or read them there if it exists.",
     )
@@ -492,11 +492,17 @@ def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bo
         action="store_true",
         help="Has no effect: on a GPU, batches always arrive in page-locked memory.",
     )
-    if others:  # spellings of the release that scripts in the wild still carry
+    if others:  # old spellings, of the release and of our own, that scripts in the wild still carry
         add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
         momentum = not_negative(float)
         add("--momemtum", dest="momentum", type=momentum, default=argparse.SUPPRESS)
         add("--pretrained", action="store_true")
+        for old, name in (
+            ("--output", "metrics_json"),
+            ("--report", "html_report"),
+            ("--features", "feature_cache"),
+        ):
+            add(old, dest=name, default=argparse.SUPPRESS)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -571,42 +577,42 @@ def get_search_args(description: str, argv: list[str] | None = None) -> argparse
 # --- checks of what flags name -------------------------------------------------------------------
 
 
-def format_flag(flag):
-    """A flag as a message names it; one in capitals is an argument, which has its place only."""
+def format_flag(flag: str) -> str:
+    """Spell a flag for a message. One in capitals is a positional argument."""
     return flag if flag.isupper() else f"--{flag}"
 
 
-def check_file(path, flag):
-    """Refuses a path that is not a readable file; `flag` is the flag it came from."""
+def check_file(path: FilePath, flag: str) -> None:
+    """Reject a path that is not a readable file. An empty one means that the flag is missing."""
     if not path:
-        raise InputError(f"{format_flag(flag)} is needed: give the path of a file")
+        raise InputError(f"{format_flag(flag)} is needed; give the path of a file")
     if os.path.isdir(path):
-        raise InputError(f"{format_flag(flag)}: {path} is a folder: give a file")
+        raise InputError(f"{format_flag(flag)}: {path} is a folder; give a file")
     if not os.path.isfile(path):
-        raise InputError(f"{format_flag(flag)}: there is no file {path}: give an existing one")
+        raise InputError(f"{format_flag(flag)}: there is no file {path}; give an existing one")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{format_flag(flag)}: {path} cannot be read: change its permissions")
+        raise InputError(f"{format_flag(flag)}: {path} cannot be read; change its permissions")
 
 
-def check_folder(path, flag):
-    """Refuses a path that is not a folder; an empty one means that the flag was forgotten."""
+def check_folder(path: FilePath, flag: str) -> None:
+    """Reject a path that is not a folder. An empty one means that the flag is missing."""
     if not path:
-        raise InputError(f"{format_flag(flag)} is needed: give the path of a folder")
+        raise InputError(f"{format_flag(flag)} is needed; give the path of a folder")
     if os.path.isfile(path):
-        raise InputError(f"{format_flag(flag)}: {path} is a file: give a folder")
+        raise InputError(f"{format_flag(flag)}: {path} is a file; give a folder")
     if not os.path.isdir(path):
-        raise InputError(f"{format_flag(flag)}: there is no folder {path}: give an existing one")
+        raise InputError(f"{format_flag(flag)}: there is no folder {path}; give an existing one")
 
 
-def check_output(path, flag="output"):
-    """Refuses, before the work, a file that could not be written after it."""
+def check_output(path: FilePath, flag: str) -> None:
+    """Reject, before the work, a file that could not be written after it."""
     folder = Path(path).resolve().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
-        raise InputError(f"--{flag}: {path} cannot be written: give a file in an existing folder")
+        raise InputError(f"--{flag}: {path} cannot be written; give a file in an existing folder")
 
 
-def make_folder(path, flag):
-    """Makes a folder that is to be written to. Raises InputError where that cannot be."""
+def make_folder(path: FilePath, flag: str) -> None:
+    """Make a folder for output, unless it exists. Raises InputError if it cannot be written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -615,20 +621,20 @@ def make_folder(path, flag):
         raise InputError(f"--{flag}: the folder {path} cannot be written to")
 
 
-def check_absent(path, flag):
-    """Refuses to write over something that is there."""
+def check_absent(path: FilePath, flag: str) -> None:
+    """Reject an output that would overwrite something."""
     if os.path.lexists(path):
-        raise InputError(f"--{flag}: {path} is there already: remove it or give another")
+        raise InputError(f"--{flag}: {path} is there already; remove it or give another")
 
 
-def check_new_output(path, flag):
-    """Refuses, before the work, a file that could not be written after it, or is there already."""
+def check_new_output(path: FilePath, flag: str) -> None:
+    """Reject, before the work, a file that could not be written after it, or already exists."""
     check_absent(path, flag)
     check_output(path, flag)
 
 
-def files_below(root, flag, extensions):
-    """The files that find_files finds, in order. Raises InputError."""
+def files_below(root: FilePath, flag: str, extensions: Collection[str]) -> list[str]:
+    """List what find_files finds, sorted, with a bar. Raises InputError."""
     check_folder(root, flag)
     try:
         return sorted(
@@ -662,8 +668,11 @@ def clip_spec(args: argparse.Namespace):
     return ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder)
 
 
-def inference_model(args, device, weights="pretrain_cnn_path"):
-    """Load the model of --pretrain_cnn_path, or of another flag; it has to fit the flags."""
+def inference_model(args: argparse.Namespace, device, weights: str = "pretrain_cnn_path"):
+    """Load the S3D of --pretrain_cnn_path, or of another flag, for inference on a torch device.
+
+    Raises InputError if the file is invalid, or the model does not fit the other flags.
+    """
     from distributed.device import check_compiler
     from evaluation.features import load_inference_model
 
@@ -685,12 +694,12 @@ def inference_model(args, device, weights="pretrain_cnn_path"):
     return model
 
 
-def check_evaluation_outputs(args):
-    """Reject, before the work, an --output or --report that could not be written after it."""
-    if args.output:
-        check_output(args.output)
-    if args.report:
+def check_evaluation_outputs(args: argparse.Namespace) -> None:
+    """Reject, before the work, outputs of an evaluation that could not be written after it."""
+    if args.metrics_json:
+        check_output(args.metrics_json, "metrics_json")
+    if args.html_report:
         from evaluation.report import page_path
 
-        make_folder(args.report, "report")
-        check_output(page_path(args.report), "report")
+        make_folder(args.html_report, "html_report")
+        check_output(page_path(args.html_report), "html_report")

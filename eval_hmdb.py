@@ -1,7 +1,7 @@
 """Linear action recognition on HMDB-51: python eval_hmdb.py --pretrain_cnn_path FILE
 
---features FILE stores the features. If FILE exists they are read from it, and neither videos nor
-weights are needed; labels and splits are those of --eval_csv in every run.
+--feature_cache FILE stores the features. If FILE exists they are read from it, and neither videos
+nor weights are needed; labels and splits are those of --eval_csv in every run.
 """
 
 from args import get_args
@@ -51,8 +51,8 @@ def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMD
     """Decode the videos, run the model on their windows, and store the features if asked to."""
     with input_error("--device, --gpu"):
         device = pick_device(args.device, args.gpu)
-    if args.features:
-        check_output(args.features, "features")
+    if args.feature_cache:
+        check_output(args.feature_cache, "feature_cache")
     check_decoder(args)
     check_folder(args.eval_video_root, "eval_video_root")
     with input_error("--eval_video_root"):
@@ -60,7 +60,7 @@ def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMD
             table, args.eval_video_root, clip_spec(args), num_windows=args.num_windows_test
         )
     # The weights' sum is taken now: a training may remove its old checkpoints in the meantime.
-    settings = settings_of_features(args) if args.features else {}
+    settings = settings_of_features(args) if args.feature_cache else {}
     with input_error("--eval_csv, --eval_video_root"):  # before the hours of decoding
         check_splits(dataset, dataset.names)
     found = hmdb_features(
@@ -73,11 +73,13 @@ def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMD
     )
     with input_error("--eval_csv, --eval_video_root"):
         check_splits(dataset, found.features)
-    if args.features:
+    if args.feature_cache:
         try:
-            write_features(args.features, settings, found)
+            write_features(args.feature_cache, settings, found)
         except OSError as error:  # the metrics can still be reported
-            log.error("--features: could not write %s: %s", args.features, one_line(error))
+            log.error(
+                "--feature_cache: could not write %s: %s", args.feature_cache, one_line(error)
+            )
     return dataset, found
 
 
@@ -93,11 +95,11 @@ def main() -> None:
     log_notes(csv, notes)
 
     # Pooled mixed_5c features of evenly spaced windows of each clip.
-    if os.path.isfile(args.features):
+    if os.path.isfile(args.feature_cache):
         dataset = HMDB51(table, video_root=None)
         settings = settings_of_features(args)
-        with input_error("--features"):
-            found = read_features(args.features, settings, dataset.names)
+        with input_error("--feature_cache"):
+            found = read_features(args.feature_cache, settings, dataset.names)
     else:
         dataset, found = extract_features(args, table)
     if reasons := list(found.left_out.values()):
@@ -108,13 +110,13 @@ def main() -> None:
     with input_error("--eval_csv, --eval_video_root"):
         predictions = predict_splits(dataset, found.features)
     metrics = top1_metrics(predictions)
-    print_metrics("HMDB-51", metrics, args.output)
+    print_metrics("HMDB-51", metrics, args.metrics_json)
 
-    if args.report:
+    if args.html_report:
         settings = describe_settings(
             csv,
             args.pretrain_cnn_path,
-            args.features,
+            args.feature_cache,
             num_windows_test=args.num_windows_test,
             num_frames=args.num_frames,
             video_size=args.video_size,
@@ -122,8 +124,8 @@ def main() -> None:
         )
         counts = {"num_videos": len(found.features), "num_missing": len(found.left_out)}
         data = hmdb_data(predictions)
-        with input_error("--report"):
-            page = write_page(args.report, "HMDB-51", {**metrics, **counts}, settings, data)
+        with input_error("--html_report"):
+            page = write_page(args.html_report, "HMDB-51", {**metrics, **counts}, settings, data)
         print(f"report: {page}")
 
 

@@ -54,7 +54,7 @@ def main() -> None:
     thumbnails = {}
 
     def add_thumbnail(index, windows):
-        if args.report:
+        if args.html_report:
             thumbnails[index] = animate_middle_window(windows)
 
     videos = video_features(
@@ -71,9 +71,9 @@ def main() -> None:
     with input_error("--eval_video_root"):
         scores = retrieval_scores(model, dataset, videos, device)
     metrics = {**retrieval_metrics(scores), **count_videos(dataset, videos)}
-    print_metrics("MSRVTT", metrics, args.output)
+    print_metrics("MSRVTT", metrics, args.metrics_json)
 
-    if args.report:
+    if args.html_report:
         settings = describe_settings(
             csv,
             args.pretrain_cnn_path,
@@ -85,8 +85,8 @@ def main() -> None:
         )
         pairs = [dataset.pairs[index] for index in videos]
         data = retrieval_data(pairs, args.eval_video_root, list(thumbnails.values()), scores)
-        with input_error("--report"):
-            page = write_page(args.report, "MSRVTT", metrics, settings, data)
+        with input_error("--html_report"):
+            page = write_page(args.html_report, "MSRVTT", metrics, settings, data)
         print(f"report: {page}")
 
 

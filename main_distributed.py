@@ -446,12 +446,11 @@ def build_model(args, words, resumed=None):
     """
     if resumed:
         with input_error("--resume"):
-            model = s3dg.model_of(resumed["state_dict"], resumed["path"])
+            model = S3D.from_state_dict(resumed["state_dict"], resumed["path"])
     elif args.pretrain_cnn_path:
         check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
         with input_error("--pretrain_cnn_path"):
-            state = s3dg.read_weights(args.pretrain_cnn_path)["state_dict"]
-            model = s3dg.model_of(state, args.pretrain_cnn_path)
+            model = s3dg.load_model(args.pretrain_cnn_path)
     else:
         if args.word2vec_path:
             check_file(args.word2vec_path, "word2vec_path")

@@ -2,15 +2,17 @@
 
 Needs torch and numpy only: copy this file anywhere, or `from s3dg import S3D`. The video network is
 the gated separable Inception of Xie et al. (arXiv 1712.04851); the text network is a max over word
-features. Both end in the same 512-d space, where a dot product scores a video against a sentence.
+features. Both map to the same 512-d space, where a dot product scores a video against a sentence.
 Attribute names give the keys of the public checkpoints, so weights interchange both ways.
 """
 
 import contextlib
 import copy
+import os
 import re
-from collections.abc import Container
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +21,14 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-VOCABULARY_ROWS = 66250  # the released word list, plus row 0 for padding
+VOCABULARY_ROWS = 66250  # of the released vocabulary, plus row 0 for padding
 WORD_DIM = 300
 HIDDEN_DIM = 2048
 WORD = re.compile(r"[\w']+")
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
+
+
+# --- text ---------------------------------------------------------------------------------------
 
 
 def tokenize(sentence: str, vocabulary: Container[str] = ()) -> list[str]:
@@ -39,66 +44,92 @@ def tokenize(sentence: str, vocabulary: Container[str] = ()) -> list[str]:
 
 
 class Tokenizer:
-    """Turns a sentence into word indices: a LongTensor [max_words], zero-padded.
+    """Convert a sentence to word indices: a LongTensor [max_words], padded with zeros.
 
-    words: the word list, in the order of the embedding's rows; word i has index i + 1, 0 pads.
-    Tokens are those of tokenize. Words outside the list are dropped, then the sentence is cut to
-    max_words. Anything but a string (None, NaN) is a missing caption and counts as an empty
-    sentence.
+    words: the vocabulary, in the order of the embedding's rows. Word i has index i + 1; 0 pads.
+    Words outside the vocabulary are dropped before the sentence is cut to max_words. Anything but a
+    string (None, NaN) is a missing caption and counts as an empty sentence.
     """
 
-    def __init__(self, words, max_words):
+    def __init__(self, words: Iterable[str], max_words: int):
         self.index = {str(word): i + 1 for i, word in enumerate(words)}
         self.max_words = max_words
 
-    def __call__(self, sentence):
-        found = tokenize(sentence, self.index) if isinstance(sentence, str) else []
-        ids = [self.index[word] for word in found if word in self.index][: self.max_words]
+    def __call__(self, sentence: str | float | None) -> torch.Tensor:
+        tokens = tokenize(sentence, self.index) if isinstance(sentence, str) else []
+        ids = [self.index[word] for word in tokens if word in self.index][: self.max_words]
         return torch.tensor(ids + [0] * (self.max_words - len(ids)), dtype=torch.long)
 
 
-def load_words(path):
-    """Reads a word list: a one-dimensional numpy array of unicode strings, never pickled."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no word list at {path}: give the path of the dictionary (.npy)")
-    try:
-        words = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy has many ways to say that a file is not one of its own
-        raise ValueError(
-            f"{path} is not a word list, a numpy array of strings ({type(error).__name__})"
-        ) from None
+def load_words(path: str | os.PathLike) -> np.ndarray:
+    """Read a vocabulary: a one-dimensional numpy array of unicode strings, never pickled.
+
+    Raises FileNotFoundError, or ValueError of one line if the file holds something else.
+    """
+    words = read_data(path, lambda path: np.load(path, allow_pickle=False), "a vocabulary")
     if not isinstance(words, np.ndarray) or words.ndim != 1 or words.dtype.kind != "U":
-        raise ValueError(f"{path} is not a word list: a one-dimensional array of strings is needed")
+        raise ValueError(f"{path} is not a vocabulary; give a one-dimensional array of strings")
     return words
 
 
-def load_word_vectors(path):
-    """Reads word vectors: a float tensor [words + 1, 300] whose row 0 is the padding's."""
-    try:
-        vectors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load has many ways to say that a file is not one of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} does not hold word vectors: {reason}") from error
+def check_vocabulary(words: Sequence[str], rows: int, path: str | os.PathLike) -> None:
+    """Raise ValueError unless each word has its row of the word embedding, after the padding's.
+
+    rows: of the embedding. path: the vocabulary's file, for the message.
+    """
+    if len(words) + 1 != rows:
+        raise ValueError(
+            f"{path} has {len(words)} words, but the word embedding has {rows} rows, one per word "
+            "and one for padding; give the vocabulary made with these vectors"
+        )
+
+
+def load_word_vectors(path: str | os.PathLike) -> torch.Tensor:
+    """Read word vectors: float32 [words + 1, 300], with the padding in row 0.
+
+    Raises FileNotFoundError, or ValueError of one line if the file holds something else.
+    """
+    vectors = read_data(path, load_tensors, "word vectors")
     if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or vectors.shape[1] != WORD_DIM:
-        raise ValueError(f"{path} does not hold word vectors: a tensor [words + 1, {WORD_DIM}]")
+        raise ValueError(f"{path} is not word vectors; give a tensor [words + 1, {WORD_DIM}]")
     return vectors.detach().float()
 
 
-def triple(value):
+def read_data(path: str | os.PathLike, load: Callable, kind: str) -> Any:
+    """Return load(path). Any sign of an invalid file becomes a ValueError of one line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of {kind}")
+    try:
+        return load(path)
+    except (OSError, MemoryError):  # the file may be intact
+        raise
+    except Exception as error:  # np.load and torch.load raise many exception types on invalid files
+        raise ValueError(
+            f"{path} is damaged or is not {kind} ({type(error).__name__}); give another file"
+        ) from None
+
+
+def load_tensors(path: str | os.PathLike) -> Any:
+    """Read a file of torch.save, on the CPU, as data: nothing pickled is run."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def triple(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Repeat one size for T, H and W, or pass three of them on."""
     return (value,) * 3 if isinstance(value, int) else tuple(value)
 
 
 class TemporalConv3d(nn.Conv3d):
-    """kx1x1, as a convolution of two dimensions, T and H*W: the same sums.
+    """A kx1x1 convolution, computed as a 2-d one over T and H*W: the same sums.
 
-    oneDNN's convolution of three dimensions (torch 2.13, CPU) fills the gradient of bfloat16
-    weights with unrelated memory where T is 2, as it is in the last blocks of a 16-frame clip.
+    oneDNN's 3-d convolution (torch 2.13, CPU) fills the gradient of bfloat16 weights with unrelated
+    memory if T is 2, as it is in the last blocks of a 16-frame clip.
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         size, (stride, _, _), (padding, _, _) = x.shape[3:], self.stride, self.padding
         kernel = self.weight.flatten(3)
         net = F.conv2d(x.flatten(3), kernel, self.bias, (stride, 1), (padding, 0))
@@ -108,7 +139,15 @@ class TemporalConv3d(nn.Conv3d):
 class STConv3D(nn.Module):
     """Convolution, BatchNorm, ReLU; `separable` splits it into 1xkxk and then kx1x1."""
 
-    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, separable=False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        separable: bool = False,
+    ):
         super().__init__()
         (kt, kh, kw), (st, sh, sw), (pt, ph, pw) = map(triple, (kernel, stride, padding))
         self.separable = separable
@@ -125,7 +164,7 @@ class STConv3D(nn.Module):
             )
             self.bn1 = nn.BatchNorm3d(out_channels)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.separable:
             x = F.relu(self.bn2(self.conv2(x)), inplace=True)
@@ -135,21 +174,22 @@ class STConv3D(nn.Module):
 class SelfGating(nn.Module):
     """Scales each channel by a sigmoid of the clip's mean features (S3D-G)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.fc = nn.Linear(channels, channels)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = torch.sigmoid(self.fc(x.mean(dim=(2, 3, 4))))
         return x * weights[:, :, None, None, None]
 
 
 class MaxPool3dTFPadding(nn.Module):
-    """Max-pool of values from 0 on, with TensorFlow's 'SAME' zeros for (kernel - stride), the
-    smaller half first.
+    """Max-pool of non-negative values, padded with zeros as TensorFlow's 'SAME' does.
+
+    The padding is (kernel - stride), the smaller half first.
     """
 
-    def __init__(self, kernel, stride):
+    def __init__(self, kernel: Sequence[int], stride: Sequence[int]):
         super().__init__()
         sides = [
             (total // 2, total - total // 2)
@@ -159,20 +199,30 @@ class MaxPool3dTFPadding(nn.Module):
         self.stride = stride
         self.pool = nn.MaxPool3d(kernel, stride, ceil_mode=True)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         in_front = any(self.padding[::2])
         if in_front or any(
             size % step for size, step in zip(x.shape[2:], self.stride, strict=True)
         ):
             return self.pool(F.pad(x, self.padding))
-        # The last window hangs over by the padding, and a zero more is never the maximum alone.
+        # ceil_mode covers the padding, whose zeros never exceed the values.
         return self.pool(x)
 
 
 class InceptionBlock(nn.Module):
     """Four branches, each gated, concatenated: 1x1x1; two 1x1x1 + separable 3x3x3; pool + 1x1x1."""
 
-    def __init__(self, in_channels, b0, b1_a, b1_b, b2_a, b2_b, b3, gating=True):
+    def __init__(
+        self,
+        in_channels: int,
+        b0: int,
+        b1_a: int,
+        b1_b: int,
+        b2_a: int,
+        b2_b: int,
+        b3: int,
+        gating: bool = True,
+    ):
         super().__init__()
         self.conv_b0 = STConv3D(in_channels, b0, 1)
         self.conv_b1_a = STConv3D(in_channels, b1_a, 1)
@@ -189,7 +239,7 @@ class InceptionBlock(nn.Module):
             self.gating_b3 = SelfGating(b3)
         self.output_channels = b0 + b1_b + b2_b + b3
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         b0 = self.conv_b0(x)
         b1 = self.conv_b1_b(self.conv_b1_a(x))
         b2 = self.conv_b2_b(self.conv_b2_a(x))
@@ -203,10 +253,15 @@ class InceptionBlock(nn.Module):
 class SentenceEmbedding(nn.Module):
     """The text network: frozen word vectors, a hidden layer, a max over the words, a projection."""
 
-    def __init__(self, dim, word2vec_path="", token_to_word_path="data/dict.npy"):
+    def __init__(
+        self,
+        dim: int,
+        word2vec_path: str | os.PathLike = "",
+        token_to_word_path: str | os.PathLike = "data/dict.npy",
+    ):
         super().__init__()
         self.token_to_word_path = token_to_word_path
-        self._tokenizer = None
+        self._tokenizer: Tokenizer | None = None
         if word2vec_path:
             table = load_word_vectors(word2vec_path)
         else:
@@ -216,20 +271,19 @@ class SentenceEmbedding(nn.Module):
         self.fc2 = nn.Linear(HIDDEN_DIM, dim)
 
     @property
-    def tokenizer(self):
-        """Raw text's tokenizer. The word list is read at first use: token ids need none."""
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of raw text. The vocabulary is read at first use: token ids need none.
+
+        Raises FileNotFoundError, or ValueError if the vocabulary does not fit the word embedding.
+        """
         if self._tokenizer is None:
-            words, rows = load_words(self.token_to_word_path), self.word_embd.num_embeddings
-            if len(words) + 1 != rows:
-                raise ValueError(
-                    f"{self.token_to_word_path} has {len(words)} words, but the word embedding has "
-                    f"{rows} rows: one row a word and one for padding are needed"
-                )
+            words = load_words(self.token_to_word_path)
+            check_vocabulary(words, self.word_embd.num_embeddings, self.token_to_word_path)
             self._tokenizer = Tokenizer(words, RAW_TEXT_WORDS)
         return self._tokenizer
 
-    def forward(self, x, raw_text=False):
-        """x: word indices [N, words], or N sentences with raw_text. Returns [N, dim]."""
+    def forward(self, x: torch.Tensor | str | Sequence[str], raw_text: bool = False):
+        """Embed word indices [N, words] or, with raw_text, N sentences: [N, dim]."""
         if raw_text:
             sentences = [x] if isinstance(x, str) else x
             x = torch.stack([self.tokenizer(sentence) for sentence in sentences])
@@ -239,8 +293,8 @@ class SentenceEmbedding(nn.Module):
         return in_full_precision(self.fc2, words)
 
 
-def in_full_precision(layer, x):
-    """Applies the layer in its weights' type, also where autocast would take a shorter one."""
+def in_full_precision(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Apply a layer in the type of its weights, even if autocast would take a shorter one."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(layer.weight.dtype))
 
@@ -248,13 +302,16 @@ def in_full_precision(layer, x):
 def to_unit_range(video: torch.Tensor) -> torch.Tensor:
     """Convert uint8 clips [.., 3, T, H, W] to the model's input, float32 in [0, 1].
 
-    Do it on the device: bytes take a quarter of the time to get there.
+    Convert on the device: transferring bytes takes a quarter of the time.
     """
     return video.to(torch.float32, copy=True).div_(255)
 
 
-def space_to_depth(video):
-    """[B, 3, T, H, W] -> [B, 24, T/2, H/2, W/2]; channel order: t, h, w offset, then colour."""
+def space_to_depth(video: torch.Tensor) -> torch.Tensor:
+    """Move 2x2x2 blocks to channels: [B, 3, T, H, W] -> [B, 24, T/2, H/2, W/2].
+
+    Channel order: t-offset, h-offset, w-offset, colour. Raises ValueError if T, H or W is odd.
+    """
     b, c, t, h, w = video.shape
     if t % 2 or h % 2 or w % 2:
         raise ValueError(f"the space_to_depth stem needs even T, H and W, not {t}x{h}x{w}")
@@ -263,29 +320,32 @@ def space_to_depth(video):
     return blocks.reshape(b, 8 * c, t // 2, h // 2, w // 2)
 
 
+# --- the model ----------------------------------------------------------------------------------
+
+
 class S3D(nn.Module):
     """The joint text-video model.
 
     num_classes: size of the joint embedding.
     gating: self-gating after the stem and on every Inception branch (S3D-G).
-    space_to_depth: the stem of the public weights: 2x2x2 blocks become channels.
-    word2vec_path: word vectors [words + 1, 300]; without them the table is random, 66250 rows.
+    space_to_depth: use the stem of the public weights: 2x2x2 blocks become channels.
+    word2vec_path: word vectors [words + 1, 300]. Without them the table is random, 66250 rows.
     init: 'uniform' (PyTorch's defaults) or 'kaiming_normal' for the convolutions.
-    token_to_word_path: the word list, read only when raw text is given.
+    token_to_word_path: the vocabulary, read only when raw text is given.
 
     The attribute grad_checkpoint, False at first, trades time for memory: the backward pass then
-    computes the insides of each stage again. Embeddings have the type of the weights, under
-    autocast too.
+    recomputes the activations within each stage. Embeddings have the type of the weights, also
+    under autocast.
     """
 
     def __init__(
         self,
-        num_classes=512,
-        gating=True,
-        space_to_depth=False,
-        word2vec_path="",
-        init="uniform",
-        token_to_word_path="data/dict.npy",
+        num_classes: int = 512,
+        gating: bool = True,
+        space_to_depth: bool = False,
+        word2vec_path: str | os.PathLike = "",
+        init: str = "uniform",
+        token_to_word_path: str | os.PathLike = "data/dict.npy",
     ):
         super().__init__()
         if init not in ("uniform", "kaiming_normal"):
@@ -324,10 +384,52 @@ class S3D(nn.Module):
                 if isinstance(module, nn.Conv3d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
-    def forward(self, video=None, text=None, mode="all", mixed5c=False):
-        """Embeds videos, texts or both.
+    @classmethod
+    def from_state_dict(cls, state: dict[str, torch.Tensor], path: str | os.PathLike) -> "S3D":
+        """Build the model that a state dict belongs to, on the CPU, in training mode.
 
-        video: float [B, 3, T, H, W], RGB in [0, 1]. text: word indices [N, words].
+        Stem, gating, embedding size and vocabulary size are read off the weights' shapes.
+        path: names the file in messages. Raises ValueError if the weights are not of an S3D.
+        """
+
+        def shape(name, dims):
+            if name not in state or state[name].ndim != dims:
+                raise ValueError(f"{path} is not of an S3D model: it lacks a proper {name}")
+            return state[name].shape
+
+        model = cls(
+            num_classes=shape("fc.weight", 2)[0],
+            gating="gating.fc.weight" in state,
+            space_to_depth=shape("conv1.conv1.weight", 5)[1] == 24,
+        )
+        rows = shape("text_module.word_embd.weight", 2)[0]
+        if rows != model.text_module.word_embd.num_embeddings:
+            model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, WORD_DIM))
+        load_state_dict_checked(model, state, path)
+        return model
+
+    def check_clip(self, num_frames: int, size: int) -> None:
+        """Raise ValueError if the stem cannot take clips of num_frames frames, size x size pixels.
+
+        The space_to_depth stem takes even numbers only.
+        """
+        if self.space_to_depth and (num_frames % 2 or size % 2):
+            raise ValueError(
+                f"{num_frames} frames of {size}x{size} pixels do not fit this model, whose "
+                "space_to_depth stem needs even numbers; give even ones"
+            )
+
+    def forward(
+        self,
+        video: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        mode: str = "all",
+        mixed5c: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Embed videos, texts or both.
+
+        video: float [B, 3, T, H, W], RGB in [0, 1], no mean or standard deviation taken off.
+        text: word indices [N, words].
         mode: 'all' -> (video [B, num_classes], text [N, num_classes]); 'text' -> the latter;
         'video' -> the former, or with mixed5c the pooled [B, 1024] feature before the projection.
         """
@@ -339,8 +441,11 @@ class S3D(nn.Module):
             return self.text_module(text)
         raise ValueError(f"mode is 'all', 'video' or 'text', not {mode!r}")
 
-    def forward_video(self, video, mixed5c=False):
-        """video: float [B, 3, T, H, W] in [0, 1] -> [B, num_classes], or [B, 1024] with mixed5c."""
+    def forward_video(self, video: torch.Tensor, mixed5c: bool = False) -> torch.Tensor:
+        """Embed videos, float [B, 3, T, H, W] in [0, 1]: [B, num_classes].
+
+        mixed5c: return [B, 1024] instead, the mean of the last block over T, H and W.
+        """
         net = video.to(self.conv1.conv1.weight.dtype) if video.is_floating_point() else video
         for stage in (
             self.stem,
@@ -361,21 +466,14 @@ class S3D(nn.Module):
             self.mixed_5c,
         ):
             if self.grad_checkpoint and torch.is_grad_enabled():
-                net = self.checkpointed(stage, net)
+                net = self.recompute_in_backward(stage, net)
             else:
                 net = stage(net)
         net = net.mean(dim=(2, 3, 4), dtype=self.fc.weight.dtype)
         return net if mixed5c else in_full_precision(self.fc, net)
 
-    def check_clip(self, num_frames: int, size: int) -> None:
-        """Raise ValueError unless the stem takes clips of this shape."""
-        if self.space_to_depth and (num_frames % 2 or size % 2):
-            raise ValueError(
-                f"the stem of this model needs even numbers, not {num_frames} frames of {size} "
-                "pixels; give others"
-            )
-
-    def stem(self, video):
+    def stem(self, video: torch.Tensor) -> torch.Tensor:
+        """Apply conv1, of either kind, and its pooling: [B, 64, T/2, H/4, W/4]."""
         if self.space_to_depth:
             net = self.conv1(space_to_depth(video))
             net = net[:, :, 1:, 1:, 1:]  # the even kernel pads one too many at the front
@@ -383,7 +481,9 @@ class S3D(nn.Module):
             net = self.conv1(video)
         return self.maxpool_2a(net)
 
-    def checkpointed(self, stage, net):
+    def recompute_in_backward(self, stage: Callable, net: torch.Tensor) -> torch.Tensor:
+        """Apply a stage without keeping its activations (gradient checkpointing)."""
+
         def contexts():
             return contextlib.nullcontext(), frozen_bn_stats(self)
 
@@ -393,8 +493,8 @@ class S3D(nn.Module):
 
 
 @contextlib.contextmanager
-def frozen_bn_stats(model):
-    """BatchNorm in training mode leaves its running averages alone: it has seen this batch."""
+def frozen_bn_stats(model: nn.Module) -> Iterator[None]:
+    """Keep the running averages of BatchNorm in training mode: they have seen this batch."""
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
     kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
@@ -406,14 +506,15 @@ def frozen_bn_stats(model):
             layer.momentum, layer.num_batches_tracked = momentum, count
 
 
-def fuse_for_inference(model, dtype=None):
-    """An S3D for inference alone, in evaluation mode: the same embeddings, sooner.
+def fuse_for_inference(model: S3D, dtype: torch.dtype | None = None) -> S3D:
+    """Return a faster copy of the model, in evaluation mode, for inference alone.
 
-    In the model's own type BatchNorm is folded into the convolutions: for float32 within 1e-5 of
-    the model's values. With bfloat16 or float16 for a float32 model, convolutions and gates have
-    weights of that type, and videos get to the bit what autocast gives them, which converts the
-    weights at every call. BatchNorm then stays as it is: a fold would round the weights anew. The
-    text network keeps its type, and the table of word vectors is the model's own.
+    dtype: of the convolutions; by default the model's own, in which BatchNorm is folded into them.
+    In float32 the embeddings stay within 1e-5 of the model's. With bfloat16 or float16 for a
+    float32 model, convolutions and gates have weights of that type, and videos get the bits that
+    autocast gives them, which converts the weights in every call. BatchNorm then stays: folding it
+    would round the weights again. The text network keeps its type, and the copy shares the model's
+    table of word vectors.
     """
     own = model.fc.weight.dtype
     dtype = own if dtype is None else dtype
@@ -430,81 +531,63 @@ def fuse_for_inference(model, dtype=None):
     return fast
 
 
-# --- files of weights ---------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------
 
 
-def load_model(weights: str | Path, vocabulary: str | Path | None = None) -> S3D:
-    """Load the S3D text-video model with trained weights, on the CPU, in evaluation mode.
+def load_model(weights: str | os.PathLike, vocabulary: str | os.PathLike | None = None) -> S3D:
+    """Load a trained model, on the CPU, in evaluation mode.
 
-    weights: the released weights or a checkpoint of the training; stem, embedding size and the
-    number of words are read off them. vocabulary: the word list made with them, needed for raw text
-    only; it is checked against the weights at once.
+    weights: the released `s3d_howto100m.pth`, or a checkpoint of the training. Stem, gating,
+    embedding size and vocabulary size are read off the weights.
+    vocabulary: the words that belong to the weights, the released `s3d_dict.npy` or the training's
+    `dict.npy`. It is read and checked now if given, otherwise only raw text needs one.
 
-    Returns an S3D: model(video, mode="video") for float [B, 3, T, H, W] in [0, 1], and
-    model.text_module(sentences, raw_text=True). Raises FileNotFoundError if a file is absent and
-    ValueError, one line that names the file, if it is damaged, holds something else or the two do
-    not fit each other. Files are read as data: nothing pickled is run.
+    Both files are read as data: nothing pickled is run. Raises FileNotFoundError, or ValueError of
+    one line that names the file if it is invalid or the two do not belong together.
     """
-    state = read_weights(weights)["state_dict"]
-    model = model_of(state, weights)
+    model = S3D.from_state_dict(read_weights(weights)["state_dict"], weights)
     if vocabulary is not None:
         model.text_module.token_to_word_path = vocabulary
-        _ = model.text_module.tokenizer  # reads the vocabulary now, to report a misfit at once
+        _ = model.text_module.tokenizer  # reads and checks it
     return model.eval()
 
 
-def check_vocabulary(words, rows: int, path: str | Path) -> None:
-    """Raise ValueError unless the word embedding's rows are those of the words and of padding."""
-    if len(words) + 1 != rows:
-        raise ValueError(
-            f"{path} has {len(words)} words, but the word embedding has {rows} rows (one per word "
-            "and one for padding); give the vocabulary of these weights"
-        )
+def read_weights(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint, or the released weights: a dict whose "state_dict" has no `module.`.
 
-
-def read_weights(path):
-    """Reads the released weights or a checkpoint: a dict whose "state_dict" has no `module.`.
-
-    The file is data only: nothing pickled is run. Raises ValueError, one line, where it is
-    damaged or something else.
+    Nothing pickled is run. Raises FileNotFoundError, or ValueError of one line if the file is
+    damaged or holds something else.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load has many ways to say that a file is not one of its own
-        raise ValueError(
-            f"{path} is damaged, not a checkpoint or holds more than data "
-            f"({type(error).__name__}): give a checkpoint or weights"
-        ) from None
-    return weights_of(content, path)
+    return parse_weights(read_data(path, load_tensors, "a checkpoint or weights"), path)
 
 
-def weights_of(content, path):
-    """Return what torch.load gave of a checkpoint or of weights as read_weights does.
+def parse_weights(content: Any, path: str | os.PathLike) -> dict[str, Any]:
+    """Bring the content of a checkpoint, or of released weights, to the form of read_weights.
 
-    Raises ValueError, one line, if it is something else; `path` names the file in it.
+    path: names the file in messages. Raises ValueError if the content is something else.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: give a checkpoint or weights")
+        raise ValueError(f"{path} holds a {type(content).__name__}; give a checkpoint or weights")
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(
-            f"{path} holds no state dict (its keys are {summarize(content)}): give a checkpoint or "
+            f"{path} holds no state dict (its keys are {summarize(content)}); give a checkpoint or "
             "weights"
         )
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
     return {**(content if "state_dict" in content else {}), "state_dict": state}
 
 
-def summarize(names, most=3):
-    """The first few of some names, for a message."""
+def summarize(names: Collection, most: int = 3) -> str:
+    """Name the first few of many, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
-def load_state_dict_checked(model, state, path):
-    """Fills the model; a ValueError names the first keys and shapes that differ."""
+def load_state_dict_checked(
+    model: nn.Module, state: dict[str, torch.Tensor], path: str | os.PathLike
+) -> None:
+    """Load a state dict; if it does not fit, raise a ValueError with the first keys that differ."""
     own = model.state_dict()
     faults = []
     if lacking := [name for name in own if name not in state]:
@@ -521,28 +604,3 @@ def load_state_dict_checked(model, state, path):
     if faults:
         raise ValueError(f"{path} does not fit the S3D model: {'; '.join(faults)}")
     model.load_state_dict(state)
-
-
-def model_of(state, path, token_to_word_path="data/dict.npy"):
-    """Builds the S3D that a state dict was made from, on the CPU, in training mode.
-
-    Stem, gating, embedding size and vocabulary are read off the weights' shapes; `path` names the
-    file in messages. Raises ValueError where the weights are not an S3D's.
-    """
-
-    def shape(name, dims):
-        if name not in state or state[name].ndim != dims:
-            raise ValueError(f"{path} is not of an S3D model: it lacks a proper {name}")
-        return state[name].shape
-
-    model = S3D(
-        num_classes=shape("fc.weight", 2)[0],
-        gating="gating.fc.weight" in state,
-        space_to_depth=shape("conv1.conv1.weight", 5)[1] == 24,
-        token_to_word_path=token_to_word_path,
-    )
-    rows = shape("text_module.word_embd.weight", 2)[0]
-    if rows != model.text_module.word_embd.num_embeddings:
-        model.text_module.word_embd = nn.Embedding.from_pretrained(torch.zeros(rows, WORD_DIM))
-    load_state_dict_checked(model, state, path)
-    return model

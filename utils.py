@@ -10,15 +10,19 @@ import os
 import secrets
 import signal
 import sys
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a training answers them with a checkpoint
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # at which a training writes a checkpoint
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
 
 log = logging.getLogger("milnce")
+FilePath = str | os.PathLike
 
 
 class InputError(Exception):
@@ -31,15 +35,15 @@ class DataError(InputError):
     reason: the problem and the fix ("is empty; fill it in"). line: of a text file, from 1.
     """
 
-    def __init__(self, path: str | os.PathLike, reason: str, line: int | None = None):
+    def __init__(self, path: FilePath, reason: str, line: int | None = None):
         self.path, self.reason, self.line = path, reason, line
         place = printable(path) if line is None else f"{printable(path)}, line {line}"
         super().__init__(f"{place}: {one_line(reason)}")
 
 
 @contextlib.contextmanager
-def input_error(flag: str):
-    """Report what a library raises about the value of this flag as an InputError that names it.
+def input_error(flag: str) -> Iterator[None]:
+    """Convert what a library raises about the value of a flag to an InputError that names it.
 
     flag: as the user spells it, such as "--eval_csv". Catches DataError, ValueError and OSError.
     """
@@ -55,24 +59,24 @@ def input_error(flag: str):
         raise InputError(f"{flag}: {one_line(error)}") from None
 
 
-def one_line(text):
-    """An error, or another text, as a message can have it: without line ends."""
+def one_line(text: Any) -> str:
+    """Convert an error, or another text, to one line."""
     return " ".join(str(text).split())
 
 
-def shorten(value):
-    """A value of a file as a message can have it: quoted, on one line, and not too long."""
+def shorten(value: Any) -> str:
+    """Quote a value for a message, on one line and not too long."""
     text = repr(str(value))
     return text if len(text) < 100 else f"{text[:96]}..."
 
 
-def printable(name):
-    """A file's name, whatever bytes it has, in a message."""
+def printable(name: FilePath) -> str:
+    """Convert a file's name, whatever bytes it has, for a message."""
     return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
 
-def run_script(main):
-    """Runs an entry script's main(). An InputError becomes one line and exit status 2."""
+def run_script(main: Callable[[], None]) -> None:
+    """Run an entry script's main(). An InputError becomes one line and exit status 2."""
     try:
         main()
     except InputError as error:
@@ -80,8 +84,8 @@ def run_script(main):
         sys.exit(2)
 
 
-def run_stoppable_script(main):
-    """run_script for one that leaves nothing half done behind where it is stopped by a signal."""
+def run_stoppable_script(main: Callable[[], None]) -> None:
+    """Run a script that leaves nothing half done when a signal stops it: exit status 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C
     try:
         run_script(main)
@@ -90,11 +94,11 @@ def run_stoppable_script(main):
         sys.exit(130)
 
 
-def die_with_parent(parent=None):
-    """Have the kernel kill this child process as soon as its parent is gone, however it went.
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this child process as soon as its parent has ended, however it ended.
 
-    parent: the parent's process id, if this process was not started by multiprocessing. It then
-    has to be the thread that lives on until the child has ended: the kernel goes by threads.
+    parent: the parent's process id, if this process was not started by multiprocessing. The thread
+    that started it must then outlive it: the kernel watches the thread, not the process.
     """
     if LIBC:
         set_parent_death_signal = 1
@@ -102,11 +106,11 @@ def die_with_parent(parent=None):
     if parent is None and (process := multiprocessing.parent_process()):
         parent = process.pid
     if parent and os.getppid() != parent:
-        os._exit(1)  # it went before
+        os._exit(1)  # it had already ended
 
 
-def setup_logging(verbose, path=None, level=logging.INFO):
-    """Sends the log to the terminal (verbose) and to a file that is added to."""
+def setup_logging(verbose: bool, path: FilePath | None = None, level: int = logging.INFO) -> None:
+    """Send the log to the terminal (verbose), and append it to a file."""
     log.setLevel(level)
     log.propagate = False
     handlers = [logging.StreamHandler(sys.stdout)] if verbose else []
@@ -117,20 +121,20 @@ def setup_logging(verbose, path=None, level=logging.INFO):
     log.handlers = handlers or [logging.NullHandler()]
 
 
-def lines_above(bar):
-    """A context in which log lines on the terminal come above a bar there, and not into it."""
+def lines_above(bar: tqdm) -> contextlib.AbstractContextManager:
+    """Make a context in which log lines on the terminal appear above a bar, not within it."""
     shows = any(getattr(to, "stream", None) in (sys.stdout, sys.stderr) for to in log.handlers)
     return logging_redirect_tqdm([log]) if shows and not bar.disable else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """Opens a file for bytes. It has its name only once it is whole and on the disk.
+def atomic_write(path: FilePath) -> Iterator[BinaryIO]:
+    """Open a file for bytes that appears under its name only when it is whole and on the disk.
 
-    A link is followed. Raises OSError where it cannot be written, or is a device.
+    A link is followed. Raises OSError if the file cannot be written, or is a device.
     """
     path = Path(path).resolve()
-    if path.exists() and not path.is_file():  # it would be replaced by a file
+    if path.exists() and not path.is_file():  # a device would be replaced
         raise OSError(errno.EINVAL, "not a file", str(path))
     # A name of its own: another run may be writing the same file.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -147,15 +151,16 @@ def atomic_write(path):
     sync_folder(path.parent)
 
 
-def append(path, text):
-    """Adds whole lines to a file. A log that cannot be written, on a full disk, is no reason to end
-    a training: False.
+def append(path: FilePath, text: str) -> bool:
+    """Append whole lines to a file. Returns False, after an error in the log, if it cannot.
+
+    A full disk is no reason to end a training.
     """
     try:
         with open(path, "a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # half a line, of a run that was killed
+                if file.read(1) != b"\n":  # a run was killed within a line
                     file.write(b"\n")
             file.write(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
@@ -164,8 +169,8 @@ def append(path, text):
     return True
 
 
-def sync_folder(folder):
-    """Has the disk know of a renamed file, too."""
+def sync_folder(folder: FilePath) -> None:
+    """Write a folder to the disk, so that a renamed file keeps its name if the power fails."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -173,11 +178,11 @@ def sync_folder(folder):
         os.close(handle)
 
 
-def find_files(root, extensions):
-    """Yields the paths, relative to a folder, of the files below it with one of the extensions.
+def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
+    """Yield the paths, relative to a folder, of the files below it with one of the extensions.
 
     extensions: in lower case, with the dot. Links are followed, but not into a folder that they are
-    in. Raises OSError where a folder cannot be read.
+    in. Raises OSError if a folder cannot be read.
     """
     folders = [("", ())]
     while folders:
@@ -190,7 +195,7 @@ def find_files(root, extensions):
         with os.scandir(path) as entries:
             for entry in entries:
                 name = os.path.join(folder, entry.name)
-                # An entry mostly knows its kind without asking the disk.
+                # An entry, unlike a Path, mostly knows its kind without a system call.
                 found = Path(entry.path) if entry.is_symlink() else entry
                 if found.is_dir():
                     folders.append((name, above))
@@ -198,14 +203,14 @@ def find_files(root, extensions):
                     yield name
 
 
-def format_metric(value):
-    """A figure as people read it."""
+def format_metric(value: float) -> str:
+    """Format a metric, or a count, for display."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def print_metrics(title, figures, output=""):
-    """Prints an evaluation's figures, and writes them to a JSON file where --output names one."""
-    shown = (f"{name} {format_metric(value)}" for name, value in figures.items())
-    print(f"{title}: {'  '.join(shown)}")
-    if output:
-        Path(output).write_text(json.dumps(figures, indent=2) + "\n")
+def print_metrics(title: str, metrics: dict[str, float], path: FilePath = "") -> None:
+    """Print an evaluation's metrics and, if a path is given, write them to that JSON file."""
+    formatted = (f"{name} {format_metric(value)}" for name, value in metrics.items())
+    print(f"{title}: {'  '.join(formatted)}")
+    if path:
+        Path(path).write_text(json.dumps(metrics, indent=2) + "\n")

@@ -91,7 +91,7 @@ def figures_of(options, candidates, drift, seed):
         )
         for task, path in scored.items():
             run(
-                *(f"eval_{task}.py", *CLIPS, words, f"--output={path}"),
+                *(f"eval_{task}.py", *CLIPS, words, f"--metrics_json={path}"),
                 f"--pretrain_cnn_path={checkpoints}/{name}/epoch{options.epochs:04d}.pth.tar",
                 f"--eval_csv={options.toy}/{TABLES[task]}",
                 f"--eval_video_root={options.toy}/{task}",

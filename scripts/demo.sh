@@ -23,11 +23,11 @@ python main_distributed.py --nproc_per_node=2 --resume --checkpoint_dir=$name --
 weights=$(ls checkpoint/$name/epoch*.pth.tar | tail -n 1)
 evaluate="--pretrain_cnn_path=$weights --token_to_word_path=$data/dict.npy $clips --verbose=0"
 python eval_youcook.py $evaluate --eval_csv=$data/validation_youcook.csv \
-    --eval_video_root=$data/youcook --output=log/$name.youcook.json --report=log/$name.youcook
+    --eval_video_root=$data/youcook --metrics_json=log/$name.youcook.json --html_report=log/$name.youcook
 python eval_msrvtt.py $evaluate --eval_csv=$data/msrvtt_test.csv \
-    --eval_video_root=$data/msrvtt --output=log/$name.msrvtt.json --report=log/$name.msrvtt
+    --eval_video_root=$data/msrvtt --metrics_json=log/$name.msrvtt.json --html_report=log/$name.msrvtt
 python eval_hmdb.py $evaluate --eval_csv=$data/hmdb51.csv \
-    --eval_video_root=$data/hmdb --output=log/$name.hmdb.json --report=log/$name.hmdb
+    --eval_video_root=$data/hmdb --metrics_json=log/$name.hmdb.json --html_report=log/$name.hmdb
 
 python - $name $data "$weights" <<'PYTHON'
 import json

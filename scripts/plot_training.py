@@ -1,24 +1,42 @@
-"""Draws trainings from their logs for programs: python scripts/plot_training.py log/milnce.jsonl
+"""Plot trainings from their .jsonl logs: python scripts/plot_training.py log/milnce.jsonl
 
-Several runs share the panels: loss, learning rate, clips per second, share of the time spent
-waiting for data, and, where a run has validated, recalls and median rank, all over steps. The loss
-is smoothed by a running mean over a twentieth of its records, above the loss as it is.
+Several runs share the panels: loss, learning rate, clips per second, the fraction of the time spent
+waiting for data and, if a run has validated, recalls and median rank, all over steps. The loss is
+drawn faintly, and over it its running mean of a twentieth of the records.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
 
-import matplotlib
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import Parser, check_output
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition(":")[0])
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN.jsonl", help="Logs of trainings."
+    )
+    parser.add_argument("--out", type=Path, default=Path("training.png"), help="The PNG file.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # --help should not wait for torch
+    parse_arguments()
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
 from training.log import read_records
 from utils import InputError, atomic_write, run_script
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
+
+Run = tuple[pd.DataFrame, pd.DataFrame]  # training, validation: a row per step
 
 PANELS = {  # field of a record: (title, factor)
     "loss": ("loss", 1),
@@ -26,18 +44,18 @@ PANELS = {  # field of a record: (title, factor)
     "clips_per_second": ("clips per second", 1),
     "data_wait": ("waiting for data (%)", 100),
 }
-RECALLS = {"R1": "-", "R5": "--", "R10": ":"}  # and their lines
-FEW = 30  # points up to which each one is marked
+RECALLS = {"R1": "-", "R5": "--", "R10": ":"}  # metric: line style
+MARKED_POINTS = 30  # a line of at most so many points marks each
 
 
-def read_run(path):
-    """A training's records as two tables by step: (training, validation).
+def read_run(path: Path) -> Run:
+    """Read a training's records as two tables by step: losses and rates, validation metrics.
 
-    A resumed run says steps again: what the log had of them before, and of all later ones, is left
-    out. A number that is absent or null is NaN. Raises InputError.
+    A resumed run logs some steps again. Of those, and of all later ones, only the newest records
+    count. Numbers that are absent or null are NaN. Raises InputError.
     """
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file: give the .jsonl of a training")
+        raise InputError(f"{path}: there is no such file; give the .jsonl of a training")
     try:
         records = read_records(path)
     except OSError as error:
@@ -55,7 +73,7 @@ def read_run(path):
             validation.append(record)
             first_validated = step
     if not training and not validation:
-        raise InputError(f"{path}: no record of a training in it: give a training's .jsonl")
+        raise InputError(f"{path}: has no record of a training; give the .jsonl of one")
     return tuple(
         pd.DataFrame(rows[::-1], columns=["step", *names])
         .apply(pd.to_numeric, errors="coerce")
@@ -64,30 +82,30 @@ def read_run(path):
     )
 
 
-def draw_line(panel, values, **style):
-    """A series over its steps, with gaps where it is NaN."""
-    marker = "o" if len(values) <= FEW else None
+def draw_line(panel: plt.Axes, values: pd.Series, **style) -> None:
+    """Draw a series over its steps, with gaps at NaN."""
+    marker = "o" if len(values) <= MARKED_POINTS else None
     panel.plot(values.index, values, marker=marker, markersize=3, **style)
 
 
-def draw(runs):
-    """The figure of these runs: {name: (training, validation)}, see read_run."""
+def draw(runs: dict[str, Run]) -> Figure:
+    """Draw runs, by name, into one figure."""
     validated = any(len(validation) for _, validation in runs.values())
     rows = 3 if validated else 2
     figure, grid = plt.subplots(rows, 2, figsize=(10, 3 * rows), sharex=True, squeeze=False)
     panels = dict(zip((*PANELS, "recall", "MR"), grid.flat, strict=False))
     for number, (name, (training, validation)) in enumerate(runs.items()):
-        colour = f"C{number}"
+        color = f"C{number}"
         loss = training["loss"]
         smooth = loss.rolling(max(1, len(loss) // 20), center=True, min_periods=1).mean()
-        panels["loss"].plot(loss.index, loss, color=colour, alpha=0.3, linewidth=1)
-        draw_line(panels["loss"], smooth.where(loss.notna()), color=colour, label=name)
+        panels["loss"].plot(loss.index, loss, color=color, alpha=0.3, linewidth=1)
+        draw_line(panels["loss"], smooth.where(loss.notna()), color=color, label=name)
         for field in list(PANELS)[1:]:
-            draw_line(panels[field], PANELS[field][1] * training[field], color=colour)
+            draw_line(panels[field], PANELS[field][1] * training[field], color=color)
         if len(validation):
             for recall, line in RECALLS.items():
-                draw_line(panels["recall"], 100 * validation[recall], color=colour, linestyle=line)
-            draw_line(panels["MR"], validation["MR"], color=colour)
+                draw_line(panels["recall"], 100 * validation[recall], color=color, linestyle=line)
+            draw_line(panels["MR"], validation["MR"], color=color)
     for field, (title, _) in PANELS.items():
         panels[field].set_title(title)
     for field in ("clips_per_second", "data_wait"):
@@ -110,11 +128,8 @@ def draw(runs):
     return figure
 
 
-def main():
-    parser = Parser(description=__doc__.partition(":")[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.jsonl", help="logs of trainings")
-    parser.add_argument("--out", type=Path, default=Path("training.png"), help="PNG file")
-    options = parser.parse_args()
+def main() -> None:
+    options = parse_arguments()
     check_output(options.out, "out")
     stems = [path.stem for path in options.runs]
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in options.runs]

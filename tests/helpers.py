@@ -204,3 +204,10 @@ def await_gone(pid):
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline, f"process {pid} is still there"
             time.sleep(0.01)
+
+
+class Evil:
+    """An object whose unpickling runs code."""
+
+    def __reduce__(self):
+        return print, ("this must not run",)

@@ -23,7 +23,7 @@ def small(weights, toy):
 
 
 def evaluate(script, tmp_path, *flags):
-    run_python(script, *flags, f"--output={tmp_path}/out.json")
+    run_python(script, *flags, f"--metrics_json={tmp_path}/out.json")
     return json.loads((tmp_path / "out.json").read_text())
 
 
@@ -109,7 +109,7 @@ def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
 
 
 def page_data(folder):
-    """The JSON object in a page of --report."""
+    """The JSON object in a page of --html_report."""
     page = (folder / "index.html").read_text()
     return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
 
@@ -117,7 +117,10 @@ def page_data(folder):
 def test_the_page_of_a_retrieval_agrees_with_the_metrics(toy, weights, tmp_path):
     flags = [*small(weights, toy), *toy_set("eval_youcook.py", toy)]
     run = run_python(
-        "eval_youcook.py", *flags, f"--output={tmp_path}/out.json", f"--report={tmp_path}/a/page"
+        "eval_youcook.py",
+        *flags,
+        f"--metrics_json={tmp_path}/out.json",
+        f"--html_report={tmp_path}/a/page",
     )
     assert run.stdout.splitlines()[-1] == f"report: {tmp_path}/a/page/index.html"
     metrics = json.loads((tmp_path / "out.json").read_text())
@@ -142,20 +145,20 @@ def test_metrics_are_told_also_where_the_page_cannot_be_written(
         yield
 
     monkeypatch.setattr("evaluation.report.atomic_write", full)
-    flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy), f"--report={tmp_path}"]
+    flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy), f"--html_report={tmp_path}"]
     with pytest.raises(SystemExit) as stopped:
-        run_main("eval_msrvtt.py", [*flags, f"--output={tmp_path}/out.json"], monkeypatch)
+        run_main("eval_msrvtt.py", [*flags, f"--metrics_json={tmp_path}/out.json"], monkeypatch)
     told = capsys.readouterr()
     assert stopped.value.code == 2 and told.err.count("\n") == 1
-    assert "--report" in told.err and "No space left" in told.err
+    assert "--html_report" in told.err and "No space left" in told.err
     assert told.out.splitlines()[-1].startswith("MSRVTT: R1 ")
     assert json.loads((tmp_path / "out.json").read_text())["num_videos"] > 0
 
 
 @pytest.fixture(scope="module")
 def kept(toy, weights, tmp_path_factory):
-    """A run of eval_hmdb.py with --features over a table of which one clip is broken and one is
-    absent: its folder, flags, metrics and what it said was left out. The videos are gone."""
+    """A run of eval_hmdb.py with --feature_cache over a table of which one clip is broken and one
+    is absent: its folder, flags, metrics and what it said was left out. The videos are gone."""
     folder = tmp_path_factory.mktemp("kept")
     shutil.copytree(toy / "hmdb", folder / "hmdb")
     shutil.copy(toy / "hmdb51.csv", folder / "hmdb51.csv")
@@ -164,8 +167,8 @@ def kept(toy, weights, tmp_path_factory):
     broken.write_bytes(b"not a video")
     absent.unlink()
     flags = [*small(weights, toy), *toy_set("eval_hmdb.py", folder)]
-    flags.append(f"--features={folder}/features.npz")
-    run = run_python("eval_hmdb.py", *flags, f"--output={folder}/out.json")
+    flags.append(f"--feature_cache={folder}/features.npz")
+    run = run_python("eval_hmdb.py", *flags, f"--metrics_json={folder}/out.json")
     shutil.rmtree(folder / "hmdb")
     return folder, flags, json.loads((folder / "out.json").read_text()), left_out(run.stdout)
 
@@ -190,7 +193,7 @@ def test_a_second_run_needs_neither_videos_nor_weights(kept, tmp_path, monkeypat
     folder, flags, metrics, told = kept
     assert told == "1 absent videos, 1 undecodable"
     for argv in (flags, [*flags, "--eval_video_root=", "--pretrain_cnn_path="]):
-        run_main("eval_hmdb.py", [*argv, f"--output={tmp_path}/out.json"], monkeypatch)
+        run_main("eval_hmdb.py", [*argv, f"--metrics_json={tmp_path}/out.json"], monkeypatch)
         assert json.loads((tmp_path / "out.json").read_text()) == metrics
         assert left_out(capsys.readouterr().out) == told
     names = sorted(path.name for path in folder.iterdir())
@@ -207,7 +210,7 @@ def test_a_second_run_scores_the_tables_splits(kept, tmp_path, monkeypatch):
     for row in cells[2:3]:
         row[at : at + 3] = ["2"] * 3
     write_csv(tmp_path / "table.csv", header.split(","), *cells)
-    output = f"--output={tmp_path}/out.json"
+    output = f"--metrics_json={tmp_path}/out.json"
     run_main("eval_hmdb.py", [*flags, f"--eval_csv={tmp_path}/table.csv", output], monkeypatch)
     metrics = json.loads((tmp_path / "out.json").read_text())
     assert set(metrics.values()) <= {0, 1}  # one video is tested
@@ -215,7 +218,9 @@ def test_a_second_run_scores_the_tables_splits(kept, tmp_path, monkeypatch):
 
 def test_the_page_of_hmdb_agrees_with_the_metrics_and_needs_no_video(kept, tmp_path, monkeypatch):
     _, flags, metrics, _ = kept
-    run_main("eval_hmdb.py", [*flags, "--pretrain_cnn_path=", f"--report={tmp_path}"], monkeypatch)
+    run_main(
+        "eval_hmdb.py", [*flags, "--pretrain_cnn_path=", f"--html_report={tmp_path}"], monkeypatch
+    )
     data = page_data(tmp_path)
     assert dict(data["settings"])["features"] == "features.npz"
     assert dict(data["metrics"])["num_missing"] == "2"
@@ -240,7 +245,7 @@ def test_metrics_are_reported_even_if_the_features_cannot_be_written(
         lambda model, dataset, device, **decoding: read_features(stored, {}, dataset.names),
     )
     monkeypatch.setattr("eval_hmdb.write_features", full)
-    more = [f"--features={tmp_path}/new.npz", f"--output={tmp_path}/out.json"]
+    more = [f"--feature_cache={tmp_path}/new.npz", f"--metrics_json={tmp_path}/out.json"]
     run_main("eval_hmdb.py", [*flags, f"--eval_video_root={toy}/hmdb", *more], monkeypatch)
     assert "No space left on device" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text()) == metrics
@@ -254,9 +259,9 @@ def test_metrics_are_reported_even_if_the_features_cannot_be_written(
         (["--num_windows_test=3"], "--num_windows_test 2, not 3"),
         (["--pretrain_cnn_path={toy}/word2vec.pth"], "--pretrain_cnn_path sha256:"),
         (["--pretrain_cnn_path=absent.pth"], "absent.pth"),
-        (["--features={toy}/dict.npy"], "dict.npy: is damaged"),
-        (["--features=absent/features.npz"], "absent/features.npz cannot be written"),
-        (["--features={toy}"], "--features"),
+        (["--feature_cache={toy}/dict.npy"], "dict.npy: is damaged"),
+        (["--feature_cache=absent/features.npz"], "absent/features.npz cannot be written"),
+        (["--feature_cache={toy}"], "--feature_cache"),
     ],
 )
 def test_features_that_do_not_fit_are_one_line(kept, toy, flags, named, monkeypatch, capsys):
@@ -276,14 +281,14 @@ BAD_INPUTS = {
     "table without a column": (["--eval_csv={toy}/howto100m_videos.csv"], "howto100m_videos.csv"),
     "missing videos": (["--eval_video_root=absent"], "absent"),
     "no video found at all": (["--eval_video_root={toy}/captions"], "--eval_video_root"),
-    "unwritable output": (["--output=absent/out.json"], "--output"),
-    "report that is a file": (["--report={toy}/dict.npy"], "--report"),
-    "report below a file": (["--report={toy}/dict.npy/page"], "--report"),
+    "unwritable output": (["--metrics_json=absent/out.json"], "--metrics_json"),
+    "report that is a file": (["--html_report={toy}/dict.npy"], "--html_report"),
+    "report below a file": (["--html_report={toy}/dict.npy/page"], "--html_report"),
     "unknown backend": (["--decoder=gstreamer"], "--decoder"),
 }
 BAD_TEXT_INPUTS = {
-    "missing word list": (["--token_to_word_path=absent.npy"], "absent.npy"),
-    "word list that does not fit": (["--token_to_word_path={short}"], "--token_to_word_path"),
+    "missing vocabulary": (["--token_to_word_path=absent.npy"], "absent.npy"),
+    "vocabulary that does not fit": (["--token_to_word_path={short}"], "--token_to_word_path"),
 }
 
 

@@ -93,7 +93,7 @@ def test_a_program_may_have_modules_of_the_same_names_as_ours(released, monkeypa
         ("another model", "s3d.pth is not of an S3D model: it lacks a proper fc.weight"),
         ("a key less", "s3d.pth does not fit the S3D model: it lacks fc.bias"),
         ("other words", "dict.npy has 3 words, but the word embedding has 66250 rows"),
-        ("no words", "dict.npy is not a word list"),
+        ("no words", "dict.npy is not a vocabulary"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_file(damage, named, released, tmp_path):

@@ -61,7 +61,7 @@ def test_retrieval_is_learned_from_captions_and_from_nothing_else(narrated, whol
         f"--pretrain_cnn_path={tmp_path}/checkpoint/epoch0025.pth.tar",
         f"--eval_csv={whole_toy}/validation_youcook.csv",
         f"--eval_video_root={whole_toy}/youcook",
-        f"--output={tmp_path}/out.json",
+        f"--metrics_json={tmp_path}/out.json",
     )
     figures = json.loads((tmp_path / "out.json").read_text())
     print(figures)

@@ -109,7 +109,7 @@ def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, 
         "eval_youcook.py",
         *without(flags, "--nproc", "--evaluate", "--pretrain"),
         f"--pretrain_cnn_path={folder}/checkpoint/run/epoch0002.pth.tar",
-        f"--output={tmp_path}/out.json",
+        f"--metrics_json={tmp_path}/out.json",
     )
     figures = json.loads((tmp_path / "out.json").read_text())
     during = records(folder)[-1]
@@ -218,9 +218,9 @@ BAD_INPUTS = {
     "no caption found": ["--caption_root={toy}/hmdb"],
     "missing word vectors": ["--word2vec_path=absent.pth"],
     "word vectors that are none": ["--word2vec_path={toy}/dict.npy"],
-    "missing word list": ["--token_to_word_path=absent.npy"],
-    "word list that is none": ["--token_to_word_path={toy}/word2vec.pth"],
-    "word list that does not fit": ["--word2vec_path="],
+    "missing vocabulary": ["--token_to_word_path=absent.npy"],
+    "vocabulary that is none": ["--token_to_word_path={toy}/word2vec.pth"],
+    "vocabulary that does not fit": ["--word2vec_path="],
     "a batch that processes cannot share": ["--batch_size=5", "--nproc_per_node=2"],
     "a batch larger than all the epochs": ["--batch_size=20", "--epochs=2"],
     "a first epoch after the last": ["--epochs=2", "--start_epoch=2"],
@@ -249,7 +249,7 @@ def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1, error
     culprit = flags[-1].split("=")[0]
-    if fault == "word list that does not fit":
+    if fault == "vocabulary that does not fit":
         culprit = "--token_to_word_path"
     elif fault.startswith("a batch"):
         culprit = "--batch_size"

@@ -10,8 +10,8 @@ import torch
 
 import s3dg
 from loss import MILNCELoss
-from s3dg import S3D, Tokenizer, load_model
-from tests.helpers import golden_json, golden_random, golden_weight
+from s3dg import S3D, Tokenizer
+from tests.helpers import Evil, golden_json, golden_random, golden_weight
 
 STEMS = {"std": False, "s2d": True}
 VIDEO_SHAPES = [(2, 3, 8, 64, 64), (1, 3, 16, 112, 112), (1, 3, 32, 96, 128)]
@@ -147,6 +147,11 @@ def test_unknown_mode_and_init_are_refused(golden_models):
 def test_odd_sizes_are_refused_by_the_space_to_depth_stem(golden_models):
     with pytest.raises(ValueError, match="even"):
         golden_models["s2d"](torch.rand(1, 3, 7, 64, 64), mode="video")
+    for num_frames, size in ((7, 64), (8, 63)):
+        with pytest.raises(ValueError, match="even"):
+            golden_models["s2d"].check_clip(num_frames, size)
+    golden_models["s2d"].check_clip(8, 64)
+    golden_models["std"].check_clip(7, 63)
 
 
 @pytest.mark.parametrize("case", golden_json("misc")["text"]["cases"], ids=str)
@@ -179,13 +184,13 @@ def test_raw_text_equals_its_token_ids(tmp_path):
     )
 
 
-def test_raw_text_without_a_word_list_names_the_missing_file(tmp_path):
+def test_raw_text_without_a_vocabulary_names_the_missing_file(tmp_path):
     model = S3D(token_to_word_path=tmp_path / "absent.npy")
     with pytest.raises(FileNotFoundError, match=r"absent\.npy"):
         model.text_module(["cut"], raw_text=True)
 
 
-def test_raw_text_with_a_list_that_does_not_fit_is_refused(tmp_path):
+def test_raw_text_with_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
     np.save(tmp_path / "dict.npy", np.array(["cut"]))
     model = S3D(token_to_word_path=tmp_path / "dict.npy")
     with pytest.raises(ValueError, match="66250 rows"):
@@ -193,9 +198,9 @@ def test_raw_text_with_a_list_that_does_not_fit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [np.array(["a", 1], dtype=object), np.arange(3)])
-def test_word_lists_are_data_only(tmp_path, content):
+def test_vocabularies_are_data_only(tmp_path, content):
     np.save(tmp_path / "dict.npy", content, allow_pickle=True)
-    with pytest.raises(ValueError, match="not a word list"):
+    with pytest.raises(ValueError, match="not a vocabulary"):
         s3dg.load_words(tmp_path / "dict.npy")
 
 
@@ -210,6 +215,75 @@ def test_the_file_works_alone_in_an_empty_folder(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "(2, 512)"
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model with a short word table, so that its files are small."""
+    model = S3D(num_classes=16)
+    model.text_module.word_embd = torch.nn.Embedding.from_pretrained(torch.randn(5, 300))
+    return model.eval()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_weights_load_with_or_without_prefix_and_wrapping(tmp_path, small, prefix, bare):
+    state = {prefix + name: value for name, value in small.state_dict().items()}
+    torch.save(state if bare else {"epoch": 1, "state_dict": state}, tmp_path / "weights.pth")
+    model = s3dg.load_model(tmp_path / "weights.pth")
+    assert not model.training and model.num_classes == 16
+    for name, value in small.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("stem", ["standard", "space_to_depth"])
+def test_a_file_with_the_released_keys_and_shapes_loads_with_its_stem(tmp_path, stem):
+    keys = golden_json("state_dict")["state_dict"][stem]
+    torch.save({name: torch.zeros(shape) for name, shape in keys}, tmp_path / "s3d.pth")
+    model = s3dg.load_model(tmp_path / "s3d.pth")
+    assert model.space_to_depth == (stem == "space_to_depth")
+
+
+def test_keys_and_shapes_that_differ_are_named(tmp_path, small):
+    state = dict(small.state_dict())
+    state["fc.bias"] = torch.zeros(7)
+    state["extra.weight"] = state.pop("conv_2b.conv1.weight")
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError) as refused:
+        s3dg.load_model(tmp_path / "weights.pth")
+    message = str(refused.value)
+    for part in ("weights.pth", "conv_2b.conv1.weight", "extra.weight", "fc.bias is [7], not [16]"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "damage", ["absent", "text", "more text", "empty", "truncated", "pickle", "list", "other model"]
+)
+def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, capsys):
+    path = tmp_path / "weights.pth"
+    if damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "more text":
+        path.write_text("Kitchen weights, not a checkpoint")
+    elif damage == "empty":
+        path.touch()
+    elif damage == "truncated":
+        torch.save(small.state_dict(), path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    elif damage == "list":
+        torch.save([1, 2], path)
+    elif damage == "other model":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    error = FileNotFoundError if damage == "absent" else ValueError
+    with pytest.raises(error, match=r"weights\.pth") as refused:
+        s3dg.load_model(path)
+    assert "\n" not in str(refused.value)
+    assert "must not run" not in capsys.readouterr().out
 
 
 # --- the same maths, sooner or in less memory -----------------------------------------------------
@@ -334,75 +408,3 @@ def test_the_model_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for value, other in zip(compiled(video, tokens), expected, strict=True):
         torch.testing.assert_close(value, other)
-
-
-# --- files of weights ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A model with a short word table, so that its files are small."""
-    model = S3D(num_classes=16)
-    model.text_module.word_embd = torch.nn.Embedding.from_pretrained(torch.randn(5, 300))
-    return model.eval()
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("bare", [False, True])
-def test_weights_load_with_or_without_prefix_and_wrapping(tmp_path, small, prefix, bare):
-    state = {prefix + name: value for name, value in small.state_dict().items()}
-    torch.save(state if bare else {"epoch": 1, "state_dict": state}, tmp_path / "weights.pth")
-    model = load_model(tmp_path / "weights.pth")
-    assert not model.training and model.num_classes == 16
-    for name, value in small.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value)
-
-
-@pytest.mark.parametrize("stem", ["standard", "space_to_depth"])
-def test_a_file_with_the_released_keys_and_shapes_loads_with_its_stem(tmp_path, stem):
-    keys = golden_json("state_dict")["state_dict"][stem]
-    torch.save({name: torch.zeros(shape) for name, shape in keys}, tmp_path / "s3d.pth")
-    model = load_model(tmp_path / "s3d.pth")
-    assert model.space_to_depth == (stem == "space_to_depth")
-
-
-def test_keys_and_shapes_that_differ_are_named(tmp_path, small):
-    state = dict(small.state_dict())
-    state["fc.bias"] = torch.zeros(7)
-    state["extra.weight"] = state.pop("conv_2b.conv1.weight")
-    torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(ValueError) as refused:
-        load_model(tmp_path / "weights.pth")
-    message = str(refused.value)
-    for part in ("weights.pth", "conv_2b.conv1.weight", "extra.weight", "fc.bias is [7], not [16]"):
-        assert part in message
-
-
-class Evil:
-    def __reduce__(self):
-        return print, ("this must not run",)
-
-
-@pytest.mark.parametrize(
-    "damage", ["absent", "text", "more text", "empty", "truncated", "pickle", "list", "other model"]
-)
-def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, capsys):
-    path = tmp_path / "weights.pth"
-    if damage == "text":
-        path.write_text("not a checkpoint")
-    elif damage == "more text":
-        path.write_text("Kitchen weights, not a checkpoint")
-    elif damage == "empty":
-        path.touch()
-    elif damage == "truncated":
-        torch.save(small.state_dict(), path)
-        path.write_bytes(path.read_bytes()[:100_000])
-    elif damage == "pickle":
-        path.write_bytes(pickle.dumps({"state_dict": Evil()}))
-    elif damage == "list":
-        torch.save([1, 2], path)
-    elif damage == "other model":
-        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"weights\.pth"):
-        load_model(path)
-    assert "must not run" not in capsys.readouterr().out

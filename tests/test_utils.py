@@ -69,11 +69,11 @@ def test_figures_are_printed_and_written(tmp_path, capsys):
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
-    with pytest.raises(InputError, match="--output"):
-        check_output(str(tmp_path / "absent" / "out.json"))
+    with pytest.raises(InputError, match="--metrics_json"):
+        check_output(str(tmp_path / "absent" / "out.json"), "metrics_json")
     with pytest.raises(InputError, match="--out"):  # of a shell variable that is not set
         check_output("", "out")
-    check_output(str(tmp_path / "out.json"))
+    check_output(str(tmp_path / "out.json"), "out")
 
 
 def test_a_link_is_written_through_and_a_device_is_not_replaced(tmp_path):

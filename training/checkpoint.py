@@ -196,7 +196,7 @@ def load(path: Path) -> dict:
             raise DamagedError(text.split(". ")[0]) from None
         raise
     try:
-        return s3dg.weights_of(content, path.name)
+        return s3dg.parse_weights(content, path.name)
     except ValueError as error:
         raise DamagedError(str(error)) from None
 

@@ -29,7 +29,6 @@ from captions.packing import write_store
 from captions.readers import CaptionError, CaptionStore, is_store, lookup_keys, open_captions
 from captions.sources import find_caption_files, iter_captions, read_caption_json
 from utils import DataError, InputError, atomic_write, input_error, printable, run_stoppable_script
-from video_decoder import EXTENSIONS
 
 # ---- pack ----------------------------------------------------------------------------------------
 
@@ -68,6 +67,8 @@ def pack(options: argparse.Namespace) -> None:
 
 
 def make_list(options: argparse.Namespace) -> None:
+    from video_decoder import EXTENSIONS  # loads torch, for which --help should not wait
+
     check_new_output(options.out, "out")
     videos = files_below(options.video_path, "video_path", EXTENSIONS)
     if not videos:

@@ -23,7 +23,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import video_decoder
 from utils import find_files
 
 PARTIAL = ".part"
@@ -50,6 +49,8 @@ def store_filters(fps, multiple, short_side):
 
 def transcode(source, target, *, fps, multiple, short_side, keyint, crf, preset):
     """Write the store's version of one video. Raises RuntimeError with a one-line reason."""
+    import video_decoder  # loads torch, for which --help should not wait
+
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: another run of the command may be at the same video.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
@@ -148,6 +149,8 @@ def check_settings(parser, out, settings):
 def main(arguments=None):
     """Exit status 0: all is there; 1: some videos failed; 2: the call was wrong."""
     parser, options = parse_arguments(arguments)
+    import video_decoder
+
     try:
         videos = sorted(map(Path, find_files(options.video_path, video_decoder.EXTENSIONS)))
     except OSError as error:

@@ -33,16 +33,53 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from args import Parser, check_file, make_folder, positive
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument("--zip", help="the released archive of the two files")
+    sources.add_argument("--vectors", help="a file of vectors in word2vec's format")
+    sources.add_argument("--train", action="store_true", help="train vectors on --caption_root")
+    sources.add_argument("--check", action="store_true", help="check the pair in --out")
+    parser.add_argument("--vocabulary", help="the words, for --vectors: a list, .txt or .npy")
+    parser.add_argument(
+        "--caption_root", help="captions, for --vectors or --train: folder, store or JSON file"
+    )
+    parser.add_argument(
+        "--num_words",
+        type=positive(int),
+        default=66249,
+        help="most words to take from captions (default %(default)s, as the released list has)",
+    )
+    parser.add_argument(
+        "--min_count",
+        type=positive(int),
+        default=5,
+        help="how often a word of --caption_root must occur (default %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder (default data)")
+    args = parser.parse_args(argv)
+    if args.vectors and bool(args.vocabulary) == bool(args.caption_root):
+        parser.error("--vectors needs either --vocabulary or --caption_root: give one of them")
+    if args.train and not args.caption_root:
+        parser.error("--train needs --caption_root: give the captions")
+    return args
+
+
+if __name__ == "__main__":  # --help should not wait for torch
+    parse_arguments()
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from args import Parser, check_file, make_folder, positive
 from captions.readers import CaptionError
 from captions.sources import iter_captions
 from s3dg import (
-    VOCABULARY_ROWS,
     WORD_DIM,
     check_vocabulary,
     load_word_vectors,
@@ -377,39 +414,6 @@ def unzip(path: str, folder: Path) -> None:
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
-def parse_arguments(argv):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    sources = parser.add_mutually_exclusive_group(required=True)
-    sources.add_argument("--zip", help="the released archive of the two files")
-    sources.add_argument("--vectors", help="a file of vectors in word2vec's format")
-    sources.add_argument("--train", action="store_true", help="train vectors on --caption_root")
-    sources.add_argument("--check", action="store_true", help="check the pair in --out")
-    parser.add_argument("--vocabulary", help="the words, for --vectors: a list, .txt or .npy")
-    parser.add_argument(
-        "--caption_root", help="captions, for --vectors or --train: folder, store or JSON file"
-    )
-    parser.add_argument(
-        "--num_words",
-        type=positive(int),
-        default=VOCABULARY_ROWS - 1,
-        help="most words to take from captions (default %(default)s, as the released list has)",
-    )
-    parser.add_argument(
-        "--min_count",
-        type=positive(int),
-        default=5,
-        help="how often a word of --caption_root must occur (default %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder (default data)")
-    args = parser.parse_args(argv)
-    if args.vectors and bool(args.vocabulary) == bool(args.caption_root):
-        parser.error("--vectors needs either --vocabulary or --caption_root: give one of them")
-    if args.train and not args.caption_root:
-        parser.error("--train needs --caption_root: give the captions")
-    return args
 
 
 def main(argv=None):

@@ -374,7 +374,7 @@ def test_an_archive_cut_short_or_damaged_is_refused_wherever(prepare, tmp_path):
     [
         ({"rows": 5}, "2 words, but the word embedding has 5 rows"),
         ({"name": "other/x{}".format}, "has 0 files word2vec.pth; one is needed"),
-        ({"words": (1.0, 2.0)}, "not a word list"),
+        ({"words": (1.0, 2.0)}, "not a vocabulary"),
     ],
 )
 def test_an_archive_of_something_else_is_refused(prepare, archive, complaint, tmp_path):

@@ -1,4 +1,4 @@
-"""The page of --report: what is in it, and what a browser shows of it."""
+"""The page of --html_report: what is in it, and what a browser shows of it."""
 
 import json
 from pathlib import Path

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from s3dg import read_weights
+from tests.helpers import Evil
 from training import checkpoint
 from training.checkpoint import (
     KEPT_EPOCHS,
@@ -25,11 +26,6 @@ from utils import DataError
 
 def content(epoch, state):
     return {"epoch": epoch, "state_dict": state, "optimizer": {}, "scheduler": {"last_epoch": 1}}
-
-
-class Evil:
-    def __reduce__(self):
-        return print, ("this must not run",)
 
 
 def save(folder, epoch, step=None, resumed=None):
