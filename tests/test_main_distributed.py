@@ -404,7 +404,7 @@ def test_an_odd_clip_size_is_refused_with_that_stem(released_run, toy, monkeypat
     monkeypatch.setattr("sys.argv", ["main_distributed.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         run_script(main_distributed.main)
-    assert stopped.value.code == 2 and "not 5 frames" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "5 frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failure", FAILURES)
