@@ -49,7 +49,6 @@ from training.log import BadSamples, MetricLogger, ThroughputMeter, read_records
 from training.optimizer import build_optimizer, build_scheduler, resume_optimizer
 from training.step import TrainingStep
 from utils import InputError, input_error, log, run_script, setup_logging
-from video_decoder import ClipSpec
 from video_loader import TRAINING_WORDS, HowTo100M, StepSampler, read_video_list, training_batches
 from youcook_loader import YouCook2
 
@@ -391,7 +390,7 @@ def training_set(args, words):
         args.video_path,
         captions,
         Tokenizer(words, TRAINING_WORDS),
-        ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder),
+        clip_spec(args),
         crop_only=bool(args.crop_only),
         centercrop=bool(args.centercrop),
         random_flip=bool(args.random_flip),

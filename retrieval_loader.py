@@ -65,14 +65,7 @@ class Retrieval(Dataset):
         try:
             end = probe_duration(path) if end is None else end
             starts = window_starts(start, end, clip=self.clip, num_windows=self.num_windows)
-            video = decode_clips(
-                path,
-                starts,
-                fps=self.clip.fps,
-                num_frames=self.clip.num_frames,
-                size=self.clip.size,
-                backend=self.clip.decoder,
-            )
+            video = decode_clips(path, starts, **self.clip.options)
         except DecodeError as error:
             return {"error": str(error)}
         return {"video": video}

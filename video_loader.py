@@ -145,13 +145,10 @@ class HowTo100M(Dataset):
         video = decode_clip(
             self.video_root / name,
             seek,
-            fps=self.clip.fps,
-            num_frames=self.clip.num_frames,
-            size=self.clip.size,
+            **self.clip.options,
             crop_only=self.crop_only,
             crop=crop,
             flip=flip,
-            backend=self.clip.decoder,
         )
         return {"video": video, "text": text if self.num_candidates > 1 else text[0]}
 

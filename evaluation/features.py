@@ -192,14 +192,7 @@ class WindowGroups(Dataset):
     def __getitem__(self, key):
         index, starts = key
         try:
-            clips = decode_clips(
-                self.paths[index],
-                starts,
-                fps=self.clip.fps,
-                num_frames=self.clip.num_frames,
-                size=self.clip.size,
-                backend=self.clip.decoder,
-            )
+            clips = decode_clips(self.paths[index], starts, **self.clip.options)
         except DecodeError as error:
             return {"error": str(error)}
         rest = clips.new_zeros(GROUP_SIZE - len(clips), *clips.shape[1:])

@@ -79,6 +79,16 @@ class ClipSpec:
         """The shape of a clip's tensor, uint8 [3, num_frames, size, size]."""
         return 3, self.num_frames, self.size, self.size
 
+    @property
+    def options(self) -> dict:
+        """The keyword arguments of decode_clip and decode_clips."""
+        return {
+            "fps": self.fps,
+            "num_frames": self.num_frames,
+            "size": self.size,
+            "backend": self.decoder,
+        }
+
 
 def decode_clip(
     path,
