@@ -694,6 +694,27 @@ def inference_model(args: argparse.Namespace, device, weights: str = "pretrain_c
     return model
 
 
+def retrieval_set(args: argparse.Namespace, data_set, read_table, default_csv: str, words):
+    """Build a retrieval data set, YouCook2 or MSRVTT, of the table and the videos of the flags.
+
+    read_table: of the table or official file, see annotations. words: the vocabulary.
+    """
+    from annotations.tables import log_notes
+    from retrieval_loader import RETRIEVAL_WORDS
+    from s3dg import Tokenizer
+
+    csv = args.eval_csv or default_csv
+    with input_error("--eval_csv"):
+        table, notes = read_table(csv)
+    log_notes(csv, notes)
+    check_folder(args.eval_video_root, "eval_video_root")
+    tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
+    with input_error("--eval_video_root"):
+        return data_set(
+            table, args.eval_video_root, tokenizer, clip_spec(args), num_windows=windows
+        )
+
+
 def check_evaluation_outputs(args: argparse.Namespace) -> None:
     """Reject, before the work, outputs of an evaluation that could not be written after it."""
     if args.metrics_json:

@@ -5,23 +5,22 @@ from args import get_args
 if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "eval_youcook")
 
-from annotations.tables import log_notes
 from annotations.youcook import youcook_table
 from args import (
     check_decoder,
     check_evaluation_outputs,
-    check_folder,
-    clip_spec,
     inference_model,
+    retrieval_set,
 )
 from distributed.device import pick_device
 from evaluation.features import video_features
 from evaluation.report import animate_middle_window, describe_settings, retrieval_data, write_page
 from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scores
-from retrieval_loader import RETRIEVAL_WORDS
-from s3dg import Tokenizer, check_vocabulary, load_words
+from s3dg import check_vocabulary, load_words
 from utils import input_error, print_metrics, run_script, setup_logging
 from youcook_loader import YouCook2
+
+TABLE = "data/validation_youcook.csv"
 
 
 def main() -> None:
@@ -39,16 +38,7 @@ def main() -> None:
         check_vocabulary(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
 
     # The sentences of the validation segments, and the segments whose videos are present.
-    csv = args.eval_csv or "data/validation_youcook.csv"
-    with input_error("--eval_csv"):
-        table, notes = youcook_table(csv)
-    log_notes(csv, notes)
-    check_folder(args.eval_video_root, "eval_video_root")
-    tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
-    with input_error("--eval_video_root"):
-        dataset = YouCook2(
-            table, args.eval_video_root, tokenizer, clip_spec(args), num_windows=windows
-        )
+    dataset = retrieval_set(args, YouCook2, youcook_table, TABLE, words)
 
     # A segment is embedded as the mean of evenly spaced windows; here are those of the windows.
     thumbnails = {}
@@ -75,7 +65,7 @@ def main() -> None:
 
     if args.html_report:
         settings = describe_settings(
-            csv,
+            args.eval_csv or TABLE,
             args.pretrain_cnn_path,
             num_windows_test=args.num_windows_test,
             num_frames=args.num_frames,

@@ -25,9 +25,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import s3dg
-from annotations.tables import log_notes
 from annotations.youcook import youcook_table
-from args import check_decoder, check_file, check_folder, clip_spec, make_folder
+from args import check_decoder, check_file, check_folder, clip_spec, make_folder, retrieval_set
 from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
@@ -35,7 +34,6 @@ from distributed.process import start
 from distributed.workers import prefetch_depth
 from evaluation.features import video_features
 from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scores
-from retrieval_loader import RETRIEVAL_WORDS
 from s3dg import S3D, Tokenizer, fuse_for_inference
 from training.checkpoint import (
     Progress,
@@ -306,7 +304,10 @@ def setup(args, ranks, device, resume):
             f"--batch_size: {args.epochs} epochs of the {len(dataset)} videos of {args.train_csv} "
             f"do not fill one batch of {batch_size}"
         )
-    validation = validation_set(args, words) if args.evaluate else None
+    validation = None
+    if args.evaluate:
+        table = "data/validation_youcook.csv"
+        validation = retrieval_set(args, YouCook2, youcook_table, table, words)
     resumed, damaged = find_checkpoint(args, resume)
     model = build_model(args, words, resumed).to(device)
     if args.channels_last:
@@ -403,19 +404,6 @@ def training_set(args, words):
     with input_error("--caption_root"):
         dataset.check_captions()
     return dataset
-
-
-def validation_set(args, words):
-    csv = args.eval_csv or "data/validation_youcook.csv"
-    with input_error("--eval_csv"):
-        table, notes = youcook_table(csv)
-    log_notes(csv, notes)
-    check_folder(args.eval_video_root, "eval_video_root")
-    tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
-    with input_error("--eval_video_root"):
-        return YouCook2(
-            table, args.eval_video_root, tokenizer, clip_spec(args), num_windows=windows
-        )
 
 
 def find_checkpoint(args, resume):
