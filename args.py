@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -81,417 +82,198 @@ def normalize_flags(argv: list[str] | None = None) -> list[str]:
     return [*map(underscores, argv[:flags]), *argv[flags:]]
 
 
+class Flag(NamedTuple):
+    """A flag: the scripts that use it, its names, and options of argparse's add_argument."""
+
+    scripts: Collection[str]
+    names: tuple[str, ...]
+    options: dict
+
+
+def flag(scripts: Collection[str], *names: str, **options) -> Flag:
+    return Flag(scripts, names, options)
+
+
+SWITCH = {"type": int, "choices": (0, 1)}
+
+# By the group in which the help shows them.
+# fmt: off
+FLAGS = {
+    "data": [
+        flag(TRAINING, "--train_csv", default="data/howto100m_videos.csv",
+             help="CSV file of the training videos, with a column video_path."),
+        flag(TRAINING | EXTRACTION, "--video_path", default="",
+             help="Folder of the videos, from which their paths start."),
+        flag(TRAINING, "--caption_root", default="",
+             help="Folder of caption files, or a caption store, which is faster and shares its "
+                  "memory (data/howto100m/prepare.py packs one)."),
+        flag(TRAINING | EVALUATION, "--eval_csv", default="",
+             help="Annotation table or official file of the evaluation (default: the table in "
+                  "data/)."),
+        flag(TRAINING | EVALUATION, "--eval_video_root", default="",
+             help="Folder of the evaluation's videos."),
+        flag(EXTRACTION, "--feature_csv", default="",
+             help="CSV file with columns video_path and feature_path (default: all videos in the "
+                  "folder)."),
+        flag(EXTRACTION, "--feature_root", default="",
+             help="Folder that the features are written to."),
+        flag(EXTRACTION, "--shard", type=shard, default=None,
+             help="Take shard I/N of the videos, 0/N to N-1/N (default: what the launcher "
+                  "tells)."),
+        flag(ALL, "--num_thread_reader", type=not_negative(int), default=20,
+             help="Data workers per node, shared by its processes. Give the node's CPU cores; 0 "
+                  "decodes in the main process."),
+    ],
+    "clips": [
+        flag(ALL, "--num_frames", type=positive(int), default=16, help="Frames per clip."),
+        flag(ALL, "--video_size", type=positive(int), default=224,
+             help="Height and width, in pixels."),
+        flag(ALL - {"eval_hmdb"}, "--fps", type=positive(int), default=5,
+             help="Frames per second."),
+        flag(ALL, "--decoder", choices=BACKENDS, default="pyav",
+             help="Decoder backend. Both give the same pixels; pyav is faster."),
+        flag(TRAINING, "--min_time", type=positive(float), default=5.0,
+             help="Shortest stretch that a clip is drawn from, in seconds."),
+        flag(TRAINING, "--num_candidates", type=positive(int), default=1,
+             help="Captions per clip, K of MIL-NCE. The release's recipe has 4."),
+        flag(TRAINING, "--crop_only", **SWITCH, default=1,
+             help="1 crops the frame as it is; 0 scales its largest square."),
+        flag(TRAINING, "--centercrop", **SWITCH, default=0,
+             help="1 crops the center, not at random."),
+        flag(TRAINING, "--random_flip", **SWITCH, default=1, help="1 mirrors half of the clips."),
+        flag(TRAINING | EVALUATION, "--num_windows_test", type=positive(int), default=4,
+             help="Windows per evaluation video, evenly spaced."),
+        flag(EXTRACTION | {"search"}, "--stride", type=positive(float), default=None,
+             help="Seconds from the start of a window to the next one's (default: the length of "
+                  "a window; half of it in a search)."),
+    ],
+    "model": [
+        flag(TRAINING | EVALUATION | EXTRACTION, "--pretrain_cnn_path", default="",
+             help="Checkpoint or released weights, to start from or to evaluate."),
+        flag(TRAINING, "--word2vec_path", default="data/word2vec.pth",
+             help="Word vectors of a new model; '' makes random ones."),
+        flag(TRAINING | RETRIEVAL, "--token_to_word_path", default="data/dict.npy",
+             help="Vocabulary: the words that belong to the word vectors."),
+        flag(TRAINING, "--num_class", type=positive(int), default=512,
+             help="Size of the embedding."),
+        flag(TRAINING, "--weight_init", choices=("uniform", "kaiming_normal"), default="uniform",
+             help="Initial weights of the convolutions."),
+        flag(EXTRACTION, "--layer", choices=("mixed_5c", "embedding"), default="mixed_5c",
+             help="Features to extract: 1024 numbers of mixed_5c, or 512 of the joint embedding."),
+        flag(ALL, "--amp", choices=("auto", *PRECISIONS), default="auto",
+             help="Type of convolutions and matrix products. auto trains in bf16 if the "
+                  "processor computes in it, and evaluates in float32."),
+        flag(ALL, "--channels_last", **SWITCH, default=1, help="1 keeps the channels innermost."),
+        flag(ALL, "--compile", action="store_true",
+             help="Use torch.compile. It needs a C++ compiler, and minutes before the first "
+                  "step."),
+        flag(TRAINING, "--grad_checkpoint", action="store_true",
+             help="Compute activations again for the backward pass: less memory, more time."),
+        flag(ALL, "--batch_size_val", type=positive(int), default=32,
+             help="Windows that go through the model at once in an evaluation or extraction."),
+    ],
+    "optimization": [
+        flag(TRAINING, "--optimizer", choices=("adam", "sgd"), default="adam",
+             help="The optimizer."),
+        flag(TRAINING, "--lr", type=positive(float), default=0.001, help="Peak learning rate."),
+        flag(TRAINING, "--momentum", type=not_negative(float), default=0.9,
+             help="Momentum of sgd."),
+        flag(TRAINING, "--warmup_steps", type=not_negative(int), default=5000,
+             help="Steps over which the learning rate rises linearly, before it falls as a "
+                  "cosine."),
+        flag(TRAINING, "--epochs", type=positive(int), default=150,
+             help="Passes over the video list."),
+        flag(TRAINING, "--start_epoch", type=not_negative(int), default=0,
+             help="First epoch of a run that does not resume."),
+        flag(TRAINING, "--batch_size", type=positive(int), default=256,
+             help="Clips per node and micro-batch, shared by the node's processes."),
+        flag(TRAINING, "--accum_steps", type=positive(int), default=1,
+             help="Micro-batches per step. Each clip has the negatives of all of them, at the "
+                  "memory of one and a third more computation."),
+        flag(TRAINING, "--fused_optimizer", **SWITCH, default=1,
+             help="1 updates all weights with one kernel, without a device sync."),
+        flag(TRAINING, "--seed", type=not_negative(int), default=1,
+             help="Seed of the weights, the order of the data and the samples."),
+    ],
+    "fault tolerance": [
+        flag(TRAINING, "--checkpoint_root", default="checkpoint",
+             help="Folder of the checkpoints of all runs."),
+        flag(TRAINING, "--checkpoint_dir", default="",
+             help="Folder of this run in --checkpoint_root, and the name of its logs."),
+        flag(TRAINING, "--resume", action="store_true",
+             help="Continue from the newest good checkpoint, if there is one."),
+        flag(TRAINING, "--checkpoint_every", type=not_negative(int), default=500,
+             help="Steps between checkpoints within an epoch; 0 writes none."),
+        flag(TRAINING, "--max_bad_fraction", type=not_negative(float), default=0.1,
+             help="Fraction of an epoch's samples that may be unreadable before the run ends."),
+        flag(TRAINING, "--max_bad_steps", type=positive(int), default=10,
+             help="Steps in a row whose loss or gradient may be not finite before the run ends."),
+        flag(ALL, "--sample_timeout", type=positive(float), default=180.0,
+             help="Seconds after which a sample that is still being decoded is given up. Without "
+                  "data workers there is no limit."),
+        flag(TRAINING, "--dist_timeout", type=positive(float), default=600.0,
+             help="Seconds without progress of any process after which the run ends."),
+    ],
+    "logging": [
+        flag(TRAINING, "--log_root", default="log", help="Folder of the logs."),
+        flag(TRAINING, "--n_display", type=positive(int), default=10,
+             help="Steps between log lines. Each line waits for the device; keep 10 or more on a "
+                  "GPU."),
+        flag(TRAINING, "--tensorboard", action="store_true",
+             help="Write event files, too, to <the log>.tensorboard/."),
+        flag(TRAINING, "-e", "--evaluate", action="store_true",
+             help="Score YouCook2 retrieval after every epoch."),
+        flag(EVALUATION, "--metrics_json", default="",
+             help="Write the metrics to this JSON file."),
+        flag(EVALUATION, "--html_report", default="",
+             help="Write the results as a page, index.html, to this folder."),
+        flag({"eval_hmdb"}, "--feature_cache", default="",
+             help="Keep the features in this .npz file, or read them there if it exists."),
+        flag(TRAINING | EVALUATION | EXTRACTION, "--verbose", **SWITCH, default=1,
+             help="1 logs to the terminal, too."),
+    ],
+    "launch": [
+        flag(ALL, "--device", choices=("auto", "cpu", "cuda"), default="auto",
+             help="Where to compute. auto takes the GPUs, if there are any."),
+        flag(ALL, "--gpu", type=int, default=None, help="Use this GPU only."),
+        flag(TRAINING, "--nproc_per_node", type=positive(int), default=None,
+             help="Processes of this node (default: one per GPU, or one)."),
+        flag(TRAINING, "--world_size", type=int, default=-1,
+             help="Number of nodes, if no launcher tells it."),
+        flag(TRAINING, "--rank", type=int, default=-1,
+             help="Number of this node, from 0, if no launcher tells it."),
+        flag(TRAINING, "--dist_url", default="",
+             help="Where the processes meet, tcp://host:port (default: taken from the launcher)."),
+        flag(TRAINING, "--dist_file", default="dist-file",
+             help="Let the processes meet through a new file on a shared disk."),
+        flag(TRAINING, "--dist_backend", default="nccl",
+             help="Backend of the process group on GPUs. On CPUs it is gloo."),
+        flag(TRAINING, "--cudnn_benchmark", **SWITCH, default=0,
+             help="1 lets cuDNN try its algorithms and keep the fastest."),
+    ],
+    "compatibility": [
+        flag(TRAINING, "--multiprocessing_distributed", action="store_true",
+             help="Has no effect: one process per GPU is the default."),
+        flag(TRAINING, "--pin_memory", action="store_true",
+             help="Has no effect: on a GPU, batches always arrive in page-locked memory."),
+    ],
+}
+# fmt: on
+
+
 def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bool = True) -> None:
     """Add the flags to a parser, in groups.
 
     script: its help shows the flags that this script uses; None: all. others: accept the flags that
     it does not use, too.
     """
-
-    def group(title):
+    for title, flags in FLAGS.items():
         section = parser.add_argument_group(title)
-
-        def add(scripts, *names, help, **options):
+        for scripts, names, options in flags:
             if script is None or script in scripts:
-                section.add_argument(*names, help=help, **options)
+                section.add_argument(*names, **options)
             elif others:
-                section.add_argument(*names, help=argparse.SUPPRESS, **options)
-
-        return add
-
-    switch = {"type": int, "choices": (0, 1)}
-
-    add = group("data")
-    add(
-        TRAINING,
-        "--train_csv",
-        default="data/howto100m_videos.csv",
-        help="CSV file of the training videos, with a column video_path.",
-    )
-    add(
-        TRAINING | EXTRACTION,
-        "--video_path",
-        default="",
-        help="Folder of the videos, from which their paths start.",
-    )
-    add(
-        TRAINING,
-        "--caption_root",
-        default="",
-        help="Folder of caption files, or a caption store, which is faster and shares its memory "
-        "(data/howto100m/prepare.py packs one).",
-    )
-    add(
-        TRAINING | EVALUATION,
-        "--eval_csv",
-        default="",
-        help="Annotation table or official file of the evaluation (default: the table in data/).",
-    )
-    add(
-        TRAINING | EVALUATION,
-        "--eval_video_root",
-        default="",
-        help="Folder of the evaluation's videos.",
-    )
-    add(
-        EXTRACTION,
-        "--feature_csv",
-        default="",
-        help="CSV file with columns video_path and feature_path (default: all videos in the "
-        "folder).",
-    )
-    add(EXTRACTION, "--feature_root", default="", help="Folder that the features are written to.")
-    add(
-        EXTRACTION,
-        "--shard",
-        type=shard,
-        default=None,
-        help="Take shard I/N of the videos, 0/N to N-1/N (default: what the launcher tells).",
-    )
-    add(
-        ALL,
-        "--num_thread_reader",
-        type=not_negative(int),
-        default=20,
-        help="Data workers per node, shared by its processes. Give the node's CPU cores; 0 decodes "
-        "in the main process.",
-    )
-
-    add = group("clips")
-    add(ALL, "--num_frames", type=positive(int), default=16, help="Frames per clip.")
-    add(ALL, "--video_size", type=positive(int), default=224, help="Height and width, in pixels.")
-    add(ALL - {"eval_hmdb"}, "--fps", type=positive(int), default=5, help="Frames per second.")
-    add(
-        ALL,
-        "--decoder",
-        choices=BACKENDS,
-        default="pyav",
-        help="Decoder backend. Both give the same pixels; pyav is faster.",
-    )
-    add(
-        TRAINING,
-        "--min_time",
-        type=positive(float),
-        default=5.0,
-        help="Shortest stretch that a clip is drawn from, in seconds.",
-    )
-    add(
-        TRAINING,
-        "--num_candidates",
-        type=positive(int),
-        default=1,
-        help="Captions per clip, K of MIL-NCE. The release's recipe has 4.",
-    )
-    add(
-        TRAINING,
-        "--crop_only",
-        **switch,
-        default=1,
-        help="1 crops the frame as it is; 0 scales its largest square.",
-    )
-    add(TRAINING, "--centercrop", **switch, default=0, help="1 crops the center, not at random.")
-    add(TRAINING, "--random_flip", **switch, default=1, help="1 mirrors half of the clips.")
-    add(
-        TRAINING | EVALUATION,
-        "--num_windows_test",
-        type=positive(int),
-        default=4,
-        help="Windows per evaluation video, evenly spaced.",
-    )
-    add(
-        EXTRACTION | {"search"},
-        "--stride",
-        type=positive(float),
-        default=None,
-        help="Seconds from the start of a window to the next one's (default: the length of a "
-        "window; half of it in a search).",
-    )
-
-    add = group("model")
-    add(
-        TRAINING | EVALUATION | EXTRACTION,
-        "--pretrain_cnn_path",
-        default="",
-        help="Checkpoint or released weights, to start from or to evaluate.",
-    )
-    add(
-        TRAINING,
-        "--word2vec_path",
-        default="data/word2vec.pth",
-        help="Word vectors of a new model; '' makes random ones.",
-    )
-    add(
-        TRAINING | RETRIEVAL,
-        "--token_to_word_path",
-        default="data/dict.npy",
-        help="Vocabulary: the words that belong to the word vectors.",
-    )
-    add(TRAINING, "--num_class", type=positive(int), default=512, help="Size of the embedding.")
-    add(
-        TRAINING,
-        "--weight_init",
-        choices=("uniform", "kaiming_normal"),
-        default="uniform",
-        help="Initial weights of the convolutions.",
-    )
-    add(
-        EXTRACTION,
-        "--layer",
-        choices=("mixed_5c", "embedding"),
-        default="mixed_5c",
-        help="Features to extract: 1024 numbers of mixed_5c, or 512 of the joint embedding.",
-    )
-    add(
-        ALL,
-        "--amp",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="Type of convolutions and matrix products. auto trains in bf16 if the processor "
-        "computes in it, and evaluates in float32.",
-    )
-    add(ALL, "--channels_last", **switch, default=1, help="1 keeps the channels innermost.")
-    add(
-        ALL,
-        "--compile",
-        action="store_true",
-        help="Use torch.compile. It needs a C++ compiler, and minutes before the first step.",
-    )
-    add(
-        TRAINING,
-        "--grad_checkpoint",
-        action="store_true",
-        help="Compute activations again for the backward pass: less memory, more time.",
-    )
-    add(
-        ALL,
-        "--batch_size_val",
-        type=positive(int),
-        default=32,
-        help="Windows that go through the model at once in an evaluation or extraction.",
-    )
-
-    add = group("optimization")
-    add(TRAINING, "--optimizer", choices=("adam", "sgd"), default="adam", help="The optimizer.")
-    add(TRAINING, "--lr", type=positive(float), default=0.001, help="Peak learning rate.")
-    add(TRAINING, "--momentum", type=not_negative(float), default=0.9, help="Momentum of sgd.")
-    add(
-        TRAINING,
-        "--warmup_steps",
-        type=not_negative(int),
-        default=5000,
-        help="Steps over which the learning rate rises linearly, before it falls as a cosine.",
-    )
-    add(TRAINING, "--epochs", type=positive(int), default=150, help="Passes over the video list.")
-    add(
-        TRAINING,
-        "--start_epoch",
-        type=not_negative(int),
-        default=0,
-        help="First epoch of a run that does not resume.",
-    )
-    add(
-        TRAINING,
-        "--batch_size",
-        type=positive(int),
-        default=256,
-        help="Clips per node and micro-batch, shared by the node's processes.",
-    )
-    add(
-        TRAINING,
-        "--accum_steps",
-        type=positive(int),
-        default=1,
-        help="Micro-batches per step. Each clip has the negatives of all of them, at the memory of "
-        "one and a third more computation.",
-    )
-    add(
-        TRAINING,
-        "--fused_optimizer",
-        **switch,
-        default=1,
-        help="1 updates all weights with one kernel, without a device sync.",
-    )
-    add(
-        TRAINING,
-        "--seed",
-        type=not_negative(int),
-        default=1,
-        help="Seed of the weights, the order of the data and the samples.",
-    )
-
-    add = group("fault tolerance")
-    add(
-        TRAINING,
-        "--checkpoint_root",
-        default="checkpoint",
-        help="Folder of the checkpoints of all runs.",
-    )
-    add(
-        TRAINING,
-        "--checkpoint_dir",
-        default="",
-        help="Folder of this run in --checkpoint_root, and the name of its logs.",
-    )
-    add(
-        TRAINING,
-        "--resume",
-        action="store_true",
-        help="Continue from the newest good checkpoint, if there is one.",
-    )
-    add(
-        TRAINING,
-        "--checkpoint_every",
-        type=not_negative(int),
-        default=500,
-        help="Steps between checkpoints within an epoch; 0 writes none.",
-    )
-    add(
-        TRAINING,
-        "--max_bad_fraction",
-        type=not_negative(float),
-        default=0.1,
-        help="Fraction of an epoch's samples that may be unreadable before the run ends.",
-    )
-    add(
-        TRAINING,
-        "--max_bad_steps",
-        type=positive(int),
-        default=10,
-        help="Steps in a row whose loss or gradient may be not finite before the run ends.",
-    )
-    add(
-        ALL,
-        "--sample_timeout",
-        type=positive(float),
-        default=180.0,
-        help="Seconds after which a sample that is still being decoded is given up. Without data "
-        "workers there is no limit.",
-    )
-    add(
-        TRAINING,
-        "--dist_timeout",
-        type=positive(float),
-        default=600.0,
-        help="Seconds without progress of any process after which the run ends.",
-    )
-
-    add = group("logging")
-    add(TRAINING, "--log_root", default="log", help="Folder of the logs.")
-    add(
-        TRAINING,
-        "--n_display",
-        type=positive(int),
-        default=10,
-        help="Steps between log lines. Each line waits for the device; keep 10 or more on a GPU.",
-    )
-    add(
-        TRAINING,
-        "--tensorboard",
-        action="store_true",
-        help="Write event files, too, to <the log>.tensorboard/.",
-    )
-    add(
-        TRAINING,
-        "-e",
-        "--evaluate",
-        action="store_true",
-        help="Score YouCook2 retrieval after every epoch.",
-    )
-    add(
-        EVALUATION,
-        "--metrics_json",
-        default="",
-        help="Write the metrics to this JSON file.",
-    )
-    add(
-        EVALUATION,
-        "--html_report",
-        default="",
-        help="Write the results as a page, index.html, to this folder.",
-    )
-    add(
-        {"eval_hmdb"},
-        "--feature_cache",
-        default="",
-        help="Keep the features in this .npz file, or read them there if it exists.",
-    )
-    add(
-        TRAINING | EVALUATION | EXTRACTION,
-        "--verbose",
-        **switch,
-        default=1,
-        help="1 logs to the terminal, too.",
-    )
-
-    add = group("launch")
-    add(
-        ALL,
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="Where to compute. auto takes the GPUs, if there are any.",
-    )
-    add(ALL, "--gpu", type=int, default=None, help="Use this GPU only.")
-    add(
-        TRAINING,
-        "--nproc_per_node",
-        type=positive(int),
-        default=None,
-        help="Processes of this node (default: one per GPU, or one).",
-    )
-    add(
-        TRAINING,
-        "--world_size",
-        type=int,
-        default=-1,
-        help="Number of nodes, if no launcher tells it.",
-    )
-    add(
-        TRAINING,
-        "--rank",
-        type=int,
-        default=-1,
-        help="Number of this node, from 0, if no launcher tells it.",
-    )
-    add(
-        TRAINING,
-        "--dist_url",
-        default="",
-        help="Where the processes meet, tcp://host:port (default: taken from the launcher).",
-    )
-    add(
-        TRAINING,
-        "--dist_file",
-        default="dist-file",
-        help="Let the processes meet through a new file on a shared disk.",
-    )
-    add(
-        TRAINING,
-        "--dist_backend",
-        default="nccl",
-        help="Backend of the process group on GPUs. On CPUs it is gloo.",
-    )
-    add(
-        TRAINING,
-        "--cudnn_benchmark",
-        **switch,
-        default=0,
-        help="1 lets cuDNN try its algorithms and keep the fastest.",
-    )
-
-    add = group("compatibility")
-    add(
-        TRAINING,
-        "--multiprocessing_distributed",
-        action="store_true",
-        help="Has no effect: one process per GPU is the default.",
-    )
-    add(
-        TRAINING,
-        "--pin_memory",
-        action="store_true",
-        help="Has no effect: on a GPU, batches always arrive in page-locked memory.",
-    )
+                section.add_argument(*names, **{**options, "help": argparse.SUPPRESS})
     if others:  # old spellings, of the release and of our own, that scripts in the wild still carry
         add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
         momentum = not_negative(float)

@@ -6,12 +6,7 @@ if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "eval_youcook")
 
 from annotations.youcook import youcook_table
-from args import (
-    check_decoder,
-    check_evaluation_outputs,
-    inference_model,
-    retrieval_set,
-)
+from args import check_decoder, check_evaluation_outputs, inference_model, retrieval_set
 from distributed.device import pick_device
 from evaluation.features import video_features
 from evaluation.report import animate_middle_window, describe_settings, retrieval_data, write_page

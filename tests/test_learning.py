@@ -14,7 +14,7 @@ from tests.helpers import ROOT, run_python
 # processor it ran on; with one, 160 steps ended between 8 and 10 (see benchmarks/RESULTS.md).
 BUDGET = [
     *("--num_frames=8", "--video_size=64", "--crop_only=0", "--centercrop=1", "--batch_size=32"),
-    *("--num_candidates=1", "--min_time=3", "--warmup_steps=50", "--epochs=25", "--n_display=25"),
+    *("--num_candidates=1", "--min_time=3", "--warmup_steps=50", "--epochs=32", "--n_display=25"),
     *("--num_thread_reader=2", "--nproc_per_node=2", "--amp=none"),
 ]
 
@@ -58,7 +58,7 @@ def test_retrieval_is_learned_from_captions_and_from_nothing_else(narrated, whol
     run_python(
         "eval_youcook.py",
         *data,
-        f"--pretrain_cnn_path={tmp_path}/checkpoint/epoch0025.pth.tar",
+        f"--pretrain_cnn_path={tmp_path}/checkpoint/epoch0032.pth.tar",
         f"--eval_csv={whole_toy}/validation_youcook.csv",
         f"--eval_video_root={whole_toy}/youcook",
         f"--metrics_json={tmp_path}/out.json",
