@@ -1,38 +1,24 @@
 """The ranks of a run: how they start, find each other, communicate and end."""
 
 import contextlib
-import datetime
 import functools
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
-import uuid
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distributed.launch import Launch, LaunchError, pick_rank_device
+from distributed.launch import Launch, pick_rank_device
+from distributed.rendezvous import Rendezvous, extend_timeout, join_group
 from distributed.watchdog import Watchdog
 from utils import STOP_SIGNALS, die_with_parent, log, one_line, run_script
-
-# Timeout of collective operations, in timeouts of the watchdog: it comes first, as it knows which
-# rank hangs.
-COLLECTIVE_TIMEOUT_FACTOR = 10
-
-
-class Rendezvous(NamedTuple):
-    """What the ranks share once they have found each other."""
-
-    store: dist.Store  # with no keys but this start's
-    group: dist.ProcessGroup | None = None  # of gloo; None: the default group, or a single rank
-    launcher_store: dist.Store | None = None  # torchrun's, which outlives its processes
 
 
 class RankContext:
@@ -250,9 +236,13 @@ def run_rank(
     try:
         context.gather(None)  # every rank has a watchdog
         watchdog.start()
+        if launch.world_size > 1:
+            extend_timeout(rendezvous, timeout)
         work(context)
         context.enter_stage("the end")
         context.gather(None)  # rank 0 may hold the store: it stays until all are done
+        if launch.world_size > 1:  # after a failure it could wait for ranks that never come
+            dist.destroy_process_group()
     except RuntimeError as error:
         # Most likely a collective operation that lacks a rank.
         print(f"rank {rank}: {one_line(error)}", file=sys.stderr, flush=True)
@@ -263,67 +253,3 @@ def run_rank(
         raise
     finally:
         watchdog.stop()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def join_group(launch: Launch, rank: int, backend: str, timeout: float) -> Rendezvous:
-    """Meet the other ranks and initialize the process group.
-
-    timeout: of the rendezvous, seconds. Raises LaunchError where ranks are missing after it.
-    """
-    patience = datetime.timedelta(seconds=timeout)
-    collective_timeout = COLLECTIVE_TIMEOUT_FACTOR * patience
-    try:
-        meeting = dist.rendezvous(launch.init_method, rank, launch.world_size, timeout=patience)
-        store, prefix, launcher_store = next(meeting)[0], "run", None
-        store.set_timeout(patience)
-        if launch.init_method == "env://":
-            launcher_store = store
-            prefix = agree_on_prefix(store, rank, launch.world_size, timeout)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"{prefix}/group", store),
-            rank=rank,
-            world_size=launch.world_size,
-            timeout=collective_timeout,
-        )
-    except (RuntimeError, OSError) as error:
-        raise LaunchError(
-            f"rank {rank} of {launch.world_size} did not find the others at {launch.init_method} "
-            f"within {timeout:g} s (--dist_timeout): {one_line(error)}"
-        ) from None
-    group = None
-    if backend != "gloo":
-        group = dist.new_group(backend="gloo", timeout=collective_timeout)
-    # A connection of its own: the watchdog must not wait for calls of the process group.
-    return Rendezvous(dist.PrefixStore(prefix, store.clone()), group, launcher_store)
-
-
-def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
-    """Agree with the other ranks on a prefix for the keys of this start.
-
-    torchrun's store keeps the keys of earlier starts, and no number in the environment tells one
-    start from the next on all nodes. So rank 0 draws the prefix and answers every request, those
-    of earlier starts included, until each rank has confirmed this prefix.
-    """
-    if rank > 0:
-        request = uuid.uuid4().hex
-        store.set(f"request/{rank}", request)
-        prefix = store.get(f"answer/{request}").decode()
-        store.set(f"{prefix}/joined/{rank}", "")
-        return prefix
-    prefix = uuid.uuid4().hex
-    missing = set(range(1, world_size))
-    deadline = time.monotonic() + timeout
-    while missing:
-        for other in list(missing):
-            if store.check([f"{prefix}/joined/{other}"]):
-                missing.remove(other)
-            elif store.check([f"request/{other}"]):
-                request = store.get(f"request/{other}").decode()
-                store.set(f"answer/{request}", prefix)
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {sorted(missing)} are missing")
-        time.sleep(0.1)
-    return prefix
