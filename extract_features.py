@@ -251,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "stopped: the same command resumes")

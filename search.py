@@ -388,7 +388,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     for number in STOP_SIGNALS:  # stop as at Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    try:
-        run_script(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

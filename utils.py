@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # at which a training writes a checkpoint
+# At which a training writes a checkpoint and ends. SIGINT is that of Ctrl-C.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
 
@@ -75,23 +76,25 @@ def printable(name: FilePath) -> str:
     return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run an entry script's main(). An InputError becomes one line and exit status 2."""
+def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
+    """Run an entry script's main(). An InputError becomes one line and exit status 2.
+
+    So does Ctrl-C, with the line `stopped` and exit status 130.
+    """
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
 
 
 def run_stoppable_script(main: Callable[[], None]) -> None:
     """Run a script that leaves nothing half done when a signal stops it: exit status 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C
-    try:
-        run_script(main)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, "stopped; nothing was written")
 
 
 def die_with_parent(parent: int | None = None) -> None:

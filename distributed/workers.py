@@ -310,7 +310,7 @@ class Worker:
 def worker_main(dataset, memory, tasks, results) -> None:
     """Read the items of a worker's tasks until the parent ends it."""
     die_with_parent()
-    for number in (signal.SIGINT, *STOP_SIGNALS):  # the parent handles them
+    for number in STOP_SIGNALS:  # the parent handles them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -216,6 +218,19 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(weights, videos, wh
         path.unlink()  # what a kill may leave
     assert_same_features(tmp_path, whole)
     assert all(written(tmp_path)[n] == c for n, c in left.items() if n.endswith(".npy"))
+
+
+def test_ctrl_c_ends_it_with_one_line(weights, videos, tmp_path):
+    script = ROOT / "extract_features.py"
+    command = [sys.executable, script, *flags(weights, videos, tmp_path), "--verbose=0"]
+    process = psutil.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("*.npy")) and process.poll() is None:
+        time.sleep(0.01)
+    family = [process, *process.children(recursive=True)]
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all of them
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "stopped: the same command resumes\n")
+    assert not any(p.is_running() for p in family)
 
 
 def test_videos_that_cannot_be_used_are_listed_and_the_others_go_on(extract, tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_a_signal_in_validation_ends_it_and_a_resumed_run_validates_again(toy, w
     assert validated == [1, 2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
     number, uninterrupted, toy, weights, tmp_path
 ):

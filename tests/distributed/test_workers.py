@@ -16,6 +16,7 @@ import torch
 from distributed import workers
 from distributed.workers import WorkerFailure, sample_batches
 from tests.helpers import ROOT
+from utils import STOP_SIGNALS
 
 FORK = multiprocessing.get_context("fork")  # its events are shared with the workers
 PATIENCE = 60  # seconds, for what takes a moment
@@ -253,7 +254,7 @@ def test_closing_leaves_neither_processes_nor_open_files():
 
 def test_signals_to_a_job_do_not_reach_its_workers_items():
     def signalled():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
 
     found = read(Numbers({2: signalled}), [[k] for k in range(5)], workers=1)
