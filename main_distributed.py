@@ -143,6 +143,7 @@ def train_one_epoch(state, context, last_step):
             stop_requested = count_bad_samples(state, context, micro_batches)
 
         loss = state.step(micro_batches)
+        del micro_batches  # up to gigabytes, which the next step's must not add to
         lr = state.scheduler.get_last_lr()[0]
         state.scheduler.step()
         progress.step += 1

@@ -240,5 +240,7 @@ def training_batches(
             yield [usable(key) for key in keys]
 
     for batch in sample_batches(dataset, key_batches(), retry=replace, **reading):
+        batch["bad"] = [faults.pop(key) for key in sent.popleft() if key in faults]
         del batch["errors"]
-        yield {**batch, "bad": [faults.pop(key) for key in sent.popleft() if key in faults]}
+        yield batch
+        del batch  # its memory is the caller's to free

@@ -5,6 +5,11 @@ import shutil
 
 import torch
 
+from utils import one_line
+
+# Of the drivers of NVIDIA and of AMD.
+GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd")
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
 
@@ -34,7 +39,8 @@ def pick_device(device: str, gpu: int | None = None, local_rank: int = 0) -> tor
     """Choose the device of a process.
 
     device: "auto", "cpu" or "cuda". gpu: the only one to use. local_rank: the process's number on
-    its node, which is the GPU to use if gpu is None. Raises ValueError if there is no such device.
+    its node, which is the GPU to use if gpu is None. Raises ValueError if there is no such device,
+    or if "auto" would be the CPU of a machine that has a GPU.
     """
     if device == "cpu":
         if gpu is not None:
@@ -43,12 +49,32 @@ def pick_device(device: str, gpu: int | None = None, local_rank: int = 0) -> tor
     if not torch.cuda.is_available():
         if device == "cuda" or gpu is not None:
             raise ValueError("no CUDA GPU is available here: use --device cpu")
+        if sign := find_sign_of_gpu():
+            raise ValueError(
+                f"there is a GPU ({sign}), but PyTorch cannot use it ({describe_cuda_failure()}): "
+                "repair that, or use --device cpu"
+            )
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     index = local_rank if gpu is None else gpu
     if not 0 <= index < torch.cuda.device_count():
         raise ValueError(f"there is no GPU {index}, only {torch.cuda.device_count()} here")
     return torch.device("cuda", index)
+
+
+def find_sign_of_gpu() -> str:
+    """Name what tells that a process is meant to have a GPU; "" if there is nothing."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return "" if visible in ("", "-1") else f"CUDA_VISIBLE_DEVICES={visible}"
+    return next(filter(os.path.exists, GPU_DEVICE_FILES), "")
+
+
+def describe_cuda_failure() -> str:
+    try:
+        torch.cuda.init()
+    except Exception as error:  # of several types
+        return one_line(error).split(". ")[0]
+    return "no device"
 
 
 def check_compiler() -> None:

@@ -129,6 +129,7 @@ def sample_batches(
             }
             submit(prefetch)
             yield {**tensors, "errors": batch.errors}
+            del tensors  # their memory is the caller's to free
     finally:
         pool.close()
 

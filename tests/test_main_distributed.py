@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -470,3 +471,26 @@ def test_a_training_ends_if_the_ffmpeg_program_fails_at_all(toy, ffmpeg_in_path,
         assert stopped.value.returncode == 2
         last = stopped.value.stderr.splitlines()[-1]
         assert named in last and "status 127: no libx264" in last
+
+
+def test_the_micro_batches_of_one_step_only_are_in_memory(toy, weights, tmp_path, monkeypatch):
+    """At 8192 clips of 16 x 224 x 224 they are 20 GB."""
+    alive, counts = weakref.WeakSet(), []
+
+    def tracked_batches(*args, **options):
+        for batch in training_batches(*args, **options):
+            alive.add(batch["video"])
+            counts.append(len(alive))
+            yield batch
+            del batch
+
+    monkeypatch.setattr(main_distributed, "training_batches", tracked_batches)
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            *("main_distributed.py", *toy_flags(toy), *run_flags(tmp_path)),
+            *("--batch_size=2", "--accum_steps=4", "--epochs=3", f"--pretrain_cnn_path={weights}"),
+        ],
+    )
+    run_script(main_distributed.main)
+    assert len(counts) > 8 and max(counts) == 4

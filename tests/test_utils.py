@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from args import check_output
+from distributed import device
 from distributed.device import check_compiler, pick_device
 from s3dg import to_unit_range
 from tests.helpers import golden_json
@@ -48,6 +49,20 @@ def test_a_gpu_that_is_not_there_is_refused():
     assert pick_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="--device cpu"):
         pick_device("cuda")
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(monkeypatch, tmp_path):
+    """An old driver, or a build of PyTorch for the CPU: a training there would take years."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(device, "GPU_DEVICE_FILES", [str(tmp_path)])
+    with pytest.raises(ValueError, match=f"there is a GPU .{tmp_path}.*use --device cpu"):
+        pick_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=3"):
+        pick_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert pick_device("auto").type == pick_device("cpu").type == "cpu"
 
 
 def test_clips_travel_as_bytes_and_become_unit_floats():
