@@ -5,7 +5,7 @@
 For each video, OUT gets a .npy, float32 [W, 1024] or [W, 512], a row per window, and a sidecar
 .json that describes the rows. Videos that have both are skipped, so the same command resumes a run
 that was stopped. Processes that are started by torchrun, srun, as a SLURM job array or with --shard
-share the videos. evaluation/features.py describes which windows a video has.
+share the videos. evaluation/features.py defines the windows of a video.
 """
 
 from args import get_args
@@ -42,7 +42,7 @@ from args import (
 from distributed.device import pick_device
 from distributed.launch import Shard, detect_shard, workers_per_rank
 from evaluation.feature_file import difference, feature_settings
-from evaluation.features import VideoFeatures, strided_features, track_progress
+from evaluation.features import StridedWindows, VideoFeatures, strided_features, track_progress
 from utils import (
     InputError,
     append,
@@ -161,7 +161,8 @@ class FailureList:
     def __init__(self, root: Path, shard: Shard):
         """Remove the lists of earlier runs, as their videos are tried again.
 
-        With another number of shards all of them go; of this number, each shard removes its own.
+        Lists of another number of shards are all removed; of this number, each shard removes its
+        own.
         """
         for path in root.glob("failed*.csv"):
             match = re.fullmatch(r"failed(?:_(\d+)of(\d+))?\.csv", path.name)
@@ -195,16 +196,9 @@ def main() -> None:
     check_decoder(args)
     check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
     clip = clip_spec(args)
-    stride = args.stride or clip.seconds
+    windows = StridedWindows(clip, args.stride or clip.seconds)
     settings = feature_settings(
-        args.pretrain_cnn_path,
-        num_frames=clip.num_frames,
-        video_size=clip.size,
-        layer=args.layer,
-        fps=clip.fps,
-        stride=stride,
-        amp=args.amp,
-        decoder=clip.decoder,
+        args.pretrain_cnn_path, layer=args.layer, amp=args.amp, **windows.settings
     )
     model = inference_model(args, device)
     root = Path(args.feature_root)
@@ -213,13 +207,12 @@ def main() -> None:
     log.info("%d videos%s, %d of them done before", len(items), part, len(items) - len(to_do))
 
     failures = FailureList(root, shard)
-    windows = black = 0
+    num_windows = num_black = 0
     outcomes = strided_features(
         model,
         [Path(args.video_path, item.video) for item in to_do],
         device,
-        clip,
-        stride=stride,
+        windows,
         batch_size=args.batch_size_val,
         workers=workers_per_rank(args.num_thread_reader, shard.nproc_per_node),
         sample_timeout=args.sample_timeout,
@@ -233,18 +226,18 @@ def main() -> None:
                 failures.add(item.video, error)
                 continue
             write_pair(root / item.features, item.video, settings, found)
-            windows += len(found.starts)
-            black += len(found.black)
+            num_windows += len(found.starts)
+            num_black += len(found.black)
     log.info("features of %d videos written to %s", len(to_do) - failures.count, root)
     if failures.count:
         where = f"listed in {failures.path}" if failures.complete else "named above"
         log.error("%d videos could not be used: they are %s", failures.count, where)
-    mostly_black = 2 * black > windows
+    mostly_black = 2 * num_black > num_windows
     if mostly_black:
         log.error(
             "%d of %d windows are black: look at the videos, try the other --decoder, and delete "
             "these features before the next run",
-            *(black, windows),
+            *(num_black, num_windows),
         )
     if failures.count or mostly_black:
         sys.exit(1)
