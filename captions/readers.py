@@ -149,7 +149,9 @@ class CaptionStore:
         self.root = Path(root)
         try:
             about = json.loads((self.root / ABOUT).read_text())
-            if about["format"] != FORMAT or about["version"] != VERSION:
+            if about["format"] != FORMAT:
+                raise ValueError(f"{ABOUT} has another format")
+            if about["version"] != VERSION:
                 raise DataError(
                     root,
                     f"is a caption store of version {about['version']}, this program reads "
