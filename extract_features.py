@@ -78,12 +78,12 @@ def list_items(args: argparse.Namespace) -> list[Item]:
             other = videos.setdefault(path.with_suffix(".npy"), path)
             if other != path:
                 raise InputError(
-                    f"--video_path: {other} and {path} would have one file of features: rename one "
+                    f"--video_path: {other} and {path} would have one file of features; rename one "
                     "of them, or name the files in a --feature_csv"
                 )
         items = [Item(str(video), str(features)) for features, video in videos.items()]
     if not items:
-        raise InputError(f"no videos in {args.feature_csv or args.video_path}: give others")
+        raise InputError(f"no videos in {args.feature_csv or args.video_path}; give others")
     return items
 
 
@@ -114,16 +114,16 @@ def is_done(path: Path, video: str, settings: dict) -> bool:
         rows = len(made["times"])
     except FileNotFoundError:
         raise InputError(
-            f"--feature_root: the features {path} have no {sidecar.name} that describes them: {fix}"
+            f"--feature_root: the features {path} have no {sidecar.name} that describes them; {fix}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"--feature_root: {sidecar} is damaged, or something else: {fix}"
+            f"--feature_root: {sidecar} is damaged, or something else; {fix}"
         ) from None
     if differ:
-        raise InputError(f"--feature_root: the features {path} were made with {differ}: {fix}")
+        raise InputError(f"--feature_root: the features {path} were made with {differ}; {fix}")
     if source != video:
-        raise InputError(f"--feature_root: the features {path} are of {source}, not {video}: {fix}")
+        raise InputError(f"--feature_root: the features {path} are of {source}, not {video}; {fix}")
     try:
         return len(np.load(path, mmap_mode="r")) == rows
     except (FileNotFoundError, EOFError, ValueError, TypeError):
@@ -150,7 +150,7 @@ def write_pair(path: Path, video: str, settings: dict, found: VideoFeatures) -> 
             np.save(file, found.features, allow_pickle=False)
     except OSError as error:
         raise InputError(
-            f"--feature_root: could not write {path} ({one_line(error)}): make room, and start "
+            f"--feature_root: could not write {path} ({one_line(error)}); make room, and start "
             "again to resume"
         ) from None
 
@@ -191,7 +191,7 @@ def main() -> None:
         device = pick_device(args.device, args.gpu, local_rank)
     items = list_items(args)[shard.index :: shard.count]
     if not args.feature_root:
-        raise InputError("--feature_root is needed: give the folder that features are written to")
+        raise InputError("--feature_root is needed; give the folder that features are written to")
     make_folder(args.feature_root, "feature_root")
     check_decoder(args)
     check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
@@ -235,7 +235,7 @@ def main() -> None:
     mostly_black = 2 * num_black > num_windows
     if mostly_black:
         log.error(
-            "%d of %d windows are black: look at the videos, try the other --decoder, and delete "
+            "%d of %d windows are black; look at the videos, try the other --decoder, and delete "
             "these features before the next run",
             *(num_black, num_windows),
         )

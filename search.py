@@ -163,7 +163,7 @@ def make_plan(options: argparse.Namespace, metadata: IndexMetadata) -> Plan:
         *(len(present), len(kept), again, len(to_do) - again, gone),
     )
     if failed := sum(bool(video.reason) for video in kept.values()):
-        log.info("%d could not be used before: --retry_failed tries them again", failed)
+        log.info("%d could not be used before; --retry_failed tries them again", failed)
     return Plan(kept, to_do, bool(gone) or not old or metadata != old.metadata)
 
 
@@ -181,7 +181,7 @@ def list_videos(folder: str) -> dict[str, FileStatus]:
             ) from None
         found[path] = FileStatus(status.st_size, status.st_mtime_ns)
     if not found:  # a disk that is not mounted would otherwise empty the index
-        raise InputError(f"FOLDER: there are no videos in {folder}: give another")
+        raise InputError(f"FOLDER: there are no videos in {folder}; give another")
     return found
 
 
@@ -200,7 +200,7 @@ def check_mounted(folder: str, gone: list[str]) -> None:
                 empty = not any(entries)
         if empty:
             raise InputError(
-                f"FOLDER: nothing is in {printable(place)}, but the index has videos of it: mount "
+                f"FOLDER: nothing is in {printable(place)}, but the index has videos of it; mount "
                 "its disk, or remove it to remove them from the index"
             )
 
@@ -211,12 +211,12 @@ def check_same_index(
     """Reject bringing an index up to date with other settings, or with another folder."""
     fix = "give another file to keep both, or delete it"
     if differ := difference(made.settings, metadata.settings):
-        raise InputError(f"--out: {path} was made with {differ}: {fix}")
+        raise InputError(f"--out: {path} was made with {differ}; {fix}")
     exists = os.path.isdir(made.folder)
     if exists and os.path.realpath(made.folder) == os.path.realpath(metadata.folder):
         return
     if exists or nothing_kept:
-        raise InputError(f"--out: {path} is of the videos in {made.folder}: {fix}")
+        raise InputError(f"--out: {path} is of the videos in {made.folder}; {fix}")
 
 
 @contextlib.contextmanager
@@ -227,7 +227,7 @@ def lock_index(path: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(
-            f"--out: {path} is being written by another process: wait for it"
+            f"--out: {path} is being written by another process; wait for it"
         ) from None
     except OSError as error:
         raise InputError(f"--out: cannot lock {lock.lock_file}: {error.strerror}") from None
@@ -270,7 +270,7 @@ def add_videos(
                 if time.monotonic() > written + pause:
                     save()
     except KeyboardInterrupt:
-        log.info("stopped: the same command resumes")
+        log.info("stopped; the same command resumes")
         raise
     finally:
         save()
@@ -306,7 +306,7 @@ def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed
             same = checksum(path) == metadata.settings[flag]
         if not same:
             raise InputError(
-                f"--{flag}: {path} is not the file that {options.index} was made with: give that, "
+                f"--{flag}: {path} is not the file that {options.index} was made with; give that, "
                 "or index the videos again with this one"
             )
     with input_error("--weights"):
@@ -317,14 +317,14 @@ def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed
     @torch.inference_mode()
     def embed(text):
         if len(text) > MAX_TEXT_LENGTH:
-            raise InputError(f"the text has more than {MAX_TEXT_LENGTH} characters: shorten it")
+            raise InputError(f"the text has more than {MAX_TEXT_LENGTH} characters; shorten it")
         words = tokenize(text, tokenizer.index)
         unknown = list(dict.fromkeys(word for word in words if word not in tokenizer.index))
         if not words:
-            raise InputError("there is no word in the text: describe what is to be seen")
+            raise InputError("there is no word in the text; describe what is to be seen")
         if len(unknown) == len(set(words)):
             raise InputError(
-                f"none of the words is in the vocabulary ({summarize(unknown, 10)}): use others"
+                f"none of the words is in the vocabulary ({summarize(unknown, 10)}); use others"
             )
         notes = []
         if unknown:

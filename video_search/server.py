@@ -92,7 +92,7 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
 
     def check_run(requested):
         if requested != run:
-            abort(404, "The server has been restarted since: search again.")
+            abort(404, "The server has been restarted since; search again.")
 
     @app.get("/thumbnail/<requested_run>/<row>")
     def thumbnail(requested_run, row):
@@ -124,7 +124,7 @@ def protect(app: Flask, host: str | None) -> None:
     def check_host():
         name = host_name(request.host)
         if host and name != host.lower() and not is_loopback(name):
-            abort(403, "This server is for this machine only: call it localhost.")
+            abort(403, "This server is for this machine only; call it localhost.")
         g.nonce = secrets.token_urlsafe()
 
     @app.after_request
@@ -199,9 +199,9 @@ def find_video(folder: str, video: Video) -> str:
     except OSError:
         status = None
     if not status or not stat.S_ISREG(status.st_mode):
-        abort(404, f"{printable(video.path)} is gone: index the videos again.")
+        abort(404, f"{printable(video.path)} is gone; index the videos again.")
     if status.st_size != video.size:
-        abort(404, f"{printable(video.path)} has changed: index the videos again.")
+        abort(404, f"{printable(video.path)} has changed; index the videos again.")
     return path
 
 
@@ -242,7 +242,7 @@ def create_server(
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise ValueError(
-            f"cannot listen at {host}, port {port} ({reason}): choose others"
+            f"cannot listen at {host}, port {port} ({reason}); choose others"
         ) from None
     listening = getattr(server, "effective_listen", None) or [
         (server.effective_host, server.effective_port)
