@@ -222,7 +222,7 @@ def training_batches(
             )
         return epoch, index, attempt + 1
 
-    def usable(key):
+    def skip_quarantined(key):
         while quarantined and dataset.name(key) in quarantined:
             key = next_attempt(key, QUARANTINE)
         return key
@@ -233,12 +233,12 @@ def training_batches(
             log.warning("quarantined %s: it %s", name, error)
             quarantined.add(name)
             error = f"{QUARANTINE}: it {error}"
-        return usable(next_attempt(key, error))
+        return skip_quarantined(next_attempt(key, error))
 
     def key_batches():
         for keys in sampler:
             sent.append(keys)
-            yield [usable(key) for key in keys]
+            yield [skip_quarantined(key) for key in keys]
 
     for batch in sample_batches(dataset, key_batches(), retry=replace, **reading):
         del batch["errors"]
