@@ -1,7 +1,7 @@
 """Linear action recognition on HMDB-51: python eval_hmdb.py --pretrain_cnn_path FILE
 
 --feature_cache FILE stores the features. If FILE exists they are read from it, and neither videos
-nor weights are needed; labels and splits are those of --eval_csv in every run.
+nor weights are needed. Labels and splits are always those of --eval_csv.
 """
 
 from args import get_args
@@ -33,22 +33,23 @@ from hmdb_loader import HMDB51
 from utils import input_error, log, one_line, print_metrics, run_script, setup_logging
 
 
-def settings_of_features(args: argparse.Namespace) -> dict:
-    """Return what the features depend on, see feature_settings."""
+def window_flags(args: argparse.Namespace) -> dict[str, int]:
+    """Return the flags that describe the windows, {name: value}."""
+    names = ("num_windows_test", "num_frames", "video_size")
+    return {name: getattr(args, name) for name in names}
+
+
+def cache_settings(args: argparse.Namespace) -> dict:
+    """Return the settings that the features depend on, see feature_settings."""
     if args.pretrain_cnn_path:
         check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
     return feature_settings(
-        args.pretrain_cnn_path,
-        num_frames=args.num_frames,
-        video_size=args.video_size,
-        num_windows_test=args.num_windows_test,
-        amp=args.amp,
-        decoder=args.decoder,
+        args.pretrain_cnn_path, **window_flags(args), amp=args.amp, decoder=args.decoder
     )
 
 
 def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMDB51, FeatureSet]:
-    """Decode the videos, run the model on their windows, and store the features if asked to."""
+    """Decode the videos, run the model on their windows, and write --feature_cache if given."""
     with input_error("--device, --gpu"):
         device = pick_device(args.device, args.gpu)
     if args.feature_cache:
@@ -59,8 +60,8 @@ def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMD
         dataset = HMDB51(
             table, args.eval_video_root, clip_spec(args), num_windows=args.num_windows_test
         )
-    # The weights' sum is taken now: a training may remove its old checkpoints in the meantime.
-    settings = settings_of_features(args) if args.feature_cache else {}
+    # Compute the checksum of the weights now: a training may remove its old checkpoints meanwhile.
+    settings = cache_settings(args) if args.feature_cache else {}
     with input_error("--eval_csv, --eval_video_root"):  # before the hours of decoding
         check_splits(dataset, dataset.names)
     found = hmdb_features(
@@ -76,7 +77,7 @@ def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMD
     if args.feature_cache:
         try:
             write_features(args.feature_cache, settings, found)
-        except OSError as error:  # the metrics can still be reported
+        except OSError as error:  # the metrics do not need the file
             log.error(
                 "--feature_cache: could not write %s: %s", args.feature_cache, one_line(error)
             )
@@ -97,14 +98,14 @@ def main() -> None:
     # Pooled mixed_5c features of evenly spaced windows of each clip.
     if os.path.isfile(args.feature_cache):
         dataset = HMDB51(table, video_root=None)
-        settings = settings_of_features(args)
+        settings = cache_settings(args)
         with input_error("--feature_cache"):
             found = read_features(args.feature_cache, settings, dataset.names)
     else:
         dataset, found = extract_features(args, table)
     if reasons := list(found.left_out.values()):
         counts = reasons.count("absent"), reasons.count("undecodable")
-        log.info("left out: %d absent videos, %d undecodable", *counts)
+        log.info("skipped: %d absent videos, %d undecodable", *counts)
 
     # A linear SVM on each split's training windows; a test clip sums its windows' scores.
     with input_error("--eval_csv, --eval_video_root"):
@@ -113,15 +114,8 @@ def main() -> None:
     print_metrics("HMDB-51", metrics, args.metrics_json)
 
     if args.html_report:
-        settings = describe_settings(
-            csv,
-            args.pretrain_cnn_path,
-            args.feature_cache,
-            num_windows_test=args.num_windows_test,
-            num_frames=args.num_frames,
-            video_size=args.video_size,
-            amp=args.amp,
-        )
+        flags = {**window_flags(args), "amp": args.amp}
+        settings = describe_settings(csv, args.pretrain_cnn_path, args.feature_cache, **flags)
         counts = {"num_videos": len(found.features), "num_missing": len(found.left_out)}
         data = hmdb_data(predictions)
         with input_error("--html_report"):

@@ -35,7 +35,7 @@ def main() -> None:
     # The 1k-A test list: a sentence per video.
     dataset = retrieval_set(args, MSRVTT, msrvtt_table, TABLE, words)
 
-    # A video is embedded as the mean of evenly spaced windows; here are those of the windows.
+    # A video is embedded as the mean of evenly spaced windows, all of them in `videos`.
     thumbnails = {}
 
     def add_thumbnail(index, windows):

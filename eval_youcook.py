@@ -35,7 +35,7 @@ def main() -> None:
     # The sentences of the validation segments, and the segments whose videos are present.
     dataset = retrieval_set(args, YouCook2, youcook_table, TABLE, words)
 
-    # A segment is embedded as the mean of evenly spaced windows; here are those of the windows.
+    # A segment is embedded as the mean of evenly spaced windows, all of them in `videos`.
     thumbnails = {}
 
     def add_thumbnail(index, windows):

@@ -5,7 +5,7 @@
 For each video, OUT gets a .npy, float32 [W, 1024] or [W, 512], a row per window, and a sidecar
 .json that describes the rows. Videos that have both are skipped, so the same command resumes a run
 that was stopped. Processes that are started by torchrun, srun, as a SLURM job array or with --shard
-share the videos. evaluation/features.py describes which windows a video has.
+share the videos. evaluation/features.py defines the windows of a video.
 """
 
 from args import get_args
@@ -42,7 +42,7 @@ from args import (
 from distributed.device import pick_device
 from distributed.launch import Shard, detect_shard, workers_per_rank
 from evaluation.feature_file import difference, feature_settings
-from evaluation.features import VideoFeatures, strided_features, track_progress
+from evaluation.features import StridedWindows, VideoFeatures, strided_features, track_progress
 from utils import (
     InputError,
     append,
@@ -78,12 +78,12 @@ def list_items(args: argparse.Namespace) -> list[Item]:
             other = videos.setdefault(path.with_suffix(".npy"), path)
             if other != path:
                 raise InputError(
-                    f"--video_path: {other} and {path} would have one file of features: rename one "
+                    f"--video_path: {other} and {path} would have one file of features; rename one "
                     "of them, or name the files in a --feature_csv"
                 )
         items = [Item(str(video), str(features)) for features, video in videos.items()]
     if not items:
-        raise InputError(f"no videos in {args.feature_csv or args.video_path}: give others")
+        raise InputError(f"no videos in {args.feature_csv or args.video_path}; give others")
     return items
 
 
@@ -114,16 +114,16 @@ def is_done(path: Path, video: str, settings: dict) -> bool:
         rows = len(made["times"])
     except FileNotFoundError:
         raise InputError(
-            f"--feature_root: the features {path} have no {sidecar.name} that describes them: {fix}"
+            f"--feature_root: the features {path} have no {sidecar.name} that describes them; {fix}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"--feature_root: {sidecar} is damaged, or something else: {fix}"
+            f"--feature_root: {sidecar} is damaged, or something else; {fix}"
         ) from None
     if differ:
-        raise InputError(f"--feature_root: the features {path} were made with {differ}: {fix}")
+        raise InputError(f"--feature_root: the features {path} were made with {differ}; {fix}")
     if source != video:
-        raise InputError(f"--feature_root: the features {path} are of {source}, not {video}: {fix}")
+        raise InputError(f"--feature_root: the features {path} are of {source}, not {video}; {fix}")
     try:
         return len(np.load(path, mmap_mode="r")) == rows
     except (FileNotFoundError, EOFError, ValueError, TypeError):
@@ -150,7 +150,7 @@ def write_pair(path: Path, video: str, settings: dict, found: VideoFeatures) -> 
             np.save(file, found.features, allow_pickle=False)
     except OSError as error:
         raise InputError(
-            f"--feature_root: could not write {path} ({one_line(error)}): make room, and start "
+            f"--feature_root: could not write {path} ({one_line(error)}); make room, and start "
             "again to resume"
         ) from None
 
@@ -161,7 +161,8 @@ class FailureList:
     def __init__(self, root: Path, shard: Shard):
         """Remove the lists of earlier runs, as their videos are tried again.
 
-        With another number of shards all of them go; of this number, each shard removes its own.
+        Lists of another number of shards are all removed; of this number, each shard removes its
+        own.
         """
         for path in root.glob("failed*.csv"):
             match = re.fullmatch(r"failed(?:_(\d+)of(\d+))?\.csv", path.name)
@@ -190,21 +191,14 @@ def main() -> None:
         device = pick_device(args.device, args.gpu, local_rank)
     items = list_items(args)[shard.index :: shard.count]
     if not args.feature_root:
-        raise InputError("--feature_root is needed: give the folder that features are written to")
+        raise InputError("--feature_root is needed; give the folder that features are written to")
     make_folder(args.feature_root, "feature_root")
     check_decoder(args)
     check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
     clip = clip_spec(args)
-    stride = args.stride or clip.seconds
+    windows = StridedWindows(clip, args.stride or clip.seconds)
     settings = feature_settings(
-        args.pretrain_cnn_path,
-        num_frames=clip.num_frames,
-        video_size=clip.size,
-        layer=args.layer,
-        fps=clip.fps,
-        stride=stride,
-        amp=args.amp,
-        decoder=clip.decoder,
+        args.pretrain_cnn_path, layer=args.layer, amp=args.amp, **windows.settings
     )
     model = inference_model(args, device)
     root = Path(args.feature_root)
@@ -213,13 +207,12 @@ def main() -> None:
     log.info("%d videos%s, %d of them done before", len(items), part, len(items) - len(to_do))
 
     failures = FailureList(root, shard)
-    windows = black = 0
+    num_windows = num_black = 0
     outcomes = strided_features(
         model,
         [Path(args.video_path, item.video) for item in to_do],
         device,
-        clip,
-        stride=stride,
+        windows,
         batch_size=args.batch_size_val,
         workers=workers_per_rank(args.num_thread_reader, shard.nproc_per_node),
         sample_timeout=args.sample_timeout,
@@ -233,18 +226,18 @@ def main() -> None:
                 failures.add(item.video, error)
                 continue
             write_pair(root / item.features, item.video, settings, found)
-            windows += len(found.starts)
-            black += len(found.black)
+            num_windows += len(found.starts)
+            num_black += len(found.black)
     log.info("features of %d videos written to %s", len(to_do) - failures.count, root)
     if failures.count:
         where = f"listed in {failures.path}" if failures.complete else "named above"
         log.error("%d videos could not be used: they are %s", failures.count, where)
-    mostly_black = 2 * black > windows
+    mostly_black = 2 * num_black > num_windows
     if mostly_black:
         log.error(
-            "%d of %d windows are black: look at the videos, try the other --decoder, and delete "
+            "%d of %d windows are black; look at the videos, try the other --decoder, and delete "
             "these features before the next run",
-            *(black, windows),
+            *(num_black, num_windows),
         )
     if failures.count or mostly_black:
         sys.exit(1)

@@ -1,7 +1,7 @@
-"""The released weights through torch.hub; see "Reusing the model" in README.md.
+"""Load the released weights through torch.hub; see "Reusing the model" in README.md.
 
-torch.hub leaves what this file imports in the user's program, so it imports s3dg alone: that has a
-name of its own, while many projects have a `utils`.
+Imports only s3dg: modules that torch.hub imports stay in the user's program, where a module of a
+common name, such as `utils`, would collide with the user's own.
 """
 
 import s3dg

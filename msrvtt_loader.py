@@ -25,7 +25,7 @@ class MSRVTT(Retrieval):
         *,
         num_windows: int = 4,
     ):
-        """Raises DataError if all videos are absent."""
+        """Raise DataError if all videos are absent."""
         pairs = [
             Pair(Path(video_root, f"{row.video_id}.mp4"), 0.0, None, row.sentence)
             for row in table.itertuples()

@@ -1,4 +1,4 @@
-"""Text-to-video retrieval: texts, and evenly spaced windows of their videos."""
+"""Data sets of text-to-video retrieval: texts, and evenly spaced windows of their videos."""
 
 from collections.abc import Callable, Iterable
 from os.path import isfile
@@ -25,15 +25,16 @@ class Pair(NamedTuple):
 
 
 def window_starts(start: float, end: float, *, clip: ClipSpec, num_windows: int) -> list[float]:
-    """Return the seconds at which the windows of [start, end] start; the last 0.4 s are spared."""
+    """Return the seconds at which the windows of [start, end - 0.4] start, evenly spaced."""
     return np.linspace(start, max(start, end - clip.seconds - 0.4), num_windows).tolist()
 
 
 class Retrieval(Dataset):
-    """Pairs of a text and a stretch of video: `pairs`, and `num_missing` whose video is absent.
+    """Texts and the stretches of video that they describe.
 
-    An item has "video", uint8 [num_windows, 3, num_frames, size, size], or "error", a line, if it
-    cannot be decoded. Its text is `pairs[index].text`, of which `tokenizer` makes int64 [30].
+    `pairs` are those whose video exists; `num_missing` counts the others. An item has "video",
+    uint8 [num_windows, 3, num_frames, size, size], or "error", a line, if it cannot be decoded. Its
+    text is `pairs[index].text`, which `tokenizer` converts to int64 [30].
     """
 
     def __init__(

@@ -96,7 +96,7 @@ def load_word_vectors(path: str | os.PathLike) -> torch.Tensor:
 
 
 def read_data(path: str | os.PathLike, load: Callable, kind: str) -> Any:
-    """Return load(path). Any sign of an invalid file becomes a ValueError of one line."""
+    """Return load(path). Raises ValueError of one line if the file is invalid."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of {kind}")
     try:
@@ -110,7 +110,7 @@ def read_data(path: str | os.PathLike, load: Callable, kind: str) -> Any:
 
 
 def load_tensors(path: str | os.PathLike) -> Any:
-    """Read a file of torch.save, on the CPU, as data: nothing pickled is run."""
+    """Read a file of torch.save to the CPU, as data: nothing pickled is run."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -118,12 +118,12 @@ def load_tensors(path: str | os.PathLike) -> Any:
 
 
 def triple(value: int | Sequence[int]) -> tuple[int, ...]:
-    """Repeat one size for T, H and W, or pass three of them on."""
+    """Repeat one size for T, H and W, or return three of them as they are."""
     return (value,) * 3 if isinstance(value, int) else tuple(value)
 
 
 class TemporalConv3d(nn.Conv3d):
-    """A kx1x1 convolution, computed as a 2-d one over T and H*W: the same sums.
+    """A kx1x1 convolution, computed as the equivalent 2-d one over T and H*W.
 
     oneDNN's 3-d convolution (torch 2.13, CPU) fills the gradient of bfloat16 weights with unrelated
     memory if T is 2, as it is in the last blocks of a 16-frame clip.
@@ -172,7 +172,7 @@ class STConv3D(nn.Module):
 
 
 class SelfGating(nn.Module):
-    """Scales each channel by a sigmoid of the clip's mean features (S3D-G)."""
+    """Scale each channel by a sigmoid of the clip's mean features (S3D-G)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -272,7 +272,7 @@ class SentenceEmbedding(nn.Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of raw text. The vocabulary is read at first use: token ids need none.
+        """The tokenizer of raw text. It reads the vocabulary at first use: token ids need none.
 
         Raises FileNotFoundError, or ValueError if the vocabulary does not fit the word embedding.
         """
@@ -282,14 +282,16 @@ class SentenceEmbedding(nn.Module):
             self._tokenizer = Tokenizer(words, RAW_TEXT_WORDS)
         return self._tokenizer
 
-    def forward(self, x: torch.Tensor | str | Sequence[str], raw_text: bool = False):
+    def forward(
+        self, x: torch.Tensor | str | Sequence[str], raw_text: bool = False
+    ) -> torch.Tensor:
         """Embed word indices [N, words] or, with raw_text, N sentences: [N, dim]."""
         if raw_text:
             sentences = [x] if isinstance(x, str) else x
             x = torch.stack([self.tokenizer(sentence) for sentence in sentences])
             x = x.to(self.word_embd.weight.device)
         words = F.relu(self.fc1(self.word_embd(x)), inplace=True)
-        words = words.amax(dim=1)  # padding positions take part, as in the release
+        words = words.amax(dim=1)  # over the padding, too, as in the release
         return in_full_precision(self.fc2, words)
 
 
@@ -389,7 +391,7 @@ class S3D(nn.Module):
         """Build the model that a state dict belongs to, on the CPU, in training mode.
 
         Stem, gating, embedding size and vocabulary size are read off the weights' shapes.
-        path: names the file in messages. Raises ValueError if the weights are not of an S3D.
+        path: the file, for messages. Raises ValueError if the weights are not of an S3D.
         """
 
         def shape(name, dims):
@@ -428,7 +430,7 @@ class S3D(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Embed videos, texts or both.
 
-        video: float [B, 3, T, H, W], RGB in [0, 1], no mean or standard deviation taken off.
+        video: float [B, 3, T, H, W], RGB in [0, 1], without normalization by mean and deviation.
         text: word indices [N, words].
         mode: 'all' -> (video [B, num_classes], text [N, num_classes]); 'text' -> the latter;
         'video' -> the former, or with mixed5c the pooled [B, 1024] feature before the projection.
@@ -476,7 +478,7 @@ class S3D(nn.Module):
         """Apply conv1, of either kind, and its pooling: [B, 64, T/2, H/4, W/4]."""
         if self.space_to_depth:
             net = self.conv1(space_to_depth(video))
-            net = net[:, :, 1:, 1:, 1:]  # the even kernel pads one too many at the front
+            net = net[:, :, 1:, 1:, 1:]  # even kernels need one row of padding less at the front
         else:
             net = self.conv1(video)
         return self.maxpool_2a(net)
@@ -494,7 +496,7 @@ class S3D(nn.Module):
 
 @contextlib.contextmanager
 def frozen_bn_stats(model: nn.Module) -> Iterator[None]:
-    """Keep the running averages of BatchNorm in training mode: they have seen this batch."""
+    """Keep the running averages of BatchNorm, which already include this batch, as they are."""
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
     kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
@@ -511,10 +513,10 @@ def fuse_for_inference(model: S3D, dtype: torch.dtype | None = None) -> S3D:
 
     dtype: of the convolutions; by default the model's own, in which BatchNorm is folded into them.
     In float32 the embeddings stay within 1e-5 of the model's. With bfloat16 or float16 for a
-    float32 model, convolutions and gates have weights of that type, and videos get the bits that
-    autocast gives them, which converts the weights in every call. BatchNorm then stays: folding it
-    would round the weights again. The text network keeps its type, and the copy shares the model's
-    table of word vectors.
+    float32 model, convolutions and gates have weights of that type, and embeddings of videos equal
+    autocast's bit by bit, without its conversion of the weights in every call. BatchNorm is then
+    not folded, as that would round the weights again. The text network keeps its type, and the copy
+    shares the model's table of word vectors.
     """
     own = model.fc.weight.dtype
     dtype = own if dtype is None else dtype
@@ -562,9 +564,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_weights(content: Any, path: str | os.PathLike) -> dict[str, Any]:
-    """Bring the content of a checkpoint, or of released weights, to the form of read_weights.
+    """Convert the content of a checkpoint, or of released weights, to the form of read_weights.
 
-    path: names the file in messages. Raises ValueError if the content is something else.
+    path: the file, for messages. Raises ValueError if the content is something else.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; give a checkpoint or weights")
@@ -579,7 +581,7 @@ def parse_weights(content: Any, path: str | os.PathLike) -> dict[str, Any]:
 
 
 def summarize(names: Collection, most: int = 3) -> str:
-    """Name the first few of many, for a message."""
+    """Join the first few names, and count the rest, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 

@@ -40,7 +40,7 @@ from args import (
 )
 from distributed.device import pick_device
 from evaluation.feature_file import checksum, difference, feature_settings
-from evaluation.features import Outcome, strided_features, track_progress
+from evaluation.features import Outcome, StridedWindows, strided_features, track_progress
 from retrieval_loader import RETRIEVAL_WORDS
 from s3dg import Tokenizer, check_vocabulary, load_model, load_words, summarize, tokenize
 from utils import (
@@ -74,22 +74,22 @@ MAX_TEXT_LENGTH = 1000  # characters
 
 
 class FileStatus(NamedTuple):
-    """What tells whether a video has changed."""
+    """The size and time of a file. If either differs, the video has changed."""
 
     size: int  # bytes
     mtime_ns: int
 
 
 class Plan(NamedTuple):
-    """What bringing an index up to date takes."""
+    """The difference between an index and its folder."""
 
     kept: dict[str, Video]  # by path below the folder
     to_do: dict[str, FileStatus]  # videos to embed
-    outdated: bool  # whether the file has to be written even if there is nothing to embed
+    outdated: bool  # whether to write the file even if there is nothing to embed
 
 
 def index_videos(options: argparse.Namespace) -> None:
-    """Bring the index up to date with the folder, see the top of this file."""
+    """Bring the index up to date with the folder, see the module's docstring."""
     setup_logging(True)
     with input_error("--device, --gpu"):
         device = pick_device(options.device, options.gpu)
@@ -97,16 +97,9 @@ def index_videos(options: argparse.Namespace) -> None:
     check_decoder(options)
     check_file(options.weights, "weights")
     clip = clip_spec(options)
-    stride = options.stride or clip.seconds / 2
+    windows = StridedWindows(clip, options.stride or clip.seconds / 2)
     settings = feature_settings(
-        options.weights,
-        num_frames=clip.num_frames,
-        video_size=clip.size,
-        fps=clip.fps,
-        stride=stride,
-        amp=options.amp,
-        decoder=clip.decoder,
-        weights_key="weights",
+        options.weights, amp=options.amp, weights_key="weights", **windows.settings
     )
     vocabulary = options.token_to_word_path
     with input_error("--token_to_word_path"):
@@ -126,8 +119,7 @@ def index_videos(options: argparse.Namespace) -> None:
                 model,
                 [Path(options.folder, path) for path in plan.to_do],
                 device,
-                clip,
-                stride=stride,
+                windows,
                 batch_size=options.batch_size_val,
                 workers=options.num_thread_reader,
                 sample_timeout=options.sample_timeout,
@@ -171,7 +163,7 @@ def make_plan(options: argparse.Namespace, metadata: IndexMetadata) -> Plan:
         *(len(present), len(kept), again, len(to_do) - again, gone),
     )
     if failed := sum(bool(video.reason) for video in kept.values()):
-        log.info("%d could not be used before: --retry_failed tries them again", failed)
+        log.info("%d could not be used before; --retry_failed tries them again", failed)
     return Plan(kept, to_do, bool(gone) or not old or metadata != old.metadata)
 
 
@@ -188,15 +180,15 @@ def list_videos(folder: str) -> dict[str, FileStatus]:
                 f"FOLDER: {printable(path)} cannot be read: {error.strerror}"
             ) from None
         found[path] = FileStatus(status.st_size, status.st_mtime_ns)
-    if not found:  # a disk that is not mounted must not empty an index
-        raise InputError(f"FOLDER: there are no videos in {folder}: give another")
+    if not found:  # a disk that is not mounted would otherwise empty the index
+        raise InputError(f"FOLDER: there are no videos in {folder}; give another")
     return found
 
 
 def check_mounted(folder: str, gone: list[str]) -> None:
-    """Reject removing videos if an empty folder or a broken link is left of their place.
+    """Reject removing videos whose folder is empty or a broken link.
 
-    That is how a disk looks that is not mounted.
+    Such is the mount point of a disk that is not mounted.
     """
     for path in gone:
         place = os.path.join(folder, path)
@@ -208,7 +200,7 @@ def check_mounted(folder: str, gone: list[str]) -> None:
                 empty = not any(entries)
         if empty:
             raise InputError(
-                f"FOLDER: nothing is in {printable(place)}, but the index has videos of it: mount "
+                f"FOLDER: nothing is in {printable(place)}, but the index has videos of it; mount "
                 "its disk, or remove it to remove them from the index"
             )
 
@@ -219,12 +211,12 @@ def check_same_index(
     """Reject bringing an index up to date with other settings, or with another folder."""
     fix = "give another file to keep both, or delete it"
     if differ := difference(made.settings, metadata.settings):
-        raise InputError(f"--out: {path} was made with {differ}: {fix}")
+        raise InputError(f"--out: {path} was made with {differ}; {fix}")
     exists = os.path.isdir(made.folder)
     if exists and os.path.realpath(made.folder) == os.path.realpath(metadata.folder):
         return
     if exists or nothing_kept:
-        raise InputError(f"--out: {path} is of the videos in {made.folder}: {fix}")
+        raise InputError(f"--out: {path} is of the videos in {made.folder}; {fix}")
 
 
 @contextlib.contextmanager
@@ -235,7 +227,7 @@ def lock_index(path: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(
-            f"--out: {path} is being written by another process: wait for it"
+            f"--out: {path} is being written by another process; wait for it"
         ) from None
     except OSError as error:
         raise InputError(f"--out: cannot lock {lock.lock_file}: {error.strerror}") from None
@@ -252,7 +244,7 @@ def add_videos(
 ) -> int:
     """Add videos as they are embedded. Returns how many could not be used.
 
-    The index is written every SAVE_EVERY seconds or less often, and at the end, whatever ends it.
+    Writes the index every SAVE_EVERY seconds or less often, and at the end, also after an error.
     """
     videos, to_do = dict(plan.kept), list(plan.to_do)
     failed, written, pause = 0, time.monotonic(), SAVE_EVERY
@@ -262,7 +254,7 @@ def add_videos(
         began = time.monotonic()
         with input_error("--out"):
             write_index(path, metadata, videos.values())
-        # Those of the file are memory-mapped.
+        # Keep those of the file, which are memory-mapped.
         videos.update((video.path, video) for video in open_index(path, "out").videos)
         written = time.monotonic()
         pause = max(SAVE_EVERY, (written - began) / SAVE_FRACTION)
@@ -278,7 +270,7 @@ def add_videos(
                 if time.monotonic() > written + pause:
                     save()
     except KeyboardInterrupt:
-        log.info("stopped: the same command resumes")
+        log.info("stopped; the same command resumes")
         raise
     finally:
         save()
@@ -286,10 +278,7 @@ def add_videos(
 
 
 def make_video(path: str, status: FileStatus, outcome: Outcome, dim: int) -> Video:
-    """Make an entry of the index, without the black windows.
-
-    They show nothing, but their embedding would match some texts.
-    """
+    """Make an entry of the index, without the black windows, which could match some texts."""
     if outcome.error:
         empty = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dim)
         return Video(path, *status, one_line(outcome.error), *empty)
@@ -304,10 +293,10 @@ def make_video(path: str, status: FileStatus, outcome: Outcome, dim: int) -> Vid
 
 
 def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed:
-    """Load the function that embeds a text as the index was made.
+    """Load the function that embeds a text with the weights of the index.
 
-    Its files are where the flags or else the index say. It raises InputError for a text that
-    cannot be searched for.
+    The flags give its files, by default the index. It raises InputError for a text that cannot be
+    searched for.
     """
     weights = options.weights or metadata.weights
     vocabulary = options.token_to_word_path or metadata.words
@@ -317,7 +306,7 @@ def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed
             same = checksum(path) == metadata.settings[flag]
         if not same:
             raise InputError(
-                f"--{flag}: {path} is not the file that {options.index} was made with: give that, "
+                f"--{flag}: {path} is not the file that {options.index} was made with; give that, "
                 "or index the videos again with this one"
             )
     with input_error("--weights"):
@@ -328,14 +317,14 @@ def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed
     @torch.inference_mode()
     def embed(text):
         if len(text) > MAX_TEXT_LENGTH:
-            raise InputError(f"the text has more than {MAX_TEXT_LENGTH} characters: shorten it")
+            raise InputError(f"the text has more than {MAX_TEXT_LENGTH} characters; shorten it")
         words = tokenize(text, tokenizer.index)
         unknown = list(dict.fromkeys(word for word in words if word not in tokenizer.index))
         if not words:
-            raise InputError("there is no word in the text: describe what is to be seen")
+            raise InputError("there is no word in the text; describe what is to be seen")
         if len(unknown) == len(set(words)):
             raise InputError(
-                f"none of the words is in the vocabulary ({summarize(unknown, 10)}): use others"
+                f"none of the words is in the vocabulary ({summarize(unknown, 10)}); use others"
             )
         notes = []
         if unknown:

@@ -17,7 +17,7 @@ from video_decoder import ClipSpec, DecodeError, decode_clip
 
 TRAINING_WORDS = 20  # words kept of a caption
 MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
-QUARANTINE = "quarantined"  # how the reason begins if a video is not to be tried again
+QUARANTINE = "quarantined"  # the start of the reason if a video is not to be tried again
 
 Key = tuple[int, ...]  # (epoch, index) or (epoch, index, attempt)
 
@@ -33,8 +33,9 @@ def find_nearest_candidates(
 ) -> list[int]:
     """Return the indices of the captions around caption `index` (paper, section 3.1).
 
-    Grows from [index] on the side that keeps the spanned time shorter. Once the first caption is
-    reached they are the first ones; once the last is, the last ones. Short files repeat captions.
+    The range grows from [index] on the side that keeps its time span shorter. When it reaches the
+    first caption, the result is the first num_candidates; when it reaches the last, the last ones.
+    Shorter files repeat their captions.
     """
     last = len(starts) - 1
     low = high = index
@@ -128,7 +129,7 @@ class HowTo100M(Dataset):
             return self.sample(self.names[index], rng)
         except (CaptionError, DecodeError) as error:
             return {"error": str(error)}
-        except Exception as error:  # one strange file does not end a run of weeks
+        except Exception as error:  # one strange file must not end a run of weeks
             return {"error": f"unexpected {type(error).__name__}: {one_line(error)}"}
 
     def sample(self, name: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -157,9 +158,9 @@ class StepSampler(Sampler):
     """The keys of this rank's share of every step's batch, from `first_step` on.
 
     Each epoch is a permutation of the videos drawn from (seed, epoch), and the batches are cut from
-    the epochs laid end to end. Every video is visited once per epoch, no batch is short, and the
-    union of the ranks' shares does not depend on the number of ranks. After the last step, less
-    than a batch of the last epoch is unused.
+    the concatenation of the epochs. Every video is visited once per epoch, all batches have the
+    same size, and the union of the ranks' shares does not depend on the number of ranks. After the
+    last step, less than a batch of the last epoch is unused.
     """
 
     def __init__(
@@ -202,11 +203,11 @@ def training_batches(
 ) -> Iterator[dict]:
     """Yield a rank's share of every step's batch, with unreadable samples replaced by others.
 
-    A batch has "video" and "text" as the items, [b, ...], and "bad": for each sample that was
-    replaced, a list of (video_path, reason) of all that were tried. A video that crashes or hangs
-    its worker joins `quarantined`, a set of video_paths that are not tried; the same sample takes
-    its place whether it is in quarantine or found to crash. reading: the other arguments of
-    workers.sample_batches. Raises DataError if MAX_REPLACEMENTS samples in a row cannot be read.
+    A batch has the items' "video" and "text", [b, ...], and "bad": for each sample that was
+    replaced, a list of the (video_path, reason) of all failed attempts. A video that crashes or
+    hangs its worker is added to `quarantined`, a set of video_paths that are not tried. Its
+    replacement is the same whether it was already in the set or not. reading: the other arguments
+    of workers.sample_batches. Raises DataError if MAX_REPLACEMENTS samples in a row cannot be read.
     """
     faults = {}  # (epoch, index) -> [(video_path, reason)] of its attempts
     sent = deque()  # the keys of the batches that are being read
@@ -221,7 +222,7 @@ def training_batches(
             )
         return epoch, index, attempt + 1
 
-    def usable(key):
+    def skip_quarantined(key):
         while quarantined and dataset.name(key) in quarantined:
             key = next_attempt(key, QUARANTINE)
         return key
@@ -232,12 +233,12 @@ def training_batches(
             log.warning("quarantined %s: it %s", name, error)
             quarantined.add(name)
             error = f"{QUARANTINE}: it {error}"
-        return usable(next_attempt(key, error))
+        return skip_quarantined(next_attempt(key, error))
 
     def key_batches():
         for keys in sampler:
             sent.append(keys)
-            yield [usable(key) for key in keys]
+            yield [skip_quarantined(key) for key in keys]
 
     for batch in sample_batches(dataset, key_batches(), retry=replace, **reading):
         batch["bad"] = [faults.pop(key) for key in sent.popleft() if key in faults]

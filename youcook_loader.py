@@ -28,7 +28,7 @@ class YouCook2(Retrieval):
         *,
         num_windows: int = 4,
     ):
-        """Raises DataError if all videos are absent."""
+        """Raise DataError if all videos are absent."""
         videos = set(zip(table["task"], table["video_id"], strict=True))
         paths = {(task, name): find_video(video_root, task, name) for task, name in videos}
         pairs = [

@@ -1,1 +1,1 @@
-"""The annotations of the evaluation data sets: tables that users give, and official files."""
+"""Read the annotations of the evaluation data sets: CSV tables and the official files."""

@@ -26,7 +26,7 @@ SPLIT_LINE = re.compile(r"\s*(\S.*?)\s+([012])\s*")
 
 
 def hmdb_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
-    """Return HMDB-51's clips, and an empty list: every clip of the files is among them.
+    """Return HMDB-51's clips, and an empty list of notes, as no clip is skipped.
 
     The table has the columns video_id, label (`<class>_test`) and split1 to split3 (1 train,
     2 test, 0 unused). path: such a table as CSV; or the official folder of

@@ -3,6 +3,7 @@
 import csv
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -26,7 +27,7 @@ Ids = Mapping[str, str | None]  # video -> its sentence, if the list has one
 
 
 def msrvtt_table(path: AnyPath, ids: Ids | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """Return MSR-VTT's test videos with a sentence each, and notes on what is not among them.
+    """Return MSR-VTT's test videos with a sentence each, and notes on the skipped ones.
 
     The table has the columns key, vid_key, video_id and sentence. path: such a table as CSV
     (MSRVTT_JSFUSION_test.csv is one), or an official videodatainfo JSON. ids: the videos to take
@@ -59,7 +60,7 @@ def msrvtt_table(path: AnyPath, ids: Ids | None = None) -> tuple[pd.DataFrame, l
     return table, notes + count_empty(table["sentence"])
 
 
-def parse_videos(content, need_split: bool) -> dict[str, str | None]:
+def parse_videos(content: Any, need_split: bool) -> dict[str, str | None]:
     """Return the videos of a JSON: a dict from id to split, or to None unless it is needed."""
     videos = {}
     for number, video in enumerate(require_key(content, "videos", list), 1):
@@ -71,7 +72,7 @@ def parse_videos(content, need_split: bool) -> dict[str, str | None]:
     return videos
 
 
-def parse_sentences(content) -> tuple[dict[str, str], Counter]:
+def parse_sentences(content: Any) -> tuple[dict[str, str], Counter]:
     """Return each video's first sentence that is not empty, and how many follow it."""
     sentences, others = {}, Counter()
     for number, sentence in enumerate(require_key(content, "sentences", list), 1):
@@ -86,6 +87,7 @@ def parse_sentences(content) -> tuple[dict[str, str], Counter]:
 
 
 def choose_listed(videos: Mapping, ids: Ids) -> Ids:
+    """Return the list. Raises ValueError if the JSON lacks some of its videos."""
     unknown = [name for name in ids if name not in videos]
     if unknown:
         raise ValueError(
@@ -96,6 +98,7 @@ def choose_listed(videos: Mapping, ids: Ids) -> Ids:
 
 
 def choose_test_split(videos: Mapping[str, str | None]) -> Ids:
+    """Return the videos of the split test, without sentences. Raises ValueError if none is."""
     chosen = dict.fromkeys(name for name, split in videos.items() if split == "test")
     if not chosen:
         raise ValueError("has no video of the split test; give the test set's JSON")
@@ -103,7 +106,7 @@ def choose_test_split(videos: Mapping[str, str | None]) -> Ids:
 
 
 def describe_choice(videos: Mapping, chosen: Ids, others: Counter, from_list: bool) -> list[str]:
-    """Return notes on how a table of a JSON differs from the file, and from what papers use."""
+    """Return notes on how a table differs from its JSON, and from the list that papers use."""
     notes = []
     if skipped := len(videos) - len(chosen):
         reason = "in the list" if from_list else "of the split test"

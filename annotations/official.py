@@ -7,6 +7,7 @@ file's name.
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from annotations.tables import LARGEST_NUMBER, AnyPath, data_error, escapes_root
 from utils import DataError, one_line, shorten
@@ -18,7 +19,7 @@ def is_json(path: AnyPath) -> bool:
     return str(path).lower().endswith(".json")
 
 
-def read_json(path: AnyPath):
+def read_json(path: AnyPath) -> Any:
     """Return the content of a JSON file, in which no object has a key twice.
 
     Raises DataError or OSError.
@@ -46,8 +47,8 @@ def read_lines(path: AnyPath) -> list[str]:
             raise ValueError(f"is not a text file ({one_line(error)}); give one") from None
 
 
-def require_key(content, key: str, types: type | tuple[type, ...], place: str = ""):
-    """Return content[key], of one of these types; JSON's true and false are no numbers.
+def require_key(content: Any, key: str, types: type | tuple[type, ...], place: str = "") -> Any:
+    """Return content[key]. Raises ValueError unless it has one of these types; bool is not an int.
 
     place: where in the file the content is, such as "entry 3 of videos".
     """
@@ -64,13 +65,13 @@ def require_key(content, key: str, types: type | tuple[type, ...], place: str = 
 
 
 def parse_text(sentence: str, place: str) -> str:
-    """Return a sentence with the line ends that a CSV file keeps."""
+    """Return a sentence with its line ends as \\n, which CSV files preserve."""
     check_encodable(sentence, place)
     return "\n".join(sentence.splitlines())
 
 
 def parse_name(name: str | int, place: str = "") -> str:
-    """Return a path, or a part of one, that stays in the data's folder."""
+    """Return a path, or a part of one, as a string. Raises ValueError if it leaves the folder."""
     name = str(name)
     where = f"{place}: " * bool(place)
     if not name:
@@ -91,7 +92,7 @@ def parse_segment(segment: list, place: str) -> tuple[float, float]:
 
 
 def check_encodable(text: str, place: str) -> None:
-    """Reject half of a surrogate pair, which JSON can spell and no file can hold."""
+    """Reject half of a surrogate pair, which JSON can represent and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

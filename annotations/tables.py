@@ -10,8 +10,8 @@ import pandas as pd
 
 from utils import DataError, atomic_write, log, one_line, shorten
 
-LARGEST_NUMBER = 1e7  # of a table: seconds, in practice; the decoder takes no time far beyond
-OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # what a path must not have to stay in its folder
+LARGEST_NUMBER = 1e7  # of a table, in practice seconds; the decoder rejects times far beyond
+OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # matches paths that may leave their folder
 
 AnyPath = str | os.PathLike[str]
 
@@ -94,7 +94,7 @@ def require_unique(table: pd.DataFrame, columns: Sequence[str], path: AnyPath) -
 def escapes_root(name: str) -> bool:
     """Whether a path, joined to a folder, could lead out of it: absolute, or with `..`.
 
-    Links inside the folder are its owner's business.
+    Links inside the folder are not checked.
     """
     return OUTSIDE.search(name) is not None
 
@@ -129,7 +129,7 @@ def line_of_row(path: AnyPath, row: int) -> int:
                     return before + 1
                 rows += 1
             before = reader.line_num
-    return row + 2  # a cell that the csv module takes for too large
+    return row + 2  # a cell is too large for the csv module
 
 
 def make_table(rows: Iterable[Sequence], columns: Sequence[str]) -> pd.DataFrame:
@@ -147,7 +147,7 @@ def count_empty(texts: pd.Series) -> list[str]:
 
 
 def log_notes(path: AnyPath, notes: Iterable[str]) -> None:
-    """Log what of an official file is not evaluated."""
+    """Log the notes on a file of annotations."""
     for note in notes:
         log.info("%s: %s", path, note)
 

@@ -19,7 +19,7 @@ COLUMNS = ["end", "start", "task", "text", "video_id"]
 
 
 def youcook_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
-    """Return YouCook2's validation segments, and notes on what of the file is not among them.
+    """Return YouCook2's validation segments, and notes on the skipped parts of the file.
 
     The table has the columns end and start (seconds), task, text and video_id. path: such a table
     as CSV, or the official youcookii_annotations_trainval.json, whose order is kept. Raises

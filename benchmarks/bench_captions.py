@@ -1,7 +1,7 @@
-"""Measure what reading captions costs, from a folder of CSV files and from a caption store.
+"""Measure reading captions, from a folder of CSV files and from a caption store.
 
     python benchmarks/bench_captions.py                   # some minutes, 5 GB of disk
-    python benchmarks/bench_captions.py --videos 500      # half a minute, to see that it runs
+    python benchmarks/bench_captions.py --videos 500      # half a minute, with rough results
 
 Makes 100,000 videos of 100 captions each, as CSV files and as one JSON file, packs both with
 data/howto100m/prepare.py, and reads the captions of random videos, as training does:
@@ -14,7 +14,7 @@ One process reads the same videos from both. "Warm" is CPU time with the files i
 of a million files on a network file system is slower. "CPU ms per item" is of an item of
 video_loader.HowTo100M: captions, words and a decoded clip of 16 x 224 x 224. All videos are links
 to one of 340x256, 25 frames/s, GOP 250. Memory is the growth of the workers of
-workers.sample_batches as they read random videos: the Private_Dirty of /proc, summed. It leaves out
+workers.sample_batches as they read random videos: the Private_Dirty of /proc, summed. It excludes
 the pages of files, of the store and of the folder, which the page cache has once and releases when
 memory is short. The last line reports whether the captions of a thousand videos are the same in the
 folder and in both stores.
@@ -127,7 +127,7 @@ class Reader:
         self.item_spec = {"bytes": ((2,), torch.int64)}
 
     def __getitem__(self, key):
-        self.captions.read(self.parts[key][0])  # imports, and what is allocated once
+        self.captions.read(self.parts[key][0])  # imports, and allocations that are made once
         before = private_memory()
         for name in self.parts[key]:
             self.captions.read(name)
@@ -140,7 +140,7 @@ def private_memory():
 
 
 def workers_memory(root, names, workers):
-    """Return by how many MB so many workers grow together as they read these videos."""
+    """Return the growth in MB of all workers together as they read these videos."""
     parts = [[f"{name}.mp4" for name in names[rank::workers]] for rank in range(workers)]
     reader = Reader(root, parts)
     [batch] = sample_batches(reader, [list(range(workers))], workers=workers, timeout=600)
@@ -158,7 +158,7 @@ def whole_items(roots, names, folder):
         for way, root in roots.items()
     }
     for data in sets.values():
-        data[1, 0]  # imports, and what is allocated once
+        data[1, 0]  # imports, and allocations that are made once
     spent = dict.fromkeys(sets, 0.0)
     for index in range(len(names)):
         for way, data in sets.items():

@@ -1,17 +1,17 @@
-"""What decoding costs: CPU milliseconds per clip, ours against the other ways, in one run.
+"""Measure decoding: CPU milliseconds per clip, ours and the other ways, in one run.
 
     python benchmarks/bench_decode.py            # about ten minutes on two cores
-    python benchmarks/bench_decode.py --quick    # a minute or two: that it runs, rough figures
+    python benchmarks/bench_decode.py --quick    # a minute or two, with rough results
 
-Makes its own files: several minutes at 256p and 30 frames per second, x264 medium, GOP 250, from
-the clips in ../shared/videos where they are (real motion), else drawn scenes with camera noise.
-All contenders take the same random clips in turn. CPU time is that of this process and of its
-children, user and system. Contenders:
+Makes its own files: several minutes at 256p and 30 frames per second, x264 medium, GOP 250. Their
+source is the clips in ../shared/videos if they exist (real motion), otherwise drawn scenes with
+camera noise. All contenders take the same random clips in turn. CPU time is that of this process
+and of its children, user and system. Contenders:
 
     release   the public release's way: an ffmpeg process per window, FFmpeg's default threads
     ffmpeg    our backend of that name: the same command, one decoder thread
-    torchcodec, decord    where installed, one thread; extras of this benchmark, not of the project.
-              They give about the same frames (times rounded their way) and are not bit-exact.
+    torchcodec, decord    if installed, one thread; they are not requirements of the project. Their
+              frames are similar, not bit-exact, as they round times in another way.
     pyav      our backend of that name, the default
 """
 
@@ -41,6 +41,7 @@ WINDOWS = {"fps": 5, "num_frames": 16, "size": 224}
 
 
 def cpu_seconds():
+    """Return the CPU time of this process and of its children that have ended."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -54,7 +55,7 @@ def encode(target, *options):
 
 
 def make_files(folder, minutes):
-    """The long video, a 15 s one cut from it, an HMDB-like clip, and the long video's store."""
+    """Make a long video, a 15 s one cut from it, an HMDB-like clip, and the long video's store."""
     long, short = folder / "source" / "long.mp4", folder / "short.mp4"
     long.parent.mkdir()
     clips = [SHARED / "v_GGSY1Qvo990.mp4", SHARED / "flipping_a_pancake.mkv"]
@@ -120,8 +121,8 @@ def release(path, starts, settings):
     return torch.stack(clips)
 
 
-def fitted(frames, settings):
-    """Frames [n, 3, h, w] cropped, or squared and scaled, to [3, n, size, size]."""
+def fit_frames(frames, settings):
+    """Crop frames [n, 3, h, w], or scale their largest square: [3, n, size, size]."""
     size = settings["size"]
     height, width = frames.shape[-2:]
     side = size if settings.get("crop_only") else min(height, width)
@@ -134,8 +135,8 @@ def fitted(frames, settings):
     return frames.transpose(0, 1).contiguous()
 
 
-def times_of(starts, settings, duration):
-    """The times of the frames of every window, those past the end left out."""
+def frame_times(starts, settings, duration):
+    """List the times of the frames of every window, at most 0.05 s before the end."""
     steps = [number / settings["fps"] for number in range(settings["num_frames"])]
     return [min(start + step, duration - 0.05) for start in starts for step in steps]
 
@@ -145,9 +146,9 @@ def torchcodec(path, starts, settings):
 
     decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, seek_mode="approximate")
     if starts is None:
-        return fitted(decoder[:], settings)
-    times = times_of(starts, settings, decoder.metadata.duration_seconds)
-    return fitted(decoder.get_frames_played_at(times).data, settings)
+        return fit_frames(decoder[:], settings)
+    times = frame_times(starts, settings, decoder.metadata.duration_seconds)
+    return fit_frames(decoder.get_frames_played_at(times).data, settings)
 
 
 def decord(path, starts, settings):
@@ -158,13 +159,14 @@ def decord(path, starts, settings):
         indices = range(len(reader))
     else:
         rate = reader.get_avg_fps()
-        times = times_of(starts, settings, len(reader) / rate)
+        times = frame_times(starts, settings, len(reader) / rate)
         indices = [min(round(when * rate), len(reader) - 1) for when in times]
     frames = torch.from_numpy(reader.get_batch(list(indices)).asnumpy())
-    return fitted(frames.permute(0, 3, 1, 2), settings)
+    return fit_frames(frames.permute(0, 3, 1, 2), settings)
 
 
-def contenders():
+def list_contenders():
+    """List the contenders that are installed."""
     found = [release, ffmpeg]
     for contender in (torchcodec, decord):
         try:
@@ -184,7 +186,7 @@ def contenders():
 
 
 def measure(jobs, runners):
-    """CPU milliseconds per job of each runner; jobs: lists of (path, starts, settings)."""
+    """Return the CPU milliseconds per job of each runner. jobs: (path, starts, settings) each."""
     totals = dict.fromkeys(runners, 0.0)
     for job in jobs[:1]:
         for run in runners:
@@ -204,7 +206,7 @@ def print_table(title, times):
 
 
 def psnr(source, store, starts):
-    """Of what training sees: the store's clips against the source's, in dB."""
+    """Compute the PSNR in dB of the store's clips, as training decodes them, to the source's."""
     squares = []
     for start in starts:
         pair = [video_decoder.decode_clip(path, start, **WINDOWS) for path in (source, store)]
@@ -213,6 +215,7 @@ def psnr(source, store, starts):
 
 
 def processor():
+    """Return the CPU's model and number of cores."""
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
@@ -227,7 +230,7 @@ def main():
     options = parser.parse_args()
     minutes, count = (1, 8) if options.quick else (4, 60)
     torch.set_num_threads(1)
-    runners = contenders()
+    runners = list_contenders()
     version = subprocess.run(
         [video_decoder.ffmpeg_program(), "-version"], capture_output=True, text=True
     ).stdout.split()[2]
@@ -253,7 +256,7 @@ def main():
         ratio = source["release"] / stored["pyav"]
         print(f"\nstore with pyav against the release's way on the source: {ratio:.1f}x")
         sizes = [path.stat().st_size / duration * 3600 / 1e6 for path in (long, store)]
-        print(f"disk: source {sizes[0]:.0f} MB an hour, store {sizes[1]:.0f} MB an hour")
+        print(f"disk: source {sizes[0]:.0f} MB per hour, store {sizes[1]:.0f} MB per hour")
         print(f"PSNR of the store's clips: {psnr(long, store, starts[:12]):.1f} dB")
 
 

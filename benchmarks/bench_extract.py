@@ -1,7 +1,7 @@
-"""Measure the extraction of features: videos per minute of a core, ours and ffmpeg per window.
+"""Measure the extraction of features: videos per minute and core, ours and ffmpeg per window.
 
     python benchmarks/bench_extract.py            # about ten minutes on two cores
-    python benchmarks/bench_extract.py --quick    # less than a minute: that it runs
+    python benchmarks/bench_extract.py --quick    # less than a minute, with rough results
 
 Makes its own files (see bench_decode.py): videos of 40 s, 340x256, 30 frames per second, x264
 medium, GOP 250. Both ways decode the same windows, 16 frames of 224x224 at 5 per second, in one
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 class NoModel(torch.nn.Module):
-    """Takes no time, which leaves decoding and passing batches on."""
+    """A model that takes no time, to measure decoding and batching alone."""
 
     def forward(self, video, text, mode, mixed5c):
         return video.new_zeros(len(video), 1024)
@@ -46,7 +46,7 @@ def decode_by_processes(path, starts, **settings):
 
 
 def videos_per_minute(paths, model, decode, stride):
-    """Extract once, with one worker, which decodes by `decode`: videos per minute of CPU time."""
+    """Extract once, with a worker that decodes by `decode`: videos per minute of CPU time."""
     ours = features.decode_clips
     features.decode_clips = decode or ours
     began = bench_decode.cpu_seconds()
@@ -55,8 +55,7 @@ def videos_per_minute(paths, model, decode, stride):
             model,
             paths,
             CPU,
-            CLIP,
-            stride=stride,
+            features.StridedWindows(CLIP, stride),
             batch_size=32,
             workers=1,
             sample_timeout=600,

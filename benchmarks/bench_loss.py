@@ -1,4 +1,4 @@
-"""What the loss costs one rank: peak memory and time, the dense way against ours, in one run.
+"""Measure the loss on one rank: peak memory and time, the dense way and ours, in one run.
 
     python benchmarks/bench_loss.py            # a minute and a half, 13 GiB
 
@@ -8,19 +8,19 @@ Forward and backward in float32 on the CPU, as one of 64 ranks sees a batch of 8
               positives are read off its diagonal; the release multiplies all of it by an identity.
     ours      loss.MILNCELoss: own videos against all texts, all videos against own texts
 
-One process plays one rank, without a process group. The union of the ranks' embeddings is drawn
-beforehand, and in both ways a gather is replaced by one that returns a fresh copy of it. In ours
-so is the gather of backward, which returns the dense way's denominators as those of the other
-ranks: the gradient of the rank's own embeddings must then be the dense way's, and the last line
-says how far apart they are.
+One process acts as one rank, without a process group. The union of the ranks' embeddings is drawn
+beforehand, and in both ways a gather is replaced by one that returns a new copy of it. In ours the
+gather of backward is replaced, too, and returns the dense way's denominators as those of the other
+ranks. The gradient of the rank's own embeddings must then be the dense way's; the last line prints
+their difference.
 
-Each way has a fresh process. Its memory is the peak of its resident set (VmHWM of /proc: unlike
-ru_maxrss it does not begin with the parent's) less the resident set before the loss. Counted on
-both sides: the gathered copies, all scores and temporaries, all gradients. Not counted: Python,
-torch, which a tiny loss has warmed up, the rank's own embeddings and the prepared union. In both
-processes glibc gives freed blocks of 1 MiB and more back at once: otherwise it keeps those below
-32 MiB, most of ours and none of the dense way's, and the peak depends on how they happen to fit.
-Time is the wall time of the fastest step.
+Each way has a new process. Its memory is the peak of its resident set (VmHWM of /proc, which unlike
+ru_maxrss does not include the parent's) less the resident set before the loss. Counted on both
+sides: the gathered copies, all scores and temporaries, all gradients. Not counted: Python, torch,
+which a tiny loss has warmed up, the rank's own embeddings and the prepared union. In both processes
+glibc releases freed blocks of 1 MiB and more immediately. By default it keeps those below 32 MiB,
+which are most of ours and none of the dense way's, and the peak would depend on how they fit. Time
+is the wall time of the fastest step.
 """
 
 import argparse
@@ -38,24 +38,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loss
 
 
-def prepared_union(batch, candidates, dim):
-    """videos [B, D], texts [B*K, D] of the same draw in every process, with scores of variance 1"""
+def draw_union(batch, candidates, dim):
+    """Draw videos [B, D] and texts [B*K, D], scores of variance 1, the same in every process."""
     generator = torch.Generator().manual_seed(1)
     sizes = (batch, dim), (batch * candidates, dim)
     return [torch.randn(size, generator=generator).mul_(dim**-0.25) for size in sizes]
 
 
-def share(union, ranks):
-    """The first rank's own embeddings."""
+def take_share(union, ranks):
+    """Copy the first rank's own embeddings."""
     return [tensor[: len(tensor) // ranks].clone().requires_grad_() for tensor in union]
 
 
 # --- ways: (union, own embeddings [b, D] and [b*K, D], denominators) -> denominators [B] ---------
-# Both leave in own.grad the gradient of the loss of the union batch.
+# Both write the gradient of the loss of the union batch to own.grad.
 
 
 def dense_loss(videos, texts):
-    """[B, D], [B*K, D] -> the loss, by autograd through the whole B x B*K; denominators [B]"""
+    """Compute the loss of [B, D] and [B*K, D] from the whole B x B*K, and its denominators [B]."""
     batch = len(videos)
     scores = (videos @ texts.t()).view(batch, batch, -1)
     positives = scores.diagonal().t().logsumexp(1)
@@ -76,11 +76,11 @@ def dense(union, own, _):
 def ours(union, own, denominators):
     ranks = len(union[0]) // len(own[0])
     arriving = torch.full_like(denominators, 1 / len(own[0]))
-    answers = iter([*union, torch.stack((arriving, denominators), 1)])  # in the order of the calls
-    loss.all_gather_batch = lambda local: next(answers).clone()
+    gathered = iter([*union, torch.stack((arriving, denominators), 1)])  # in the order of the calls
+    loss.all_gather_batch = lambda local: next(gathered).clone()
     loss.MILNCELoss()(*own).backward()
     for tensor in own:
-        tensor.grad /= ranks  # what DistributedDataParallel does
+        tensor.grad /= ranks  # as DistributedDataParallel does
     return denominators
 
 
@@ -88,17 +88,17 @@ def ours(union, own, denominators):
 
 
 def resident(field):
-    """MiB: VmRSS, the resident set, or VmHWM, its peak."""
+    """Return a field of /proc in MiB: VmRSS, the resident set, or VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def measure(way, sizes, ranks, steps, denominators):
-    """MiB, seconds, and for the comparison the own gradients and the denominators, as arrays."""
-    tiny = prepared_union(4, 2, 8)
-    way(tiny, share(tiny, 2), torch.ones(4))
-    union = prepared_union(*sizes)
-    own = share(union, ranks)
+    """Return MiB, seconds and, as arrays for the comparison, own gradients and denominators."""
+    tiny = draw_union(4, 2, 8)
+    way(tiny, take_share(tiny, 2), torch.ones(4))
+    union = draw_union(*sizes)
+    own = take_share(union, ranks)
     denominators = None if denominators is None else torch.from_numpy(denominators)
     before, seconds = resident("VmRSS"), []
     for _ in range(steps):
@@ -111,9 +111,9 @@ def measure(way, sizes, ranks, steps, denominators):
     return resident("VmHWM") - before, min(seconds), gradients.numpy(), result.numpy()
 
 
-def apart(function, *arguments):
-    """What the function returns in a fresh process, which gives freed memory back at once."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc reads it as a process starts
+def run_isolated(function, *arguments):
+    """Return the result of a function in a new process, which releases freed memory immediately."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -135,8 +135,10 @@ def main():
     print(f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}")
     print(f"B={sizes[0]}, K={sizes[1]}, D={sizes[2]}, one of {options.ranks} ranks, float32\n")
     arguments = sizes, options.ranks, options.steps
-    theirs, their_time, their_gradient, denominators = apart(measure, dense, *arguments, None)
-    memory, seconds, gradient, _ = apart(measure, ours, *arguments, denominators)
+    theirs, their_time, their_gradient, denominators = run_isolated(
+        measure, dense, *arguments, None
+    )
+    memory, seconds, gradient, _ = run_isolated(measure, ours, *arguments, denominators)
     difference = abs(gradient - their_gradient).max() / abs(their_gradient).max()
     print("| loss | peak MiB | seconds |\n| --- | --- | --- |")
     print(f"| dense | {theirs:.1f} | {their_time:.3f} |")

@@ -77,12 +77,12 @@ def ours(folder):
     ]
 
 
-def measure(way, folder, asked):
-    """Return seconds to load, of each query; MiB of memory, of which files; rows of each query."""
+def measure(way, folder, queries):
+    """Return the seconds to load and per query, MiB of memory and of files, and rows per query."""
     before, began = resident("VmRSS"), time.perf_counter()
     search = way(folder)
     load, seconds, rows = time.perf_counter() - began, [], []
-    for query in asked:
+    for query in queries:
         began = time.perf_counter()
         rows.append(search(query))
         seconds.append(time.perf_counter() - began)

@@ -1,27 +1,27 @@
-"""What the model costs: forward, training step and evaluation, the plain way and ours, in one run.
+"""Measure forward pass, training step and evaluation: the release's way and ours, in one run.
 
     python benchmarks/bench_step.py                         # about six minutes on two cores
     python benchmarks/bench_step.py --size 224              # on a GPU: the largest batch that fits
     python benchmarks/bench_step.py --frames 32 --size 200
-    python benchmarks/bench_step.py --profile               # instead: where our step's time goes
-    python benchmarks/bench_step.py --effective 8192        # instead: one step of so many clips
+    python benchmarks/bench_step.py --profile               # instead: profile our step
+    python benchmarks/bench_step.py --effective 8192        # instead: one step of that many clips
 
-ways.py says what the plain way, the release's, leaves out that ours has. In every round all ways
-have their turn, in new copies of the model, so that noise hits all of them; a time is the fastest
-pass of all rounds. On a GPU each way has the largest power of two of clips that fits, in memory
-and in tensors of 2^31 elements; PyTorch's default has float32 convolutions take TF32 there, in
-both ways, and cuDNN tries its algorithms for both.
+ways.py describes the plain way, which is the release's, and ours. Each round runs every way once,
+on a new copy of the model, so that noise affects all of them; a time is the fastest pass of all
+rounds. On a GPU each way has the largest power of two of clips that fits, in memory and in tensors
+of 2^31 elements; PyTorch's default lets float32 convolutions use TF32 there, in both ways, and
+cuDNN tries its algorithms for both.
 
-    of the peak    floating-point operations of the plain model a second (convolutions and matrix
-                   products; what --grad_checkpoint and --accum_steps compute again is not counted)
-                   over those of a large matrix product in the way's type, measured in this run
-                   (TF32 for float32 on a GPU)
-    MiB            peak of memory less what weights and batch take, over two passes; on a CPU of
-                   the resident set of a fresh process
-    apart          |a - b| / |b| over all embeddings, of a step over all gradients, where b is the
-                   plain way in float64. BatchNorm makes a new model amplify rounding, in its
-                   gradient above all: the plain way's own distance is the measure. --accum_steps
-                   normalises smaller batches, and has none.
+    of the peak    floating-point operations of the plain model per second (convolutions and matrix
+                   products, without the recomputation of --grad_checkpoint and --accum_steps) over
+                   those of a large matrix product in the way's type, measured in this run (TF32 for
+                   float32 on a GPU)
+    MiB            peak memory less weights and batch, over two passes; on a CPU, of the resident
+                   set of a new process
+    apart          |a - b| / |b| over all embeddings, or over all gradients of a step, where b is
+                   the plain way in float64. BatchNorm makes a new model amplify rounding, above all
+                   in its gradient: compare with the plain way's own distance. --accum_steps
+                   normalizes smaller batches, and has none.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 from bench_decode import processor
-from bench_loss import apart, resident
+from bench_loss import resident, run_isolated
 from torch.utils.flop_counter import FlopCounterMode
 from ways import (
     draw_batch,
@@ -59,6 +59,8 @@ from distributed.device import training_dtype
 
 
 class Row(NamedTuple):
+    """A row of a table: a way, a function of ways.py, with its type and flags."""
+
     table: str
     name: str
     way: Callable
@@ -66,8 +68,11 @@ class Row(NamedTuple):
     flags: tuple = ()
 
 
-def rows_of(short, compiled):
-    """All rows. The plain way is its table's first, and rows with flags follow the one without."""
+def list_rows(short, compiled):
+    """List all rows. The plain way is first in its table; rows with flags follow the one without.
+
+    short: the type of mixed precision. compiled: add a row with --compile.
+    """
     named = f"ours, {str(short).removeprefix('torch.')}"
     rows = []
     for table, plain, ours in (
@@ -87,8 +92,8 @@ def rows_of(short, compiled):
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def prepared(row, model, options, clips, device):
-    """The row's pass over that many clips, with nothing of another row on the GPU."""
+def prepare_pass(row, model, options, clips, device):
+    """Free the other rows' GPU memory. Return the row's pass over that many clips, a function."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -96,6 +101,7 @@ def prepared(row, model, options, clips, device):
 
 
 def seconds(run, device):
+    """Return how long run() takes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -105,14 +111,24 @@ def seconds(run, device):
     return time.perf_counter() - began
 
 
+def measure_peak(row, options, clips, device):
+    """Return MiB in addition to weights and batch, and the seconds of the second of two passes.
+
+    On a CPU, measures in a new process.
+    """
+    if device.type == "cuda":
+        return peak(row, options, clips, device)
+    return run_isolated(peak, row, options, clips, device)
+
+
 def peak(row, options, clips, device):
-    """MiB beyond weights and batch, and seconds of the second of two passes."""
-    run = prepared(row, new_model(), options, clips, device)
+    """Measure in this process, see measure_peak."""
+    run = prepare_pass(row, new_model(), options, clips, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = resident("VmRSS")
     run()
     took = seconds(run, device)
@@ -121,13 +137,8 @@ def peak(row, options, clips, device):
     return resident("VmHWM") - before, took
 
 
-def measured_peak(row, options, clips, device):
-    measure = peak if device.type == "cuda" else lambda *given: apart(peak, *given)
-    return measure(row, options, clips, device)
-
-
 def largest_batch(row, model, options, device):
-    """The largest power of two of clips that the GPU takes."""
+    """Return the largest power of two of clips that fits on the GPU."""
     first_layer = 64 * math.ceil(options.frames / 2) * math.ceil(options.size / 2) ** 2
     clips = 2
     while 2 * clips * first_layer < 2**31 and fits(row, model, options, 2 * clips, device):
@@ -137,15 +148,15 @@ def largest_batch(row, model, options, device):
 
 def fits(row, model, options, clips, device):
     try:
-        run = prepared(row, model, options, clips, device)
-        run(), run()  # the second has the optimizer's state besides
+        run = prepare_pass(row, model, options, clips, device)
+        run(), run()  # the second also has the optimizer's state
     except torch.OutOfMemoryError:
         return False
     return True
 
 
 def matmul_rate(dtype, device, size):
-    """Floating-point operations a second in a square matrix product."""
+    """Return the floating-point operations per second of a square matrix product."""
     matrix = torch.randn(size, size, device=device).to(dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
@@ -154,8 +165,8 @@ def matmul_rate(dtype, device, size):
     return 2 * size**3 / fastest
 
 
-def operations(model, options, device):
-    """Floating-point operations a clip, by table: of the forward pass and of a step."""
+def count_operations(model, options, device):
+    """Count the floating-point operations per clip: {table: operations}."""
     plain, batch = plain_copy(model, device), draw_batch(options, 2, device)
     video, text = to_unit_range(batch["video"].to(device)), batch["text"].to(device)
     with FlopCounterMode(display=False) as counter:
@@ -167,24 +178,25 @@ def operations(model, options, device):
 
 
 def differences(rows, model, options, clips, device):
-    """{row: |a - b| / |b|}, its first pass against the plain way's in float64.
+    """Compare each row's first pass with the plain way's in float64: {row: |a - b| / |b|}.
 
-    And that of our step in float64, where rounding cannot hide a difference of another kind.
+    Also returns that of our step in float64, where rounding cannot hide other differences.
     """
     precise, found = copy.deepcopy(model).double(), {}
     for row in rows:
         if row.name == "plain":
-            exact = numbers(prepared(row, precise, options, clips, device))
-        found[row] = distance(numbers(prepared(row, model, options, clips, device)), exact)
+            exact = numbers(prepare_pass(row, precise, options, clips, device))
+        found[row] = distance(numbers(prepare_pass(row, model, options, clips, device)), exact)
         if row.way is plain_step:
             ours = row._replace(way=our_step)
             ours_in_float64 = distance(
-                numbers(prepared(ours, precise, options, clips, device)), exact
+                numbers(prepare_pass(ours, precise, options, clips, device)), exact
             )
     return found, ours_in_float64
 
 
 def numbers(run):
+    """Return the tensors of a pass as one vector in float64."""
     return torch.cat([tensor.detach().double().flatten().cpu() for tensor in run()])
 
 
@@ -193,7 +205,7 @@ def distance(a, b):
 
 
 def compare(options, rows, device):
-    """Prints all tables."""
+    """Print all tables."""
     model = new_model()
     settle_averages(model, draw_batch(options, 8, torch.device("cpu")))
     clips = {}
@@ -204,9 +216,9 @@ def compare(options, rows, device):
             clips[row] = clips[row._replace(name=row.name.rsplit(", ", 1)[0], flags=())]
         else:
             clips[row] = largest_batch(row, model, options, device)
-    operations_of = operations(model, options, device)
+    operations = count_operations(model, options, device)
     differs, exactly = differences(rows, model, options, min(clips.values()), device)
-    memory = {row: measured_peak(row, options, clips[row], device)[0] for row in rows}
+    memory = {row: measure_peak(row, options, clips[row], device)[0] for row in rows}
 
     times = dict.fromkeys(rows, math.inf)
     rates = dict.fromkeys((row.dtype for row in rows), 0.0)
@@ -215,7 +227,7 @@ def compare(options, rows, device):
             size = 8192 if device.type == "cuda" else 2048
             rates[dtype] = max(rates[dtype], matmul_rate(dtype, device, size))
         for row in rows:
-            run = prepared(row, model, options, clips[row], device)
+            run = prepare_pass(row, model, options, clips[row], device)
             run()  # caches, algorithms, the optimizer's state
             times[row] = min(times[row], *(seconds(run, device) for _ in range(2)))
 
@@ -223,10 +235,10 @@ def compare(options, rows, device):
     print(f"matrix product: {', '.join(shown)}")
     print(f"gradients of our step, all in float64: {exactly:.1e} apart from the plain way's")
     for row in rows:
-        speed, needed = clips[row] / times[row], operations_of[row.table]
+        speed, needed = clips[row] / times[row], operations[row.table]
         if row.name == "plain":
             first = speed
-            print(f"\n{row.table}: {needed / 1e9:.1f} GFLOP a clip\n")
+            print(f"\n{row.table}: {needed / 1e9:.1f} GFLOP per clip\n")
             print("| way | clips | seconds | clips/s | ratio | of the peak | MiB | apart |")
             print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         other_batches = any("accum" in flag for flag in row.flags)
@@ -238,8 +250,9 @@ def compare(options, rows, device):
 
 
 def profile(options, row, device):
+    """Print the operations of a pass that take the most time."""
     clips = options.batch or 8
-    run = prepared(row, new_model(), options, clips, device)
+    run = prepare_pass(row, new_model(), options, clips, device)
     run()
     with torch.profiler.profile() as profiler:
         run()
@@ -248,8 +261,8 @@ def profile(options, row, device):
     print(profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50))
 
 
-def effective(options, row, device):
-    """One step of so many clips in micro-batches, against a step of one such micro-batch."""
+def measure_effective(options, row, device):
+    """Print memory and time of a step of --effective clips, and of one of its micro-batches."""
     small = options.batch or 8
     if options.effective % small:
         sys.exit(f"--effective {options.effective} is not a multiple of --batch {small}")
@@ -257,11 +270,12 @@ def effective(options, row, device):
     print(f"{row.table}: {row.name}\n\n| clips of a step | --accum_steps | MiB | seconds |")
     print("| --- | --- | --- | --- |")
     for each, clips in ((row, small), (whole, options.effective)):
-        memory, took = measured_peak(each, options, clips, device)
+        memory, took = measure_peak(each, options, clips, device)
         print(f"| {clips} | {clips // small} | {memory:.0f} | {took:.2f} |")
 
 
-def header(device, short):
+def print_header(device, short):
+    """Print the processor and the versions."""
     able = torch.cpu.get_capabilities()
     units = [name for name in ("avx512_bf16", "amx_bf16") if able.get(name)]
     print(
@@ -281,23 +295,23 @@ def main():
     parser.add_argument("--batch", type=int, help="clips (CPU: 8; GPU: the most that fit)")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=112)
-    parser.add_argument("--candidates", type=int, default=4, help="captions a clip")
+    parser.add_argument("--candidates", type=int, default=4, help="captions per clip")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="a row of the step with --compile")
+    parser.add_argument("--compile", action="store_true", help="add a step with --compile")
     parser.add_argument("--profile", action="store_true", help="only profile our step")
-    parser.add_argument("--effective", type=int, help="only one step of so many clips")
+    parser.add_argument("--effective", type=int, help="only measure one step of that many clips")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     short = training_dtype("auto", device)
-    header(device, short)
+    print_header(device, short)
     print(f"clips of {options.frames}x{options.size}x{options.size}, {options.candidates} captions")
-    rows = rows_of(short, options.compile)
+    rows = list_rows(short, options.compile)
     training = next(r for r in rows if r.way is our_step and r.dtype == short)
     if options.profile:
         profile(options, training, device)
     elif options.effective:
-        effective(options, training, device)
+        measure_effective(options, training, device)
     else:
         compare(options, rows, device)
 

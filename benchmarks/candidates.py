@@ -1,21 +1,21 @@
-"""What several candidate captions bring: held-out retrieval after trainings with 1 and with 4.
+"""Compare trainings with 1 and with 4 candidate captions by their held-out retrieval.
 
     python data/toy/prepare.py --out data/toy
     python benchmarks/candidates.py --out log/candidates    # about 45 minutes on two quiet cores
     python benchmarks/candidates.py --out log/bf16 -- --amp=bf16    # passed to main_distributed.py
 
-The paper's claim is that captions which are off in time are better learned from as a bag of
-candidates (section 3.1, table 2). Here the toy set's narration is moved to the very times of what
-it tells of, and away from them by three seconds (standard deviation, cut off at four): of seven
-captions in ten that tell of what their clip shows, three are left. Idle talk stays. The toy set's
-own narration is in between (`--drift 1`, six in ten).
-Videos, sentences, word vectors, evaluation sets and steps are the same in every condition, and of
-one seed also the first weights, the order, and (of one displacement) the clips: with 1 a clip has
-the caption that it was drawn for, with 4 three neighbours besides. So 4 sees more text per clip.
+The paper claims that captions which are displaced in time are better learned from as a bag of
+candidates (section 3.1, table 2). Here the toy set's narration is aligned with the actions that it
+describes, or displaced from them by three seconds (standard deviation, truncated at four). Aligned,
+seven captions in ten describe their clip; displaced, three do. Captions that describe no action
+stay. The toy set's own narration is in between (`--drift 1`, six in ten).
+Videos, sentences, word vectors, evaluation sets and steps are the same in every condition. Runs of
+one seed also share the first weights, the order and (of one displacement) the clips: with 1 a clip
+has the caption that it was drawn for, with 4 also three neighbours. So 4 sees more text per clip.
 
-FOLDER/log gets the trainings' logs and the evaluations' figures, FOLDER itself candidates.json with
-the figures of all runs, and candidates.png; the tables are printed. A run whose figures are there
-is not done again, and one that was ended goes on from its last epoch.
+FOLDER/log gets the logs of the trainings and the metrics of the evaluations, FOLDER itself
+candidates.json with the metrics of all runs, and candidates.png; the tables are printed. A run
+whose metrics exist is skipped, and one that was stopped resumes from its last epoch.
 """
 
 import argparse
@@ -53,9 +53,7 @@ RECALLS = {"R1": 1, "R5": 5, "R10": 10}
 
 
 def run(script, *flags):
-    """Runs a script of the project. Where it fails, so does this one, after what it said; where
-    this one is killed, it does not train on.
-    """
+    """Run a script of the project. Exits with its status if it fails; it dies with this process."""
     command = [sys.executable, ROOT / script, *map(str, flags)]
     quiet = {"stdout": subprocess.DEVNULL, "preexec_fn": die_with_parent}
     status = subprocess.run(command, **quiet).returncode
@@ -63,16 +61,16 @@ def run(script, *flags):
         sys.exit(status)
 
 
-def captions_of(options, drift):
-    """A folder of the toy set's captions with this drift."""
+def make_captions(options, drift):
+    """Make a folder of the toy set's captions with this drift."""
     stamp = prepare.read_stamp(Path(options.toy))
     folder = options.out / f"drift{drift:g}"
     prepare.plan_training(folder, stamp["seed"], stamp["num_videos"], drift)
     return folder / "captions"
 
 
-def figures_of(options, candidates, drift, seed):
-    """Trains and scores one run, or reads what it scored: {set: figures of the evaluation}."""
+def run_condition(options, candidates, drift, seed):
+    """Train and evaluate one run, or read its metrics: {set: metrics}."""
     name = f"k{candidates}_drift{drift:g}_seed{seed}"
     scored = {task: options.out / "log" / f"{name}.{task}.json" for task in SETS}
     if not all(path.exists() for path in scored.values()):
@@ -83,7 +81,7 @@ def figures_of(options, candidates, drift, seed):
             *("main_distributed.py", *CLIPS, *TRAINING, words),
             f"--train_csv={options.toy}/howto100m_videos.csv",
             f"--video_path={options.toy}/videos",
-            f"--caption_root={captions_of(options, drift)}",
+            f"--caption_root={make_captions(options, drift)}",
             f"--word2vec_path={options.toy}/word2vec.pth",
             *(f"--num_candidates={candidates}", f"--seed={seed}", f"--epochs={options.epochs}"),
             *(f"--checkpoint_root={checkpoints}", f"--checkpoint_dir={name}", "--resume"),
@@ -102,10 +100,10 @@ def figures_of(options, candidates, drift, seed):
 
 
 def check_settings(options):
-    """Runs of one folder are to be compared: they have the same settings."""
+    """Raise InputError if the folder has runs of other settings, which cannot be compared."""
     stamp = prepare.read_stamp(Path(options.toy)) or {}
     if "num_videos" not in stamp:
-        raise InputError(f"--toy: {options.toy} is no toy data set: make it with prepare.py")
+        raise InputError(f"--toy: {options.toy} is no toy data set; make it with prepare.py")
     make_folder(options.out, "out")
     settings = {
         "toy": stamp,
@@ -114,36 +112,36 @@ def check_settings(options):
     }
     path = options.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise InputError(f"--out: {options.out} has runs of other settings: give another folder")
+        raise InputError(f"--out: {options.out} has runs of other settings; give another folder")
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def described(drift):
+def describe_drift(drift):
     return f"displaced by {drift:g} s" if drift else "aligned"
 
 
 def spread(values):
-    """(mean, standard deviation) over the seeds; of one seed there is no deviation."""
+    """Return the mean and the standard deviation over the seeds, 0 for one seed."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def table(runs, task):
-    """The lines of the Markdown table of one evaluation set; runs: {(drift, candidates): [..]}."""
+    """Yield the Markdown table of one evaluation set. runs: {(drift, candidates): [metrics]}."""
     videos = next(iter(runs.values()))[0][task]["num_videos"]
     yield f"| {SETS[task]}, {videos} clips | candidates | R@1 | R@5 | R@10 | MedR |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    for (drift, candidates), figures in runs.items():
+    for (drift, candidates), results in runs.items():
         cells = []
         for metric, scale in (*((name, 100) for name in RECALLS), ("MR", 1)):
-            mean, deviation = spread([scale * figure[task][metric] for figure in figures])
+            mean, deviation = spread([scale * result[task][metric] for result in results])
             cells.append(f"{mean:.1f} ± {deviation:.1f}")
-        yield f"| {described(drift)} | {candidates} | {' | '.join(cells)} |"
+        yield f"| {describe_drift(drift)} | {candidates} | {' | '.join(cells)} |"
     chance = [f"{100 * k / videos:.1f}" for k in RECALLS.values()]
     yield f"| chance | | {' | '.join(chance)} | {(videos + 1) / 2:.1f} |"
 
 
 def draw(runs, path):
-    """A panel for R@10 and for MedR of each set: every seed's dot, and the mean with its spread."""
+    """Plot R@10 and MedR of each set: a dot per seed, and the mean with its deviation."""
     drifts, counts = (sorted(set(column)) for column in zip(*runs, strict=True))
     figure, panels = plt.subplots(2, len(SETS), figsize=(8, 5.5), sharex=True, squeeze=False)
     for column, task in enumerate(SETS):
@@ -152,9 +150,9 @@ def draw(runs, path):
             (panels[0][column], "R10", 100, 1000 / videos),
             (panels[1][column], "MR", 1, (videos + 1) / 2),
         ):
-            for (drift, candidates), figures in runs.items():
+            for (drift, candidates), results in runs.items():
                 number = counts.index(candidates)
-                values = [scale * figure[task][metric] for figure in figures]
+                values = [scale * result[task][metric] for result in results]
                 mean, deviation = spread(values)
                 place = drifts.index(drift) + 0.24 * (number - (len(counts) - 1) / 2)
                 colour = f"C{number}"
@@ -170,7 +168,9 @@ def draw(runs, path):
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
         panels[0][column].set_title(f"{SETS[task]}, {videos} clips", fontsize=10)
-        panels[1][column].set_xticks(range(len(drifts)), [described(drift) for drift in drifts])
+        panels[1][column].set_xticks(
+            range(len(drifts)), [describe_drift(drift) for drift in drifts]
+        )
         panels[1][column].set_xlabel("captions")
     panels[0][0].set_ylabel("R@10 (%), higher is better")
     panels[1][0].set_ylabel("median rank, lower is better")
@@ -193,16 +193,16 @@ def main():
     options = parser.parse_args()
     check_settings(options)
     runs = {}
-    # A seed of every condition first: what there is can be compared whenever it is ended.
+    # Run every condition with a seed before the next seed: a stopped run can then be compared.
     for seed in range(1, options.seeds + 1):
         for condition in itertools.product(options.drift, options.candidates):
             drift, candidates = condition
-            figures = figures_of(options, candidates, drift, seed)
-            runs.setdefault(condition, []).append(figures)
+            results = run_condition(options, candidates, drift, seed)
+            runs.setdefault(condition, []).append(results)
     rows = [
-        {"drift": drift, "candidates": candidates, "seed": seed, **figures}
+        {"drift": drift, "candidates": candidates, "seed": seed, **results}
         for (drift, candidates), seeds in runs.items()
-        for seed, figures in enumerate(seeds, 1)
+        for seed, results in enumerate(seeds, 1)
     ]
     (options.out / "candidates.json").write_text(json.dumps(rows, indent=2) + "\n")
     draw(runs, options.out / "candidates.png")

@@ -1,14 +1,14 @@
-"""Whether bfloat16 learns as float32 does: loss curves on the toy data set, side by side.
+"""Compare the loss curves of bfloat16 and float32 on the toy data set.
 
     python data/toy/prepare.py --out data/toy
     python benchmarks/loss_curves.py                    # about five minutes on two cores
 
-From the same weights and on the same batches, in turn, in one process: the plain way of ways.py,
-which is the release's in float32, and ours in float32 and in bfloat16. Rounding alone takes two
-trainings apart after a few steps, also both of float32, whose distance is the measure of the
-other. The table has means over the steps since the line before. Afterwards: how far inference in
-bfloat16 is from float32 on the weights that float32 has trained, as |a - b| / |b| over the
-embeddings of the last batch.
+Trains from the same weights and on the same batches, in turn, in one process: the plain way of
+ways.py, which is the release's in float32, and ours in float32 and in bfloat16. Rounding alone
+separates two trainings after a few steps, even if both are in float32: compare the distance of
+bfloat16 with theirs. The table has means over the steps since the line before. At the end: the
+distance of inference in bfloat16 from float32, with the weights that float32 has trained, as
+|a - b| / |b| over the embeddings of the last batch.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def toy_flags(options):
 
 
 def train_side_by_side(options, device):
-    """Yields (step, losses, batch, networks) after every step, in the order of the columns."""
+    """Yield (step, losses, batch, networks) after every step, in the order of the columns."""
     flags = toy_flags(options)
     args = get_args(argv=flags)
     words = load_words(args.token_to_word_path)
@@ -73,7 +73,7 @@ def main():
     )
     parser.add_argument("--toy", default=TOY, help="prepare.py's --out")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=20, help="steps of a line of the table")
+    parser.add_argument("--every", type=int, default=20, help="steps per line of the table")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", type=int, default=64)

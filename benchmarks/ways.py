@@ -1,16 +1,16 @@
-"""Forward pass, evaluation and training step of one model: the plain way and ours.
+"""The release's way and ours to run a forward pass, an evaluation and a training step of a model.
 
-    plain     the release's way: S3D in float32, contiguous, run by autograd as it stands, with the
-              dense loss of bench_loss.py and Adam without a fused kernel. s3dg.S3D does some things
-              faster by itself; here plain_copy undoes them: temporal convolutions have three
-              dimensions again, and max-pools copy their input to pad it. Pixels become floats on
-              the host. (Float32 only: with three dimensions the temporal convolutions' gradient is
-              wrong in bfloat16 on some CPUs, see s3dg.TemporalConv3d.)
-    ours      what the scripts run: channels innermost; fuse_for_inference, video_features,
+    plain     the release's way: S3D in float32, contiguous, run by autograd as it is, with the
+              dense loss of bench_loss.py and Adam without a fused kernel. plain_copy removes the
+              optimizations of s3dg.S3D: temporal convolutions have three dimensions again, and
+              max-pools copy their input to pad it. Pixels become floats on the host. (Float32
+              only: with three dimensions the temporal convolutions' gradient is wrong in bfloat16
+              on some CPUs, see s3dg.TemporalConv3d.)
+    ours      as the scripts run it: channels innermost; fuse_for_inference, video_features,
               TrainingStep with fused Adam.
 
-Both copy a model that is given, so weights are the same, and take the same batches, which lie
-decoded in the host's memory: "video" uint8 [b, 3, T, H, W], "text" int64 [b, K, words].
+Both copy a given model, so weights are the same, and take the same batches, which are decoded in
+the host's memory: "video" uint8 [b, 3, T, H, W], "text" int64 [b, K, words].
 """
 
 import copy
@@ -43,7 +43,7 @@ def new_model():
 
 
 def draw_batch(options, clips, device):
-    """The same at every call. Clips are coarse blocks: of mere noise, all have one mean."""
+    """Draw a batch, the same in every call, of coarse blocks: clips of noise have equal means."""
     generator = torch.Generator().manual_seed(1)
     size = clips, 3, math.ceil(options.frames / 4), 4, 4
     blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
@@ -55,7 +55,7 @@ def draw_batch(options, clips, device):
 
 
 def settle_averages(model, batch):
-    """BatchNorm's running averages become this batch's: at first, all clips are embedded alike."""
+    """Set BatchNorm's running averages to this batch's, as a new model embeds all clips alike."""
     layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
     for layer in layers:
         layer.momentum = 1.0
@@ -66,7 +66,7 @@ def settle_averages(model, batch):
 
 
 def plain_copy(model, device):
-    """The model as it would be without what s3dg.py does for speed; the same values."""
+    """Copy the model without the optimizations of s3dg.py; it computes the same values."""
     plain = copy.deepcopy(model).to(device)
     for module in plain.modules():
         if isinstance(module, TemporalConv3d):
@@ -130,7 +130,7 @@ def our_evaluation(model, batch, device, dtype):
 
 
 class OneVideo:
-    """What video_features needs of a data set, of one video with these windows."""
+    """A data set of one video with these windows."""
 
     def __init__(self, windows):
         self.windows = windows
@@ -147,7 +147,7 @@ class OneVideo:
 
 
 def plain_trainer(model, device, args, total_steps=1):
-    """Its step takes one micro-batch only."""
+    """Build the plain trainer. Its step takes only one micro-batch."""
     network = plain_copy(model, device).train()
     optimizer = build_optimizer(network, args.optimizer, args.lr, fused=False)
     scheduler = build_scheduler(optimizer, args.warmup_steps, total_steps)
@@ -175,20 +175,20 @@ def our_trainer(model, device, dtype, args, total_steps=1):
 
 
 def plain_step(model, batch, device, dtype):
-    """A function that does a step and gives the gradients."""
+    """Return a function that does a step and returns the gradients."""
     network, step, _ = plain_trainer(model, device, get_args(argv=["--warmup_steps=0"]))
-    return lambda: gradients_of(network, step, [batch])
+    return lambda: compute_gradients(network, step, [batch])
 
 
 def our_step(model, batch, device, dtype, *flags):
-    """A function that does a step, with these flags of the training, and gives the gradients."""
+    """Return a function that does a step with these training flags and returns the gradients."""
     args = get_args(argv=["--warmup_steps=0", *flags])
     network, step, _ = our_trainer(model, device, dtype, args)
     parts = zip(*(tensor.chunk(args.accum_steps) for tensor in batch.values()), strict=True)
     batches = [dict(zip(batch, part, strict=True)) for part in parts]
-    return lambda: gradients_of(network, step, batches)
+    return lambda: compute_gradients(network, step, batches)
 
 
-def gradients_of(network, step, batches):
+def compute_gradients(network, step, batches):
     step(batches)
     return [parameter.grad for parameter in network.parameters() if parameter.requires_grad]

@@ -37,11 +37,11 @@ class ArrayFile:
         self.write_header()
         self.begin = self.file.tell()
 
-    def write_header(self):
+    def write_header(self) -> None:
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
-    def append(self, values: np.ndarray):
+    def append(self, values: np.ndarray) -> None:
         data = np.ascontiguousarray(values, self.dtype).data
         self.file.write(data)
         self.length += len(data)
@@ -51,13 +51,13 @@ class ArrayFile:
         """Complete the file on the disk. Returns its size in bytes."""
         self.file.seek(0)
         self.write_header()
-        if self.file.tell() != self.begin:  # numpy leaves room for any length
+        if self.file.tell() != self.begin:  # numpy pads the header for any length
             raise RuntimeError("the header of a .npy file does not fit in its place")
         self.file.flush()
         os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
 
-    def close(self):
+    def close(self) -> None:
         self.file.close()
 
 

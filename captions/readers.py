@@ -52,7 +52,7 @@ def read_captions(path: str | os.PathLike[str]) -> Captions:
     """
     try:
         table = read_cells(path)
-        # To the nearest number, as a JSON reader does it: older versions of pandas round less well.
+        # Parse as a JSON reader does: older versions of pandas do not round to the nearest number.
         starts, ends = table["start"].to_numpy(float), table["end"].to_numpy(float)
         texts = table["text"].fillna("").tolist()
     except (OSError, ValueError, KeyError) as error:
@@ -88,7 +88,7 @@ def lookup_keys(video_path: str, by_id: bool = False) -> list[str]:
 class PackedStrings:
     """Strings in two arrays, which processes share after a fork.
 
-    Of a list, each process would copy every page that it reads, with the strings' reference counts.
+    Reading a list would copy its pages in each process, because it updates reference counts.
     """
 
     def __init__(self, strings: Iterable[str]):
@@ -111,7 +111,7 @@ class PackedStrings:
 
 
 def is_store(root: str | os.PathLike[str]) -> bool:
-    """Whether this folder is a caption store, or what is left of one."""
+    """Whether this folder is a caption store, or an incomplete one."""
     return any(os.path.isfile(Path(root, name)) for name in (ABOUT, *map(file_name, CAPTIONS)))
 
 
@@ -149,7 +149,9 @@ class CaptionStore:
         self.root = Path(root)
         try:
             about = json.loads((self.root / ABOUT).read_text())
-            if about["format"] != FORMAT or about["version"] != VERSION:
+            if about["format"] != FORMAT:
+                raise ValueError(f"{ABOUT} has another format")
+            if about["version"] != VERSION:
                 raise DataError(
                     root,
                     f"is a caption store of version {about['version']}, this program reads "

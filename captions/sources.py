@@ -28,12 +28,12 @@ from captions.readers import (
 from utils import DataError, die_with_parent, find_files, one_line, printable
 
 JSON_CHUNK = 1 << 20  # characters of a JSON file read at a time
-LARGEST_VIDEO = 1 << 26  # characters of a video's captions in it; they have some ten thousand
+LARGEST_VIDEO = 1 << 26  # characters of a video's captions in it, which have some ten thousand
 DECODE = json.JSONDecoder().raw_decode
 WHITESPACE = json.decoder.WHITESPACE.match
 FILES_PER_TASK = 64  # caption files that a process reads at a time
 
-Outcome = tuple[str, Captions | CaptionError]  # of a video: its name, its captions
+Outcome = tuple[str, Captions | CaptionError]  # a video's name and captions
 
 
 def iter_captions(root: str, num_workers: int, *, by_id: bool = False) -> Iterator[Outcome]:
@@ -124,7 +124,7 @@ def json_members(file: TextIO) -> Iterator[tuple[str, object]]:
 
 
 def next_member(text: str, at: int, separator: str) -> tuple[tuple | None, str, int]:
-    """Parse the member at text[at], where the separator, "{" or ",", is due.
+    """Parse the member at text[at], which starts with the separator, "{" or ",".
 
     Returns (member, next separator, its place). The member is (key, value), or None at the end of
     an empty object; the next separator is "" at the object's end. Raises ValueError, also if the
@@ -152,7 +152,7 @@ def next_member(text: str, at: int, separator: str) -> tuple[tuple | None, str, 
     return (key, value), ",", end
 
 
-def parse_captions(name: str, value) -> Captions:
+def parse_captions(name: str, value: object) -> Captions:
     """Return starts and ends (float arrays) and texts of a video of the JSON file.
 
     null and NaN are a missing time, or an empty text. Raises ValueError unless they are three lists
@@ -215,7 +215,7 @@ def read_folder(folder: str, files: list[tuple[str, str]], num_workers: int) -> 
     readers = []
     try:
         for number in range(num_workers):
-            # A pipe each, whose other end only the process holds: it breaks when the process dies.
+            # Each has its own pipe. Only it has the other end, so the pipe breaks when it dies.
             results, end = context.Pipe(duplex=False)
             own = tasks[number::num_workers]
             process = context.Process(target=read_files, args=(folder, own, end), daemon=True)
@@ -251,6 +251,7 @@ def read_files(folder: str, tasks: list[list[tuple[str, str]]], results: Connect
 
 
 def read_file(path: str) -> Captions | CaptionError:
+    """Return the captions of a file, or the error as a CaptionError."""
     try:
         path.encode()
         return read_captions(path)
@@ -258,5 +259,5 @@ def read_file(path: str) -> Captions | CaptionError:
         return CaptionError(f"{printable(path)}: the file's name is not UTF-8")
     except CaptionError as error:
         return error
-    except Exception as error:  # one strange file of a million does not end a run
+    except Exception as error:  # one strange file of a million must not end a run
         return CaptionError(f"{printable(path)}: unexpected {type(error).__name__}: {error}")

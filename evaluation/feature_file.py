@@ -1,4 +1,4 @@
-"""Store the features of an evaluation's videos in one file, so that a second run needs no video.
+"""Store the features of an evaluation's videos in one file, so that a later run needs no video.
 
 The file is a .npz, which numpy.load reads without pickles:
 
@@ -6,7 +6,7 @@ The file is a .npz, which numpy.load reads without pickles:
     videos     [N], paths below --eval_video_root
     left_out   [M], paths of the videos without features
     reasons    [M], "absent" or "undecodable"
-    settings   JSON: what the features depend on, see feature_settings
+    settings   JSON: the settings that the features depend on, see feature_settings
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class FeatureSet(NamedTuple):
 
 
 def checksum(path: AnyPath) -> str:
-    """Return the SHA-256 of a file as settings have it. Raises OSError."""
+    """Compute the SHA-256 of a file, "sha256:<hex>". Raises OSError."""
     return "sha256:" + hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -45,11 +45,11 @@ def feature_settings(
     weights_key: str = "pretrain_cnn_path",
     **others: object,
 ) -> dict:
-    """Return all that features depend on, as files have it: {name of the flag: value}.
+    """Return the settings that features depend on, as they are stored: {name of the flag: value}.
 
     weights: their file, stored under weights_key as its SHA-256; if empty, as None. amp: of the
-    command line, "auto" included. others: what else the features of this script depend on, such as
-    the stride. Raises OSError if the weights cannot be read.
+    command line, "auto" included. others: the script's other settings, such as the stride. Raises
+    OSError if the weights cannot be read.
     """
     return {
         weights_key: checksum(weights) if weights else None,
@@ -92,8 +92,7 @@ def read_features(path: AnyPath, settings: dict, names: Iterable[str]) -> Featur
     """Read the features of these videos.
 
     Raises OSError; DataError if the file is damaged, was made with other settings (see difference)
-    or lacks some of the videos. A video that was absent then counts as absent even if it is here
-    now.
+    or lacks some of the videos. A video that was absent when the file was written stays absent.
     """
     fix = "delete it or give another file"
     try:

@@ -1,10 +1,10 @@
-"""Features of videos: of an evaluation's windows, and of windows at a constant stride.
+"""Compute features of videos: of an evaluation's windows, and of windows at a constant stride.
 
 The windows of strided_features start at k * stride seconds, k = 0, 1, ..., and have clip.num_frames
 frames of the centre square at clip.fps, as in the evaluations. A video has those that end before it
-does, and at least the first. The rest of the video is left out: the feature of a partly black
-window would describe the padding too. A video shorter than a window has one, with black frames at
-its end, as in training.
+does, and at least the first. The rest of the video is skipped, because the feature of a partly
+black window would also describe the padding. A video shorter than a window has one, with black
+frames at its end, as in training.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from s3dg import S3D, fuse_for_inference, load_model, to_unit_range
 from utils import lines_above, log
 from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration
 
-# What a worker decodes and holds at once, however long the video. Each group opens the file again
-# and decodes from the keyframe before it, so smaller groups would cost time.
+# Windows that a worker decodes at once. Each group opens the file again and decodes from the
+# keyframe before it: larger groups take less time and more memory.
 GROUP_SIZE = 16
 LOG_EVERY = 60  # seconds, without a terminal for a progress bar
 
@@ -43,7 +43,7 @@ def load_inference_model(
     """Load the released weights or a checkpoint for inference, see s3dg.fuse_for_inference.
 
     amp: a key of PRECISIONS, or "auto". Raises ValueError or FileNotFoundError for the weights, and
-    ValueError if torch.compile cannot work here.
+    ValueError if torch.compile does not work on this machine.
     """
     if compile:
         check_compiler()
@@ -61,8 +61,8 @@ def clip_batches(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Batch the windows of successive videos: (owners, uint8 [batch_size or fewer, 3, T, H, W]).
 
-    items: (owner, windows [W, 3, T, H, W]) pairs. At most batch_size windows and those of one video
-    are held, so memory does not grow with the number of windows.
+    items: (owner, windows [W, 3, T, H, W]) pairs. At most batch_size windows and those of one item
+    are in memory.
     """
     owners = []
     for owner, windows in items:
@@ -134,7 +134,7 @@ def video_features(
             for index, batch in zip(bar, batches, strict=True):
                 if error := batch["errors"][0]:
                     reason = describe_error(error, dataset.path(index))
-                    log.warning("left out of the evaluation: %s", reason)
+                    log.warning("skipped in the evaluation: %s", reason)
                 else:
                     windows = batch["video"][0]
                     on_windows(index, windows)
@@ -153,14 +153,32 @@ def video_features(
 # --- windows at a constant stride ---------------------------------------------------------------
 
 
-def strided_starts(duration: float, clip: ClipSpec, stride: float) -> list[float]:
-    """Return where the windows of a video of `duration` seconds start: seconds, at least [0.0].
+class StridedWindows(NamedTuple):
+    """Windows of `clip` that start every `stride` seconds."""
 
-    Computed in microseconds, as in video files: sums of floats would lose a window that just fits.
-    """
-    step = max(1, round(stride * 1e6))
-    free = round(duration * 1e6) - round(clip.seconds * 1e6)
-    return [k * step / 1e6 for k in range(max(0, free) // step + 1)]
+    clip: ClipSpec
+    stride: float
+
+    def starts(self, duration: float) -> list[float]:
+        """Return the seconds at which the windows of a video of `duration` seconds start.
+
+        Computes in microseconds, as video files do: sums of floats would miss a window that just
+        fits.
+        """
+        step = max(1, round(self.stride * 1e6))
+        free = round(duration * 1e6) - round(self.clip.seconds * 1e6)
+        return [k * step / 1e6 for k in range(max(0, free) // step + 1)]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The arguments of feature_file.feature_settings that describe the windows."""
+        return {
+            "num_frames": self.clip.num_frames,
+            "video_size": self.clip.size,
+            "fps": self.clip.fps,
+            "stride": self.stride,
+            "decoder": self.clip.decoder,
+        }
 
 
 class Durations(Dataset):
@@ -168,10 +186,10 @@ class Durations(Dataset):
 
     item_spec = {"seconds": ((), torch.float64)}  # noqa: RUF012
 
-    def __init__(self, paths):
+    def __init__(self, paths: Sequence[str | os.PathLike]):
         self.paths = paths
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict:
         try:
             return {"seconds": torch.tensor(probe_duration(self.paths[index]), dtype=torch.float64)}
         except DecodeError as error:
@@ -185,11 +203,11 @@ class WindowGroups(Dataset):
     "error" with one line.
     """
 
-    def __init__(self, paths, clip):
+    def __init__(self, paths: Sequence[str | os.PathLike], clip: ClipSpec):
         self.paths, self.clip = paths, clip
         self.item_spec = {"video": ((GROUP_SIZE, *clip.shape), torch.uint8)}
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, list[float]]) -> dict:
         index, starts = key
         try:
             clips = decode_clips(self.paths[index], starts, **self.clip.options)
@@ -204,38 +222,94 @@ class VideoFeatures(NamedTuple):
 
     starts: list[float]  # seconds
     features: np.ndarray  # float32 [W, 512 or 1024]
-    black: list[int]  # windows in which every pixel is black, as if nothing can be decoded
+    black: list[int]  # windows in which every pixel is black, as if none could be decoded
 
 
 class Outcome(NamedTuple):
-    """What strided_features yields for a video: its features, or why it has none, in one line."""
+    """The result for a video: its features, or None and the reason in one line."""
 
     index: int
     found: VideoFeatures | None
     error: str = ""
 
 
+class VideosInWork:
+    """The videos of strided_features that are being decoded and embedded."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike], windows: StridedWindows):
+        self.paths, self.windows = paths, windows
+        self.videos: dict[int, VideoFeatures] = {}  # by index; the features so far, as a list
+        self.submitted = deque()  # (index, first window) of the groups that are being decoded
+        self.failed: deque[Outcome] = deque()
+
+    def fail(self, index: int, error: str) -> None:
+        self.videos.pop(index, None)
+        self.failed.append(Outcome(index, None, describe_error(error, self.paths[index])))
+
+    def submit_groups(self, probes: Iterable[dict]) -> Iterator[list]:
+        """Yield the keys of WindowGroups for the videos whose Durations these are."""
+        for index, probe in enumerate(probes):
+            if error := probe["errors"][0]:
+                self.fail(index, error)
+                continue
+            starts = self.windows.starts(probe["seconds"].item())
+            self.videos[index] = VideoFeatures(starts, [], [])
+            for first in range(0, len(starts), GROUP_SIZE):
+                if index not in self.videos:
+                    break  # an earlier group of it has failed
+                self.submitted.append((index, first))
+                yield [(index, starts[first : first + GROUP_SIZE])]
+
+    def take_windows(self, groups: Iterable[dict]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (index, windows [W, 3, T, H, W]) of the WindowGroups that were submitted."""
+        for group in groups:
+            index, first = self.submitted.popleft()
+            if index not in self.videos:
+                continue
+            if error := group["errors"][0]:
+                self.fail(index, error)
+                continue
+            video = self.videos[index]
+            clips = group["video"][0, : len(video.starts) - first]
+            video.black.extend(k for k, window in enumerate(clips, first) if not window.any())
+            yield index, clips
+
+    def collect(self, features: Iterable[tuple[int, np.ndarray]]) -> Iterator[Outcome]:
+        """Yield an Outcome per video. features: (index, feature) of each window, in order."""
+        for index, feature in features:
+            while self.failed:
+                yield self.failed.popleft()
+            if index not in self.videos:
+                continue
+            video = self.videos[index]
+            video.features.append(feature)
+            if len(video.features) == len(video.starts):
+                if video.black:
+                    counts = len(video.black), len(video.starts)
+                    log.warning("%s: %d of %d windows are black", self.paths[index], *counts)
+                done = self.videos.pop(index)
+                yield Outcome(index, done._replace(features=np.stack(done.features)))
+        yield from self.failed
+
+
 def strided_features(
     model: torch.nn.Module,
     paths: Sequence[str | os.PathLike],
     device: torch.device,
-    clip: ClipSpec,
+    windows: StridedWindows,
     *,
-    stride: float,
     batch_size: int,
     workers: int,
     sample_timeout: float,
     mixed5c: bool = False,
 ) -> Iterator[Outcome]:
-    """Compute the features of windows every `stride` seconds of each video.
+    """Compute the features of the windows of each video.
 
     Yields an Outcome per video, as soon as it is done. A video is decoded in one pass, GROUP_SIZE
     windows at a time, and batches continue from one video to the next. Memory, except for the
     features, does not depend on the length of the videos. The model needs to be in evaluation mode.
     """
-    work = {}  # index -> the VideoFeatures so far, with a list of features
-    submitted = deque()  # (index, first window) of the groups that are being decoded
-    failed = deque()
+    work = VideosInWork(paths, windows)
     probes = sample_batches(
         Durations(paths),
         ([index] for index in range(len(paths))),
@@ -243,59 +317,21 @@ def strided_features(
         timeout=sample_timeout,
         prefetch=8,
     )
-
-    def submit_groups():
-        for index, item in enumerate(probes):
-            if error := item["errors"][0]:
-                failed.append(Outcome(index, None, describe_error(error, paths[index])))
-                continue
-            starts = strided_starts(item["seconds"].item(), clip, stride)
-            work[index] = VideoFeatures(starts, [], [])
-            for first in range(0, len(starts), GROUP_SIZE):
-                if index not in work:
-                    break  # it failed in the meantime
-                submitted.append((index, first))
-                yield [(index, starts[first : first + GROUP_SIZE])]
-
     groups = sample_batches(
-        WindowGroups(paths, clip), submit_groups(), workers=workers, timeout=sample_timeout
+        WindowGroups(paths, windows.clip),
+        work.submit_groups(probes),
+        workers=workers,
+        timeout=sample_timeout,
     )
-
-    def decode_windows():
-        for item in groups:
-            index, first = submitted.popleft()
-            if index not in work:
-                continue
-            if error := item["errors"][0]:
-                del work[index]
-                failed.append(Outcome(index, None, describe_error(error, paths[index])))
-                continue
-            video = work[index]
-            clips = item["video"][0, : len(video.starts) - first]
-            video.black.extend(k for k, window in enumerate(clips, first) if not window.any())
-            yield index, clips
-
     with contextlib.closing(probes), contextlib.closing(groups):
-        for index, feature in window_features(
-            model, decode_windows(), device, batch_size=batch_size, mixed5c=mixed5c
-        ):
-            while failed:
-                yield failed.popleft()
-            if index not in work:
-                continue
-            video = work[index]
-            video.features.append(feature)
-            if len(video.features) == len(video.starts):
-                if video.black:
-                    counts = len(video.black), len(video.starts)
-                    log.warning("%s: %d of %d windows are black", paths[index], *counts)
-                done = work.pop(index)
-                yield Outcome(index, done._replace(features=np.stack(done.features)))
-        yield from failed
+        clips = work.take_windows(groups)
+        yield from work.collect(
+            window_features(model, clips, device, batch_size=batch_size, mixed5c=mixed5c)
+        )
 
 
 def track_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
-    """Pass the outcomes on, and show how many of the `total` videos are done and the time left."""
+    """Yield the outcomes, and show how many of the `total` videos are done and the time left."""
     bar = tqdm(total=total, desc="features", unit="video", disable=None)
     began = shown = time.monotonic()
     with bar, lines_above(bar):

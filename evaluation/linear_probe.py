@@ -1,7 +1,7 @@
 """Linear action recognition on frozen features: HMDB-51 (paper, section 4).
 
-A module of its own, because importing scikit-learn takes as long as importing torch, and trainings
-do not need it.
+A separate module because it imports scikit-learn, which is slow to import and which trainings do
+not need.
 """
 
 from collections.abc import Container, Sequence
@@ -48,7 +48,7 @@ def fit_predict_split(features: np.ndarray, labels: np.ndarray, parts: np.ndarra
 def check_splits(dataset: HMDB51, names: Container[str]) -> None:
     """Check that in each split these videos have two classes to train on and one to test.
 
-    Raises ValueError.
+    Raises ValueError if not.
     """
     kept = np.array([name in names for name in dataset.names])
     for split, parts in zip(SPLITS, dataset.splits.T, strict=True):
@@ -81,7 +81,7 @@ def hmdb_features(
 def predict_splits(dataset: HMDB51, features: dict[str, np.ndarray]) -> list[Predictions]:
     """Train and test on each of the three splits, with the data set's labels.
 
-    features: by the videos' names; those without features take no part. Raises ValueError if the
+    features: by the videos' names; videos without features are skipped. Raises ValueError if the
     others do not make three splits, see check_splits.
     """
     check_splits(dataset, features)

@@ -1,6 +1,6 @@
-"""Results of an evaluation as one page, index.html, which contains all that it shows.
+"""Write the results of an evaluation as one self-contained page, index.html.
 
-The page is report.html with a JSON object inserted. Its script turns the object into text and
+The page is report.html with a JSON object inserted. Its script converts the object to text and
 images in the browser: no data is ever parsed as HTML, and nothing is fetched.
 """
 
@@ -23,7 +23,7 @@ from utils import DataError, atomic_write, format_metric, one_line
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = "{{ data }}"
-TOP_VIDEOS = 5  # shown for a query
+TOP_VIDEOS = 5  # shown per query
 BIN_ENDS = (1, 5, 10, 50, 100, 500, 1000)  # of the histogram of ranks
 TOP_CONFUSIONS = 20  # pairs of classes that are listed
 
@@ -65,9 +65,9 @@ def write_page(
 def describe_settings(
     table: AnyPath, weights: AnyPath, features: AnyPath = "", *, amp: str, **flags: object
 ) -> list[tuple[str, str]]:
-    """List what metrics depend on, as (name, value) pairs; of paths, the files' names only.
+    """List the settings that metrics depend on: (name, value) pairs, with file names for paths.
 
-    weights: if empty, the file of features stands for them. flags: by name, with their values.
+    weights: if empty, the file of features is listed instead. flags: {name: value}.
     """
     source = ("weights", weights) if weights else ("features", features)
     return [
@@ -91,7 +91,7 @@ def animate_middle_window(windows: torch.Tensor) -> bytes:
 def retrieval_data(
     pairs: Sequence[Pair], root: AnyPath, thumbnails: Sequence[bytes], scores: np.ndarray
 ) -> dict:
-    """Build what the page shows of a retrieval.
+    """Build the page's data on a retrieval.
 
     pairs, thumbnails: of the N items that were scored. root: the folder that the page's paths are
     relative to. scores [N, N]: of retrieval.retrieval_scores.
@@ -114,7 +114,7 @@ def retrieval_data(
 
 
 def video_name(pair: Pair, root: AnyPath) -> dict[str, str]:
-    """Name a video for the page: its file, its path below root and, of a segment, the seconds."""
+    """Return a video's file name, its path below root and, for a segment, its seconds."""
     part = "" if pair.end is None else f"{pair.start:g}-{pair.end:g} s"
     path = os.path.relpath(pair.path, root)
     return {"name": Path(pair.path).name, "path": path, "part": part}
@@ -134,7 +134,7 @@ def rank_histogram(ranks: np.ndarray) -> list[tuple[str, int]]:
 
 
 def hmdb_data(predictions: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
-    """Build what the page shows of an action recognition.
+    """Build the page's data on an action recognition.
 
     predictions: of linear_probe.predict_splits, (labels, predicted labels) for each split.
 

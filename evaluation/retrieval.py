@@ -31,8 +31,8 @@ def retrieval_scores(
     """Score the text of each decoded video against all of these videos: dot products [N, N].
 
     videos: index -> the embeddings of its windows [W, 512], of features.video_features. A video is
-    represented by their mean; videos that could not be decoded leave both sides. Raises ValueError
-    if there are none.
+    represented by their mean; videos that could not be decoded have neither row nor column. Raises
+    ValueError if there are none.
     """
     if not videos:
         raise ValueError("none of the videos can be decoded; check the files")
@@ -44,17 +44,17 @@ def retrieval_scores(
 def ground_truth_ranks(scores: np.ndarray) -> np.ndarray:
     """Return the rank of each text's own video, from 1: int [N].
 
-    scores [N, N]: text i against video j, where text i describes video i. Ties count against the
+    scores [N, N]: text i against video j; text i describes video i. Ties count against the text's
     own video, so that a constant embedding ranks last; so does a score that is NaN.
     """
     own = np.diag(scores)[:, None]
-    return (~(scores < own)).sum(axis=1)  # counts the own video too: ranks start at 1
+    return (~(scores < own)).sum(axis=1)  # includes the own video: ranks start at 1
 
 
 def top_k_videos(scores: np.ndarray, k: int) -> np.ndarray:
     """Return the k videos with the highest scores for each text, best first: int [N, min(k, N)].
 
-    Agrees with ground_truth_ranks: all that counts against the own video comes before it.
+    Agrees with ground_truth_ranks: all videos that count against the text's own come before it.
     """
     own = np.diag(scores)[:, None]
     place = np.where(scores < own, 2, 0)

@@ -1,4 +1,4 @@
-"""Short animations of clips, small enough for hundreds of them on a page."""
+"""Encode clips as short animations, small enough for hundreds of them on a page."""
 
 import io
 
@@ -15,7 +15,7 @@ def encode_thumbnail(
     milliseconds: int = 250,
     quality: int = 30,
 ) -> bytes:
-    """Encode a clip as an animated WebP of a few kilobytes, which every browser shows.
+    """Encode a clip as an animated WebP of a few kilobytes.
 
     clip: uint8 [3, T, H, W]. `frames` of the T, evenly spread, are scaled to size x size, each
     shown for `milliseconds`. quality: of WebP, 0 to 100.

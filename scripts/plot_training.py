@@ -45,7 +45,7 @@ PANELS = {  # field of a record: (title, factor)
     "data_wait": ("waiting for data (%)", 100),
 }
 RECALLS = {"R1": "-", "R5": "--", "R10": ":"}  # metric: line style
-MARKED_POINTS = 30  # a line of at most so many points marks each
+MARKED_POINTS = 30  # a line with at most this many points has markers
 
 
 def read_run(path: Path) -> Run:

@@ -179,8 +179,8 @@ def video_path(folder, row):
 
 
 def left_out(output):
-    [line] = [line for line in output.splitlines() if "left out: " in line]
-    return line.partition("left out: ")[2]
+    [line] = [line for line in output.splitlines() if "skipped: " in line]
+    return line.partition("skipped: ")[2]
 
 
 def run_main(script, flags, monkeypatch):

@@ -280,7 +280,7 @@ def test_an_extraction_of_mostly_black_windows_is_an_error(extract, tmp_path, ca
     make_video(folder / "dark.mkv", 0.8, "-vf", "drawbox=t=fill:color=black")
     (folder / "dark.mkv").rename(folder / "b.mkv")
     assert extract(tmp_path / "most", f"--video_path={folder}") == 1
-    assert capsys.readouterr().out.count("6 of 11 windows are black: look at") == 1
+    assert capsys.readouterr().out.count("6 of 11 windows are black; look at") == 1
 
 
 def test_features_from_before_the_decoder_was_a_setting_are_done(extract, whole, tmp_path):

@@ -14,6 +14,7 @@ import torch
 
 import hubconf
 from annotations.msrvtt import COLUMNS
+from s3dg import VOCABULARY_ROWS
 from tests.helpers import ROOT, golden_json, golden_weight, make_video, write_csv
 
 CLONE = ROOT
@@ -29,7 +30,7 @@ def released(tmp_path_factory):
     state = {n: v.long() if n.endswith("batches_tracked") else v for n, v in state.items()}
     torch.save(state, folder / "s3d_howto100m.pth")
     rows = len(state["text_module.word_embd.weight"])
-    assert rows == 66250
+    assert rows == VOCABULARY_ROWS
     words = WORDS + [f"word{number}" for number in range(len(WORDS), rows - 1)]
     np.save(folder / "s3d_dict.npy", np.array(words))
     return folder
@@ -80,9 +81,12 @@ def test_the_released_format_and_ours_give_one_model(released, tmp_path):
 
 
 def test_a_program_may_have_modules_of_the_same_names_as_ours(released, monkeypatch):
-    for name in ("utils", "checkpoint", "args"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    load(released / "s3d_howto100m.pth", released / "s3d_dict.npy")
+    theirs = {name: types.ModuleType(name) for name in ("utils", "checkpoint", "args")}
+    for name, module in theirs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    model = load(released / "s3d_howto100m.pth", released / "s3d_dict.npy")
+    assert model.fc.out_features == 512
+    assert all(sys.modules[name] is module for name, module in theirs.items())
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_what_is_absent_is_named(released, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["eval_msrvtt", "extract_features"])
-def test_scripts_take_the_released_files(script, released, tmp_path, monkeypatch):
+def test_scripts_take_the_released_files(script, released, tmp_path, monkeypatch, capsys):
     """The other evaluations build their model as these do; for the training see its own tests."""
     make_video(tmp_path / "video0.mp4", seconds=2)
     write_csv(tmp_path / "table.csv", COLUMNS, ("ret0", "msr0", "video0", "cut the tomato"))
@@ -137,3 +141,7 @@ def test_scripts_take_the_released_files(script, released, tmp_path, monkeypatch
     flags += ["--num_frames=4", "--video_size=32", "--verbose=0"]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     importlib.import_module(script).main()
+    if script == "eval_msrvtt":
+        assert "MSRVTT: R1 1  R5 1  R10 1  MR 1  num_videos 1" in capsys.readouterr().out
+    else:
+        assert np.load(tmp_path / "out" / "video0.npy").shape == (2, 1024)

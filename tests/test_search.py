@@ -188,7 +188,7 @@ def test_a_video_that_cannot_be_used_is_listed_and_tried_again_only_when_asked(
     embedded.clear()
     capsys.readouterr()
     assert index(videos) == 0 and embedded == []
-    assert "1 could not be used before: --retry_failed tries them again" in capsys.readouterr().out
+    assert "1 could not be used before; --retry_failed tries them again" in capsys.readouterr().out
     assert index(videos, "--retry_failed") == 1 and embedded == ["broken.mp4"]
     embedded.clear()
     make_video(videos / "broken.mp4", 1)  # mended: it has changed
@@ -208,7 +208,7 @@ def test_an_ffmpeg_program_that_fails_makes_no_windows(index, videos, ffmpeg_in_
 
 def test_the_decoder_is_a_setting_of_an_index(index, videos, tmp_path, embedded):
     assert index(videos) == 0
-    with pytest.raises(InputError, match=r"--out: .* was made with --decoder pyav, not ffmpeg:"):
+    with pytest.raises(InputError, match=r"--out: .* was made with --decoder pyav, not ffmpeg;"):
         index(videos, "--decoder=ffmpeg")
     found = read_index(tmp_path / "index")
     del found.metadata.settings["decoder"]  # as in an index from before it was one

@@ -1,11 +1,10 @@
-"""The index of a search: a file of the moments of videos, and how they are found in it.
+"""Read, write and search the index: a file with the embeddings of the windows of videos.
 
-The file is written with torch.save and read, as data only, with torch.load, which maps it into
-memory:
+The file is written with torch.save and memory-mapped, as data only, with torch.load:
 
-    format, version    what it is
+    format, version    FORMAT and VERSION
     folder             where the videos are, absolute
-    settings           what the embeddings were made with, see feature_file.feature_settings
+    settings           that the embeddings depend on, see feature_file.feature_settings
     weights, words     the files that embed a query's words, absolute
     paths              each video's path below the folder, in order
     sizes, mtimes      int64 [V], its file's bytes and modification time (ns) when it was read
@@ -49,7 +48,7 @@ class Video(NamedTuple):
 
 
 class IndexMetadata(NamedTuple):
-    """What the videos of an index have in common. The names are keys of the file."""
+    """The data that all videos of an index share. The names are keys of the file."""
 
     folder: str
     settings: dict
@@ -73,7 +72,7 @@ class Index(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """A window that was found."""
+    """A window, with its score for a query."""
 
     row: int  # of the index
     video: int  # its number in the index
@@ -126,7 +125,7 @@ def concatenate_on_disk(blocks: list[torch.Tensor], folder: Path) -> torch.Tenso
 
 
 def read_index(path: AnyPath) -> Index:
-    """Map an index into memory. Raises DataError if the file is not one or is damaged, OSError."""
+    """Memory-map an index. Raises OSError, or DataError if it is not an index or is damaged."""
     fix = "give another, or delete it and index the videos again"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -147,7 +146,7 @@ def read_index(path: AnyPath) -> Index:
 
 
 def parse_index(content: dict) -> Index:
-    """Validate the content of a file. Raises an exception of some kind if it is not an index."""
+    """Validate the content of a file. Raises an exception of any type if it is not an index."""
     metadata = IndexMetadata(*(content[name] for name in IndexMetadata._fields))
     paths, reasons, windows = content["paths"], content["reasons"], content["windows"].tolist()
     starts, embeddings = content["starts"], content["embeddings"]
@@ -202,7 +201,7 @@ def best_moments(index: Index, query: torch.Tensor, count: int) -> list[Moment]:
         starts = index.videos[best.video].starts.numpy()
         overlapping = np.searchsorted(starts, (best.start - length, best.start + length))
         scores[begin + overlapping[0] : begin + overlapping[1]] = -np.inf
-        scores[row] = -np.inf  # whatever its start is, so that the loop ends
+        scores[row] = -np.inf  # even if its start is NaN, so that the loop ends
     return found
 
 

@@ -1,9 +1,10 @@
-"""The page of a search: a small web server for the browser of the person who runs it.
+"""Serve the search page to the browser of the person who runs it.
 
-It serves the page, moments, thumbnails and the indexed videos. Videos are requested by their number
-in the index: no request names a path. The addresses of thumbnails and videos are valid for one run
-of the server, as with another index they would lead to others. At a loopback address, the default,
-it serves only requests whose Host header is a loopback name, which protects from DNS rebinding.
+Serves the page, moments, thumbnails and the indexed videos. Videos are requested by their number
+in the index: no request contains a path. The addresses of thumbnails and videos are valid for one
+run of the server, as another index has other videos under these numbers. At a loopback address, the
+default, it serves only requests whose Host header is a loopback name, which protects from DNS
+rebinding.
 """
 
 import functools
@@ -30,6 +31,16 @@ MOMENTS = 24  # on the page
 THUMBNAIL_SIZE = 192  # pixels
 CACHED_THUMBNAILS = 2000  # in memory, some 10 KB each
 MAX_RANGE = 4 << 20  # bytes of a video per response, so that a paused player blocks no thread
+POLICY = (  # with the nonce of the response
+    "default-src 'none'; script-src {0}; style-src {0}; img-src 'self' data:; "
+    "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
 THREADS = 16
 MIME_TYPES = {  # under which browsers try to play the containers that some of them know
     **dict.fromkeys((".m4v", ".mov", ".mp4"), "video/mp4"),
@@ -51,40 +62,15 @@ Embed = Callable[[str], EmbeddedText]  # raises InputError for a text that canno
 def create_app(index: Index, embed: Embed, folder: str, host: str | None = "localhost") -> Flask:
     """Create the Flask application.
 
-    folder: where the videos are. host: a loopback name, accepted in Host headers besides localhost;
-    None accepts all names.
+    folder: where the videos are. host: a name that Host headers may have, in addition to loopback
+    names; None accepts all names.
     """
     folder = os.path.abspath(folder)  # Flask resolves relative paths otherwise
     run = secrets.token_hex(4)
     app = Flask(__name__, static_folder=None, template_folder=os.path.dirname(__file__) or ".")
     app.json.sort_keys = False
+    protect(app, host)
     decoding = threading.Semaphore(len(os.sched_getaffinity(0)))
-
-    @app.before_request
-    def check_host():
-        name = host_name(request.host)
-        if host and name != host.lower() and not is_loopback(name):
-            abort(403, "This server is for this machine only: call it localhost.")
-        g.nonce = secrets.token_urlsafe()
-
-    @app.after_request
-    def protect(response):
-        own = f"'nonce-{g.get('nonce', '')}'"
-        response.headers["Content-Security-Policy"] = (
-            f"default-src 'none'; script-src {own}; style-src {own}; img-src 'self' data:; "
-            "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
-        )
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
-
-    @app.errorhandler(403)
-    @app.errorhandler(404)
-    @app.errorhandler(500)
-    def plain_text_error(error):
-        return Response(error.description, error.code, mimetype="text/plain")
 
     @app.get("/")
     def page():
@@ -106,13 +92,13 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
 
     def check_run(requested):
         if requested != run:
-            abort(404, "The server has been restarted since: search again.")
+            abort(404, "The server has been restarted since; search again.")
 
     @app.get("/thumbnail/<requested_run>/<row>")
     def thumbnail(requested_run, row):
         check_run(requested_run)
         try:
-            data = make_thumbnail(parse_number(row, len(index.starts)))
+            data = cached_thumbnail(parse_number(row, len(index.starts)))
         except DecodeError as error:
             abort(404, printable(str(error)))
         response = Response(data, mimetype="image/webp")
@@ -120,32 +106,64 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
         return response
 
     @functools.lru_cache(CACHED_THUMBNAILS)
-    def make_thumbnail(row):
-        moment = get_moment(index, row)
-        path = find_video(folder, index.videos[moment.video])
-        settings = index.metadata.settings
-        with decoding:
-            clip = decode_clip(
-                path,
-                moment.start,
-                fps=settings["fps"],
-                num_frames=settings["num_frames"],
-                size=THUMBNAIL_SIZE,
-            )
-            return encode_thumbnail(clip, size=THUMBNAIL_SIZE, quality=50)
+    def cached_thumbnail(row):
+        return make_thumbnail(index, folder, row, decoding)
 
     @app.get("/video/<requested_run>/<number>")
     def video(requested_run, number):
         check_run(requested_run)
-        path = find_video(folder, index.videos[parse_number(number, len(index.videos))])
-        limit_range()
-        suffix = os.path.splitext(path)[1].lower()
-        kind = MIME_TYPES.get(suffix, "application/octet-stream")
-        # Its own name may have bytes that fit neither into a header nor into an ETag.
-        name = f"video{number}{suffix}"
-        return send_file(path, mimetype=kind, download_name=name, conditional=True, etag=False)
+        return send_video(folder, index.videos[parse_number(number, len(index.videos))], number)
 
     return app
+
+
+def protect(app: Flask, host: str | None) -> None:
+    """Check the Host header of each request, see create_app, and set the security headers."""
+
+    @app.before_request
+    def check_host():
+        name = host_name(request.host)
+        if host and name != host.lower() and not is_loopback(name):
+            abort(403, "This server is for this machine only; call it localhost.")
+        g.nonce = secrets.token_urlsafe()
+
+    @app.after_request
+    def add_headers(response):
+        policy = POLICY.format(f"'nonce-{g.get('nonce', '')}'")
+        response.headers.update({"Content-Security-Policy": policy, **HEADERS})
+        return response
+
+    @app.errorhandler(403)
+    @app.errorhandler(404)
+    @app.errorhandler(500)
+    def plain_text_error(error):
+        return Response(error.description, error.code, mimetype="text/plain")
+
+
+def make_thumbnail(index: Index, folder: str, row: int, decoding: threading.Semaphore) -> bytes:
+    """Decode the window in a row of the index, and encode it as WebP. Raises DecodeError."""
+    moment, settings = get_moment(index, row), index.metadata.settings
+    path = find_video(folder, index.videos[moment.video])
+    with decoding:
+        clip = decode_clip(
+            path,
+            moment.start,
+            fps=settings["fps"],
+            num_frames=settings["num_frames"],
+            size=THUMBNAIL_SIZE,
+        )
+        return encode_thumbnail(clip, size=THUMBNAIL_SIZE, quality=50)
+
+
+def send_video(folder: str, video: Video, number: str) -> Response:
+    """Respond with the file of a video, or with the range of it that is requested."""
+    path = find_video(folder, video)
+    limit_range()
+    suffix = os.path.splitext(path)[1].lower()
+    kind = MIME_TYPES.get(suffix, "application/octet-stream")
+    # Its own name may have bytes that fit neither into a header nor into an ETag.
+    name = f"video{number}{suffix}"
+    return send_file(path, mimetype=kind, download_name=name, conditional=True, etag=False)
 
 
 def host_name(host: str) -> str:
@@ -165,7 +183,7 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_number(text: str, count: int) -> int:
-    """Parse a number of a request, from 0 to count - 1; otherwise respond with 404."""
+    """Parse a number in a request, from 0 to count - 1; otherwise respond with 404."""
     if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) < count):
         abort(404, "The index has nothing of this number.")
     return int(text)
@@ -181,9 +199,9 @@ def find_video(folder: str, video: Video) -> str:
     except OSError:
         status = None
     if not status or not stat.S_ISREG(status.st_mode):
-        abort(404, f"{printable(video.path)} is gone: index the videos again.")
+        abort(404, f"{printable(video.path)} is gone; index the videos again.")
     if status.st_size != video.size:
-        abort(404, f"{printable(video.path)} has changed: index the videos again.")
+        abort(404, f"{printable(video.path)} has changed; index the videos again.")
     return path
 
 
@@ -197,7 +215,7 @@ def limit_range() -> None:
 
 
 def moment_to_json(index: Index, moment: Moment, run: str) -> dict:
-    """Return a Moment as the page receives it."""
+    """Convert a Moment to the JSON object that the page expects."""
     return {
         "thumbnail": f"thumbnail/{run}/{moment.row}",
         "video": f"video/{run}/{moment.video}",
@@ -212,7 +230,7 @@ def moment_to_json(index: Index, moment: Moment, run: str) -> dict:
 def create_server(
     index: Index, embed: Embed, folder: str, host: str, port: int
 ) -> waitress.server.BaseWSGIServer:
-    """Listen at an address and print the page's URL. The run() of what is returned serves it.
+    """Listen at an address and print the page's URL; the server's run() serves it.
 
     Raises ValueError if it cannot listen there.
     """
@@ -224,7 +242,7 @@ def create_server(
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise ValueError(
-            f"cannot listen at {host}, port {port} ({reason}): choose others"
+            f"cannot listen at {host}, port {port} ({reason}); choose others"
         ) from None
     listening = getattr(server, "effective_listen", None) or [
         (server.effective_host, server.effective_port)

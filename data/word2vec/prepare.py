@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_words",
         type=positive(int),
-        default=66249,
+        default=66249,  # s3dg.VOCABULARY_ROWS - 1; s3dg would load torch
         help="most words to take from captions (default %(default)s, as the released list has)",
     )
     parser.add_argument(

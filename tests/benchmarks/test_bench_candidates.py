@@ -41,7 +41,7 @@ def test_captions_displaced_as_the_toy_sets_are_its_own_and_aligned_ones_are_not
     told = {
         drift: [
             path.read_text()
-            for path in sorted(candidates.captions_of(options, drift).glob("*.csv"))
+            for path in sorted(candidates.make_captions(options, drift).glob("*.csv"))
         ]
         for drift in (0.0, 1.0)
     }

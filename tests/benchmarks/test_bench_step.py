@@ -87,7 +87,7 @@ def test_a_step_has_the_same_gradients_both_ways(model):
 def test_the_benchmark_prints_every_way_of_every_table():
     printed = run_python("benchmarks/bench_step.py", *SMALL, timeout=900).stdout
     tables = re.findall(
-        r"^(.+): [\d.]+ GFLOP a clip\n\n\| way .*\n.*\n((?:\|.*\n)+)", printed, re.M
+        r"^(.+): [\d.]+ GFLOP per clip\n\n\| way .*\n.*\n((?:\|.*\n)+)", printed, re.M
     )
     assert [name for name, _ in tables] == ["forward", "training step", "evaluation"]
     for name, lines in tables:

@@ -13,7 +13,7 @@ from gensim.models import KeyedVectors
 
 from captions.packing import write_store
 from captions.readers import read_captions
-from s3dg import S3D, load_word_vectors, load_words
+from s3dg import S3D, VOCABULARY_ROWS, load_word_vectors, load_words
 from tests.helpers import ROOT, run_python, write_csv
 from utils import InputError
 
@@ -191,6 +191,11 @@ def test_a_wrong_file_of_vectors_is_found_before_the_captions_are_read(prepare, 
         with pytest.raises(InputError, match=f"--vectors: .*{named}"):
             flags = ["--vectors", tmp_path / vectors, "--caption_root", tmp_path / "absent"]
             run(prepare, *flags, "--out", tmp_path / "out")
+
+
+def test_the_default_size_is_that_of_the_released_vocabulary(prepare):
+    args = prepare.parse_arguments(["--train", "--caption_root", "captions"])
+    assert args.num_words + 1 == VOCABULARY_ROWS
 
 
 def test_folder_store_and_json_file_of_captions_have_the_same_words(prepare, captions, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evaluation import features as features_module
-from evaluation.features import clip_batches, strided_features, strided_starts, video_features
+from evaluation.features import StridedWindows, clip_batches, strided_features, video_features
 from retrieval_loader import Pair
 from s3dg import Tokenizer, to_unit_range
 from tests.helpers import make_video
@@ -175,8 +175,7 @@ def features(paths, *, stride=0.5, workers=2, batch_size=5, timeout=60):
         Pixels(),
         paths,
         CPU,
-        CLIP,
-        stride=stride,
+        StridedWindows(CLIP, stride),
         batch_size=batch_size,
         workers=workers,
         sample_timeout=timeout,
@@ -213,7 +212,7 @@ def videos(tmp_path_factory):
     ],
 )
 def test_windows_start_every_stride_and_end_by_the_videos_end(duration, fps, stride, starts):
-    assert strided_starts(duration, ClipSpec(num_frames=16, fps=fps), stride) == starts
+    assert StridedWindows(ClipSpec(num_frames=16, fps=fps), stride).starts(duration) == starts
 
 
 def test_features_are_those_of_the_windows_decoded_by_themselves(videos):

@@ -28,7 +28,7 @@ def embed(text):
     if not text.strip():
         raise InputError("there is no word in the text: say what is to be seen")
     if "stir" not in text and "cut" not in text:
-        raise InputError(f"none of the words is in the vocabulary ({text[:50]}): use others")
+        raise InputError(f"none of the words is in the vocabulary ({text[:50]}); use others")
     return EmbeddedText(torch.tensor([1.0, 0.0]), [NOTE] if "zebra" in text else [])
 
 
@@ -219,9 +219,9 @@ def test_a_file_that_is_gone_or_has_changed_is_not_given_out(client, at, folder)
         for address in (at("video", 0), at("thumbnail", 0)):
             answer = client.get(address)
             assert answer.status_code == 404
-            assert answer.text == "a.webm has changed: index the videos again."
+            assert answer.text == "a.webm has changed; index the videos again."
         path.unlink()
-        assert client.get(at("video", 0)).text == "a.webm is gone: index the videos again."
+        assert client.get(at("video", 0)).text == "a.webm is gone; index the videos again."
         path.mkdir()
         assert client.get(at("video", 0)).status_code == 404
         path.rmdir()
