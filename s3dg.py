@@ -25,6 +25,7 @@ VOCABULARY_ROWS = 66250  # of the released vocabulary, plus row 0 for padding
 WORD_DIM = 300
 HIDDEN_DIM = 2048
 WORD = re.compile(r"[\w']+")
+MAX_VALUE = 2  # of video: beyond what a filter that overshoots makes of [0, 1]
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
 
 
@@ -309,6 +310,21 @@ def to_unit_range(video: torch.Tensor) -> torch.Tensor:
     return video.to(torch.float32, copy=True).div_(255)
 
 
+def check_video(video: torch.Tensor, *, check_range: bool) -> None:
+    """Raise ValueError unless a batch of clips is what the model takes.
+
+    check_range: look at the values, too, for which the host waits for a GPU.
+    """
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise ValueError(f"video is [B, 3, T, H, W], not {list(video.shape)}; convert it")
+    if not video.is_floating_point():
+        raise ValueError(f"video is float in [0, 1], not {video.dtype}; convert it: to_unit_range")
+    if check_range and not (torch.compiler.is_compiling() or video.is_meta or not video.numel()):
+        largest = video.detach().amax().item()
+        if largest > MAX_VALUE:
+            raise ValueError(f"video is RGB in [0, 1], but has {largest:.3g}; divide it by 255")
+
+
 def space_to_depth(video: torch.Tensor) -> torch.Tensor:
     """Move 2x2x2 blocks to channels: [B, 3, T, H, W] -> [B, 24, T/2, H/2, W/2].
 
@@ -435,20 +451,25 @@ class S3D(nn.Module):
         mode: 'all' -> (video [B, num_classes], text [N, num_classes]); 'text' -> the latter;
         'video' -> the former, or with mixed5c the pooled [B, 1024] feature before the projection.
         """
-        if mode == "all":
-            return self.forward_video(video), self.text_module(text)
+        if mode not in ("all", "video", "text"):
+            raise ValueError(f"mode is 'all', 'video' or 'text', not {mode!r}")
+        for name, given in (("video", video), ("text", text)):
+            if given is None and mode in ("all", name):
+                raise ValueError(f"mode {mode!r} needs {name}; give it, or another mode")
         if mode == "video":
             return self.forward_video(video, mixed5c=mixed5c)
         if mode == "text":
             return self.text_module(text)
-        raise ValueError(f"mode is 'all', 'video' or 'text', not {mode!r}")
+        return self.forward_video(video), self.text_module(text)
 
     def forward_video(self, video: torch.Tensor, mixed5c: bool = False) -> torch.Tensor:
         """Embed videos, float [B, 3, T, H, W] in [0, 1]: [B, num_classes].
 
-        mixed5c: return [B, 1024] instead, the mean of the last block over T, H and W.
+        mixed5c: return [B, 1024] instead, the mean of the last block over T, H and W. Raises
+        ValueError for another shape or type and, in evaluation mode, for another range.
         """
-        net = video.to(self.conv1.conv1.weight.dtype) if video.is_floating_point() else video
+        check_video(video, check_range=not self.training)
+        net = video.to(self.conv1.conv1.weight.dtype)
         for stage in (
             self.stem,
             self.conv_2b,

@@ -408,3 +408,23 @@ def test_the_model_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for value, other in zip(compiled(video, tokens), expected, strict=True):
         torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (torch.zeros(3, 4, 32, 32), r"\[B, 3, T, H, W\], not \[3, 4, 32, 32\]"),
+        (torch.zeros(1, 4, 32, 32, 3), "not .1, 4, 32, 32, 3"),
+        (torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8), "not torch.uint8; convert it"),
+        (torch.full((1, 3, 4, 32, 32), 255.0), "has 255; divide it by 255"),
+        (None, "mode 'video' needs video"),
+    ],
+)
+def test_video_that_the_model_does_not_take_is_an_error_that_says_so(video, message):
+    with pytest.raises(ValueError, match=message):
+        S3D(word2vec_path="").eval()(video, mode="video")
+
+
+def test_a_missing_text_is_named():
+    with pytest.raises(ValueError, match="mode 'all' needs text"):
+        S3D()(torch.zeros(1, 3, 4, 32, 32))
