@@ -332,8 +332,8 @@ def test_arguments_out_of_range(video, wrong):
         decode_clip(video(BASE), settings.pop("start"), **settings)
 
 
-def refused(path, backend):
-    """The message of the DecodeError that both functions must raise."""
+def rejection(path, backend):
+    """Return the message of the DecodeError that both functions must raise."""
     with pytest.raises(DecodeError) as first:
         decode_clip(path, 0, fps=5, num_frames=2, size=16, backend=backend)
     with pytest.raises(DecodeError) as second:
@@ -344,22 +344,23 @@ def refused(path, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_not_a_video_file_is_refused(tmp_path, backend):
+def test_what_is_not_a_video_file_is_rejection(tmp_path, backend):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("This is no video.\n" * 100)
     run_ffmpeg("-f", "lavfi", "-i", "color=s=64x64", "-frames:v", "1", str(tmp_path / "a.png"))
     (tmp_path / "a.png").rename(tmp_path / "still.mp4")
     run_ffmpeg("-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4"))
-    for name in ("empty.mp4", "text.mp4", "still.mp4", "sound.mp4"):
-        refused(tmp_path / name, backend)
-    assert "No such file" in refused(tmp_path / "absent.mp4", backend)
-    assert "not a regular file" in refused(tmp_path, backend)
-    assert "not a regular file" in refused("/dev/zero", backend)
+    for name in ("empty.mp4", "text.mp4", "still.mp4"):
+        assert "Invalid" in rejection(tmp_path / name, backend)
+    assert "no video stream" in rejection(tmp_path / "sound.mp4", backend)
+    assert "No such file" in rejection(tmp_path / "absent.mp4", backend)
+    assert "not a regular file" in rejection(tmp_path, backend)
+    assert "not a regular file" in rejection("/dev/zero", backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_file_that_points_to_others_is_refused(video, tmp_path, backend):
-    """Playlists and the like would open what they name: a URL, or a file of someone else's."""
+    """A playlist could open any URL or file that it names; its demuxer must not be allowed."""
     target = video(BASE)
     playlists = {
         "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{target}\n#EXT-X-ENDLIST\n",
@@ -368,10 +369,10 @@ def test_a_file_that_points_to_others_is_refused(video, tmp_path, backend):
     }
     for name, text in playlists.items():
         (tmp_path / name).write_text(text)
-        refused(tmp_path / name, backend)
+        assert "Invalid argument" in rejection(tmp_path / name, backend)  # not in CONTAINERS
     for name in (f"concat:{target}", f"file:{target}", f"subfile,,start,0,end,0,,:{target}"):
-        refused(name, backend)
-    refused("http://127.0.0.1:9/video.mp4", backend)
+        assert "No such file" in rejection(name, backend)
+    assert "No such file" in rejection("http://127.0.0.1:9/video.mp4", backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
