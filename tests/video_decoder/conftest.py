@@ -7,6 +7,7 @@ import imageio_ffmpeg
 import pytest
 
 from tests.video_decoder.samples import make_video
+from video_decoder import pyav
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +31,16 @@ def pinned_program(program_folder, monkeypatch):
 def video(tmp_path_factory):
     """A function from a name in FILES to the file, made on first use."""
     return functools.partial(make_video, folder=tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture
+def slow_paths(monkeypatch):
+    """A list that gets an entry for each run of the slow path."""
+    runs, run_slow_path = [], pyav.run_slow_path
+
+    def count(*args):
+        runs.append(args)
+        return run_slow_path(*args)
+
+    monkeypatch.setattr(pyav, "run_slow_path", count)
+    return runs

@@ -138,12 +138,12 @@ def test_the_files_are_what_their_names_say(video):
         with av.open(str(video(name))) as container:
             stream = container.streams.video[0]
             keyframes = [p for p in container.demux(stream) if p.size and p.is_keyframe]
-            assert not all(pyav.starts_afresh(packet, stream.codec_context) for packet in keyframes)
+            assert not all(pyav.is_idr(packet, stream.codec_context) for packet in keyframes)
 
 
-# --- which way each file goes -----------------------------------------------------------------
+# --- the path that each file takes ------------------------------------------------------------
 
-BY_PACKETS = [
+FAST = [
     "h264_bpyramid.mp4",
     "h264_opengop.mkv",
     "h264_no_b.mp4",
@@ -155,31 +155,28 @@ BY_PACKETS = [
     "turned_90.mp4",
     "ten_bit.mp4",
 ]
-BY_FRAMES = ["packed_b.avi", "mpeg2.ts", "h264.ts", "vp9.webm", "av1.mkv", "interlaced.mp4"]
+SLOW = ["packed_b.avi", "mpeg2.ts", "h264.ts", "vp9.webm", "av1.mkv", "interlaced.mp4"]
 
 
-@pytest.mark.parametrize("name", [*BY_PACKETS, *BY_FRAMES])
-def test_the_short_way_is_taken_by_rule(video, name, monkeypatch):
-    taken = []
-    plain = pyav.slow_path
-    monkeypatch.setattr(pyav, "slow_path", lambda *args: taken.append("frames") or plain(*args))
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_the_fast_path_is_taken_by_rule(video, name, slow_paths):
     decode_clip(video(name), 2.5, fps=5, num_frames=8, size=32)
-    assert taken == ["frames"] * (name in BY_FRAMES)
+    assert len(slow_paths) == (name in SLOW)
 
 
-def test_the_short_way_decodes_fewer_frames(video, monkeypatch):
-    """With B-frames it must not decode those that no window shows and no frame refers to."""
-    sent, wanted_frames = [], pyav.decode_wanted
+def test_the_fast_path_decodes_fewer_frames(video, monkeypatch):
+    """With B-frames it must not decode those that no window displays and no frame refers to."""
+    counts, decode_displayed = [], pyav.decode_displayed
 
-    def counting(packets, wanted, *others):
-        frames = list(wanted_frames(packets, wanted, *others))
-        sent.append((len(packets), len(frames), len(wanted)))
+    def count(packets, displayed, *others):
+        frames = list(decode_displayed(packets, displayed, *others))
+        counts.append((len(packets), len(frames), len(displayed)))
         return iter(frames)
 
-    monkeypatch.setattr(pyav, "decode_wanted", counting)
+    monkeypatch.setattr(pyav, "decode_displayed", count)
     decode_clips(video(BASE), [0.5, 0.7, 0.9], fps=5, num_frames=8, size=32)
-    [(packets, frames, wanted)] = sent  # one pass for three windows
-    assert frames == wanted < packets
+    [(packets, frames, displayed)] = counts  # one pass for three windows
+    assert frames == displayed < packets
 
 
 # --- windows ----------------------------------------------------------------------------------
@@ -249,18 +246,17 @@ def test_of_two_video_streams_the_first_is_decoded(video, backend):
     ("value", "expected"), [(5, 3), (-5, -3), (4, 2), (3, 2), (-3, -2), (0, 0), (1, 1), (-1, -1)]
 )
 def test_rescale_rounds_halves_away_from_zero(value, expected):
-    assert timing.rescale(value, 1, 2) == expected
+    assert timing.rescale(value, Fraction(1, 2)) == expected
 
 
-def printable(ticks, num_frames):
-    """Which of the frames a, b, c, ... each output frame shows, as a string."""
-    step, output = timing.fps_runs(num_frames), ["."] * num_frames
+def filter_frames(ticks, num_frames):
+    """Return which of the frames a, b, c, ... each output frame displays, as a string."""
+    fps_filter, output = timing.FpsFilter(num_frames), ["."] * num_frames
     names = [*"abcdefghijklmnop"[: len(ticks) - 1], None]
     for tick, name in zip(ticks, names, strict=True):
-        run = step(tick, name)
-        if run:
-            frame, first, end = run
-            output[first:end] = frame * (end - first)
+        span = fps_filter.push(tick, name)
+        if span:
+            output[span.first : span.end] = span.frame * (span.end - span.first)
     return "".join(output)
 
 
@@ -268,12 +264,12 @@ def printable(ticks, num_frames):
     ("ticks", "expected"),
     [
         ([0, 1, 2, 3, 4], "abcd."),  # the last tick is where the last frame ends
-        ([0, 0, 1, 1, 1, 2, 3], "bef.."),  # of frames with one tick the last is shown
+        ([0, 0, 1, 1, 1, 2, 3], "bef.."),  # of frames with one tick the last is displayed
         ([0, 3, 5], "aaabb"),  # a gap is filled with the frame before it
         ([2, 3, 5], "aaabb"),  # and before the first frame, with the first
         ([2, 2, 3, 5], "bbbcc"),
         ([9, 10], "aaaaa"),
-        ([9, 9, 9], "....."),  # the last frame ends where it begins: never shown
+        ([9, 9, 9], "....."),  # the last frame ends where it begins: never displayed
         ([0, 9], "aaaaa"),
         ([0, 2, 1, 3], "aac.."),  # a clock that steps back: the later frame wins
         ([0, None], "....."),
@@ -281,13 +277,8 @@ def printable(ticks, num_frames):
         ([4_000_000, 4_000_001], "....."),  # FFmpeg refuses so many repeats
     ],
 )
-def test_fps_runs(ticks, expected):
-    assert printable(ticks, 5) == expected
-
-
-def repeated(times):
-    frames = [(when, 1.0, name) for when, name in zip(times, "abcdefgh", strict=False)]
-    return "".join(name * count for name, count in timing.constant_rate_runs(frames))
+def test_fps_filter(ticks, expected):
+    assert filter_frames(ticks, 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -301,8 +292,10 @@ def repeated(times):
         ([0, 1, 2, -1.5, 3, 4], "abcef"),  # ... and then dropped
     ],
 )
-def test_constant_rate_runs(times, expected):
-    assert repeated(times) == expected
+def test_sync_to_constant_rate(times, expected):
+    frames = [(time, 1.0, name) for time, name in zip(times, "abcdefgh", strict=False)]
+    output = "".join(name * count for name, count in timing.sync_to_constant_rate(frames))
+    assert output == expected
 
 
 # --- arguments and files that must be refused -------------------------------------------------
