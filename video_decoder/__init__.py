@@ -214,6 +214,7 @@ def check_backend(backend: str) -> None:
 
 
 def _check_backend_name(backend: str) -> None:
+    """Raise ValueError for an unknown backend."""
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown decoder backend {backend!r}; choose one of {', '.join(BACKENDS)}"
@@ -221,6 +222,7 @@ def _check_backend_name(backend: str) -> None:
 
 
 def _to_microseconds(start: float) -> int:
+    """Convert seconds to microseconds. Raises ValueError if they are out of range."""
     start = float(start)
     if not 0 <= start < 1e9:
         raise ValueError(f"start {start} must be a number of seconds, at least 0")
