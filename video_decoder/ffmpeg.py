@@ -5,18 +5,24 @@ import os
 import shutil
 import subprocess
 import tempfile
+from fractions import Fraction
 
 import numpy as np
 
 from utils import die_with_parent
-from video_decoder.limits import CONTAINERS, MAX_BYTES, MAX_PIXELS, DecodeError
-from video_decoder.pyav import open_container, put_picture, video_stream
+from video_decoder.filters import CropFilters, Filter
+from video_decoder.limits import CONTAINERS, MAX_BYTES, MAX_PIXELS, DecodeError, FilePath
+from video_decoder.pyav import copy_picture, open_video
 from video_decoder.timing import window_length
 
-TRIAL_SECONDS = 60  # for `ffmpeg -version`: a network file system may be slow at first
+VERSION_TIMEOUT = 60  # seconds for `ffmpeg -version`: a network file system may be slow at first
 
 
-def ffmpeg_program():
+def ffmpeg_program() -> str:
+    """Return the path of the ffmpeg program: in PATH, or else of the package imageio-ffmpeg.
+
+    Raises ImportError or RuntimeError if there is none.
+    """
     program = shutil.which("ffmpeg")
     if program is None:
         import imageio_ffmpeg
@@ -26,7 +32,10 @@ def ffmpeg_program():
 
 
 def check_program() -> None:
-    """Run the program once. Raises DecodeError if it cannot be run or is not ffmpeg."""
+    """Run the program once.
+
+    Raises DecodeError if it cannot be run or is not ffmpeg.
+    """
     try:
         program = ffmpeg_program()
     except (ImportError, RuntimeError):
@@ -34,62 +43,70 @@ def check_program() -> None:
             "there is no ffmpeg program in PATH, nor one of the package imageio-ffmpeg"
         ) from None
     try:
-        trial = subprocess.run(
+        result = subprocess.run(
             [program, "-version"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=TRIAL_SECONDS,
+            timeout=VERSION_TIMEOUT,
         )
     except OSError as error:
         raise DecodeError(f"cannot run {program}: {error.strerror}") from None
     except subprocess.TimeoutExpired:
-        raise DecodeError(f"{program} did not print its version in {TRIAL_SECONDS} s") from None
-    if trial.returncode:
-        raise DecodeError(f"{program} {describe_ending(trial.returncode, trial.stderr)}")
-    if not trial.stdout.startswith(b"ffmpeg version"):
+        raise DecodeError(f"{program} did not print its version in {VERSION_TIMEOUT} s") from None
+    if result.returncode:
+        raise DecodeError(f"{program} {describe_failure(result.returncode, result.stderr)}")
+    if not result.stdout.startswith(b"ffmpeg version"):
         raise DecodeError(f"{program} did not print its version: it is not ffmpeg")
 
 
-def read_pixels(path, rate, filters, limit, **seek):
-    """The first `limit` bytes of what the command writes."""
+def read_pixels(
+    path: FilePath, rate: list[Filter], filters: CropFilters, limit: int, **seek: str
+) -> bytes:
+    """Run the command on a file, and return the first `limit` bytes of its output.
+
+    rate: the filters for the frame rate. seek: options of the input (ss, t).
+    """
     import ffmpeg
 
-    with open_container(path) as container:  # both backends refuse the same files
-        video_stream(path, container)
-        demuxer = container.format.name.split(",")[0]
-    for enlarge in (False, True) if filters[0] else (False,):
+    with open_video(path) as stream:  # both backends reject the same files
+        demuxer = stream.container.format.name.split(",")[0]
+    chains = [filters.chain]
+    if filters.enlarge:
+        chains.append([filters.enlarge, *filters.chain])
+    for chain in chains:
         source = ffmpeg.input(
             f"file:{os.fspath(path)}",
             format=demuxer,
             format_whitelist=CONTAINERS,
             protocol_whitelist="file",
             max_pixels=MAX_PIXELS,
-            threads=1,  # what damage does to a picture must not depend on the number of cores
+            threads=1,  # the pixels of a damaged file must not depend on the number of cores
             **seek,
         )
         video = source["v"]
-        for name, options in [*rate, *filters[not enlarge :]]:
+        for name, options in [*rate, *chain]:
             video = video.filter(name, **options)
         output = video.output("pipe:", format="rawvideo", pix_fmt="rgb24")
         command = output.compile(ffmpeg_program())
-        # Of a damaged file the frames that can be decoded count, however few. By default the
-        # program exits with 69 if more than two thirds of the packets cannot be decoded.
+        # Keep the frames of a damaged file that can be decoded, however few. By default the
+        # program exits with 69 if more than two thirds of the packets are damaged.
         tolerant = ["-max_error_rate", "1"]
         command[1:1] = ["-v", "error", "-nostdin", "-filter_complex_threads", "1", *tolerant]
         pixels, status, messages = run_program(path, command, limit)
         if b"Invalid too big or non positive size" not in messages:
-            break  # otherwise frames were smaller than the crop
+            break  # no frame was smaller than the crop
     if status:
-        raise DecodeError(f"{path}: the ffmpeg program {describe_ending(status, messages)}")
+        raise DecodeError(f"{path}: the ffmpeg program {describe_failure(status, messages)}")
     if b"Cannot allocate memory" in messages:  # it may drop the frames and exit with 0
         raise DecodeError(f"{path}: the ffmpeg program ran out of memory")
     return pixels
 
 
-def run_program(path, command, limit):
-    """Run a command: the first `limit` bytes it writes, its exit status and its messages.
+def run_program(path: FilePath, command: list[str], limit: int) -> tuple[bytes, int, bytes]:
+    """Run a command; return the first `limit` bytes of its output, its status and its messages.
 
-    It is ended once it has written as many; the status is then 0. It does not outlive this process.
+    Once it has written that much it is killed, and the status is 0. It does not outlive this
+    process. Raises DecodeError, about `path`, if it cannot be started.
     """
     with tempfile.TemporaryFile() as errors:
         try:
@@ -117,46 +134,50 @@ def run_program(path, command, limit):
         return pixels, status if len(pixels) < limit else 0, messages + errors.read()
 
 
-def describe_ending(status, messages):
-    """How a program ended that failed, and the last line of its messages (bytes)."""
+def describe_failure(status: int, messages: bytes) -> str:
+    """Describe how a program failed, with the last line of its messages."""
     how = f"crashed (signal {-status})" if status < 0 else f"exited with status {status}"
     lines = messages.decode("utf-8", "replace").split("\n")
     last = next((line for line in map(quote_line, reversed(lines)) if line), "no message")
     return f"{how}: {last}"
 
 
-def quote_line(text):
-    """A program's message without control characters, not too long."""
+def quote_line(text: str) -> str:
+    """Remove control characters from a line of a program, and cut it to 200 characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def decode_windows_ffmpeg(path, starts, fps, filters, clips):
-    """Fill clips [N, 3, frames, size, size]; for each window, whether it shows any frame."""
+def decode_windows_ffmpeg(
+    path: FilePath, starts: list[int], fps: Fraction, filters: CropFilters, clips: np.ndarray
+) -> bool:
+    """Fill clips [N, 3, frames, size, size]; return whether each window displays a frame.
+
+    starts: microseconds. clips: zeros at first, and kept where no frame is displayed.
+    """
     num_frames, size = clips.shape[2:4]
     # trim only ends the command early: a damaged clock could ask for a million repeats.
-    rate = [("fps", {"fps": str(fps)}), ("trim", {"end_frame": num_frames})]
-    shown = []
+    rate = [("fps", {"fps": str(fps)}), ("trim", {"end_frame": str(num_frames)})]
+    complete = True
     for start, clip in zip(starts, clips, strict=True):
         seek = {"ss": f"{start}us", "t": f"{window_length(num_frames, fps)}us"}
-        pixels = read_pixels(path, rate, filters, clip.size, **seek)
-        frames = split_frames(path, pixels, size)
-        for number, frame in enumerate(frames):
-            put_picture(frame, clip[:, number : number + 1])
-        shown.append(len(frames) > 0)
-    return shown
+        pictures = split_pictures(path, read_pixels(path, rate, filters, clip.size, **seek), size)
+        for number, picture in enumerate(pictures):
+            copy_picture(picture, clip[:, number : number + 1])
+        complete = complete and len(pictures) > 0
+    return complete
 
 
-def decode_whole_ffmpeg(path, filters, size):
-    """The pictures of the whole file, [frames, size, size, 3]."""
+def decode_whole_ffmpeg(path: FilePath, filters: CropFilters, size: int) -> np.ndarray:
+    """Return the pictures of the whole file, uint8 [frames, size, size, 3]."""
     pixels = read_pixels(path, [], filters, MAX_BYTES + 1)
     if len(pixels) > MAX_BYTES:
         raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
-    return split_frames(path, pixels, size)
+    return split_pictures(path, pixels, size)
 
 
-def split_frames(path, pixels, size):
-    """The bytes of whole pictures as an array [frames, size, size, 3]."""
+def split_pictures(path: FilePath, pixels: bytes, size: int) -> np.ndarray:
+    """Return the program's output as pictures, uint8 [frames, size, size, 3]."""
     if len(pixels) % (3 * size * size):
         raise DecodeError(f"{path}: the ffmpeg program stopped in the middle of a frame")
     return np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)

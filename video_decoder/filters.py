@@ -2,66 +2,86 @@
 
 import math
 import struct
+from typing import NamedTuple
 
 import av
 import numpy as np
+from av.filter.context import FilterContext
 from av.sidedata.sidedata import SideDataContainer
 
-from video_decoder.limits import DecodeError
+from video_decoder.limits import DecodeError, FilePath
+
+Filter = tuple[str, dict[str, str]]  # name, options
 
 
-def crop_filters(size, crop_only, crop, flip):
-    """The filters after fps, as (name, options) pairs. The first, which scales frames smaller
-    than the crop, has a place only where it is needed: it changes how pixels are converted."""
+class CropFilters(NamedTuple):
+    """The filters after fps."""
+
+    # Scales a frame smaller than the crop; None if there is no such frame. The graph has it only
+    # where it is needed, as it changes how pixels are converted.
+    enlarge: Filter | None
+    chain: list[Filter]
+
+
+def crop_filters(size: int, crop_only: bool, crop: tuple[float, float], flip: bool) -> CropFilters:
+    """Return the filters for the crop arguments of decode_clips.
+
+    Raises ValueError for arguments out of range.
+    """
     if size < 1:
         raise ValueError(f"size {size} must be positive")
     left, top = (float(fraction) for fraction in crop)
     if not (0 <= left <= 1 and 0 <= top <= 1):
         raise ValueError(f"crop {crop} must be two fractions from 0 to 1")
-    if crop_only:
-        enlarge = {
-            "w": f"if(lte(iw,ih),{size},round(iw*{size}/ih))",
-            "h": f"if(lte(iw,ih),round(ih*{size}/iw),{size})",
-        }
-        square = {"w": f"{size}", "h": f"{size}"}
-        square |= {"x": f"(iw-{size})*{left!r}", "y": f"(ih-{size})*{top!r}"}
-        if size % 2:
-            square["exact"] = "1"
-        filters = [("scale", enlarge), ("crop", square)]
-    else:
-        side = "min(iw,ih)"
-        square = {"w": side, "h": side}
-        square |= {"x": f"(iw-{side})*{left!r}", "y": f"(ih-{side})*{top!r}"}
-        filters = [None, ("crop", square), ("scale", {"w": f"{size}", "h": f"{size}"})]
-    return filters + [("hflip", {})] * bool(flip)
+    side = f"{size}" if crop_only else "min(iw,ih)"
+    square = {"w": side, "h": side, "x": f"(iw-{side})*{left!r}", "y": f"(ih-{side})*{top!r}"}
+    mirror = [("hflip", {})] if flip else []
+    if not crop_only:
+        scale = ("scale", {"w": f"{size}", "h": f"{size}"})
+        return CropFilters(None, [("crop", square), scale, *mirror])
+    if size % 2:
+        square["exact"] = "1"
+    enlarge = {
+        "w": f"if(lte(iw,ih),{size},round(iw*{size}/ih))",
+        "h": f"if(lte(iw,ih),round(ih*{size}/iw),{size})",
+    }
+    return CropFilters(("scale", enlarge), [("crop", square), *mirror])
 
 
-def build_converter(path, filters):
-    """A function from a decoded frame to an array [height, width, 3]: upright, cropped, scaled."""
-    key = source = sink = graph = None
+class FrameConverter:
+    """Converts the decoded frames of one file to upright, cropped and scaled RGB pictures."""
 
-    def convert(frame):
-        nonlocal key, source, sink, graph
-        matrix = display_matrix(frame)
-        new_key = (frame.width, frame.height, frame.format.name, frame.colorspace)
-        new_key += (frame.color_range, matrix)
+    def __init__(self, path: FilePath, filters: CropFilters):
+        self.path, self.filters = path, filters
+        self.key = self.graph = self.source = self.sink = None
+        self.frame = self.picture = None  # the last one, as several windows may display it
+
+    def convert(self, frame: av.VideoFrame) -> np.ndarray:
+        """Return a frame's picture, uint8 [height, width, 3]."""
+        if frame is self.frame:
+            return self.picture
+        matrix = read_display_matrix(frame)
+        key = (frame.width, frame.height, frame.format.name, frame.colorspace)
+        key += (frame.color_range, matrix)
         try:
-            if new_key != key:
-                graph, source, sink = build_graph(frame, matrix, filters)
-                key = new_key
-            source.push(frame)
-            picture = sink.pull()
+            if key != self.key:
+                self.graph, self.source, self.sink = build_graph(frame, matrix, self.filters)
+                self.key = key
+            self.source.push(frame)
+            output = self.sink.pull()
         except av.error.FFmpegError as error:
-            raise DecodeError(f"{path}: its frames cannot be converted: {error}") from None
-        plane = picture.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(picture.height, plane.line_size)
-        return rows[:, : 3 * picture.width].reshape(picture.height, picture.width, 3)
+            raise DecodeError(f"{self.path}: its frames cannot be converted: {error}") from None
+        plane = output.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(output.height, plane.line_size)
+        pixels = rows[:, : 3 * output.width]
+        self.frame, self.picture = frame, pixels.reshape(output.height, output.width, 3)
+        return self.picture
 
-    return convert
 
-
-def build_graph(frame, matrix, filters):
-    """The filters of the command for frames like this one."""
+def build_graph(
+    frame: av.VideoFrame, matrix: tuple[int, ...] | None, filters: CropFilters
+) -> tuple[av.filter.Graph, FilterContext, FilterContext]:
+    """Build the command's filter graph, its source and its sink, for frames like this one."""
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add(
@@ -73,20 +93,19 @@ def build_graph(frame, matrix, filters):
         colorspace=str(int(frame.colorspace)),
         range=str(int(frame.color_range)),
     )
-    turn = upright_filters(matrix)
-    enlarge, *others = filters
-    if enlarge and min(frame.width, frame.height) < int(others[0][1]["w"]):
-        others = [enlarge, *others]
-    chain = [*turn, *others, ("format", {"pix_fmts": "rgb24"}), ("buffersink", {})]
+    chain = upright_filters(matrix)
+    if filters.enlarge and min(frame.width, frame.height) < int(filters.chain[0][1]["w"]):
+        chain.append(filters.enlarge)
+    chain += [*filters.chain, ("format", {"pix_fmts": "rgb24"}), ("buffersink", {})]
     nodes = [source] + [graph.add(name, **options) for name, options in chain]
     graph.link_nodes(*nodes).configure()
     return graph, source, nodes[-1]
 
 
-def display_matrix(frame):
-    """The nine integers of the file's rotation tag, or None."""
-    # Not frame.side_data: the frame would keep it and, as it knows the frame, never be freed
-    # before a garbage collection, pictures and all.
+def read_display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
+    """Return the nine integers of the file's rotation tag, or None without a tag."""
+    # frame.side_data would make a reference cycle, and the frame's memory would be freed only by
+    # a garbage collection.
     side_data = SideDataContainer(frame)
     try:
         return struct.unpack("<9i", bytes(side_data["DISPLAYMATRIX"]))
@@ -94,8 +113,8 @@ def display_matrix(frame):
         return None
 
 
-def upright_filters(matrix):
-    """The filters ffmpeg puts first so that the picture stands upright (ffmpeg_filter.c)."""
+def upright_filters(matrix: tuple[int, ...] | None) -> list[Filter]:
+    """Return the filters with which ffmpeg turns the picture upright (ffmpeg_filter.c)."""
     if matrix is None:
         return []
     across, down = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])

@@ -5,24 +5,45 @@ import contextlib
 import itertools
 import math
 import os
+from collections.abc import Collection, Iterable, Iterator
 from fractions import Fraction
 
 import av
+import numpy as np
 
-from video_decoder.filters import build_converter
-from video_decoder.limits import CONTAINERS, MAX_BYTES, MAX_PIXELS, DecodeError
-from video_decoder.timing import constant_rate_runs, exact_time, fps_runs, rescale, window_length
+from video_decoder.filters import CropFilters, FrameConverter
+from video_decoder.limits import CONTAINERS, MAX_BYTES, MAX_PIXELS, DecodeError, FilePath
+from video_decoder.timing import (
+    US_PER_S,
+    FpsFilter,
+    Span,
+    rescale,
+    sync_to_constant_rate,
+    to_output_frames,
+    window_length,
+)
 
-# The most that the fast path of decode_windows_pyav holds of a file at once: packets, in bytes.
-MAX_HELD = 64 << 20
-# Where packets are known to carry their frame's time, and to be skippable: see fast_path.
-WITH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-SKIPPABLE = ("h264", "hevc")
+MAX_PACKET_BYTES = 64 << 20  # that the fast path keeps of a file at once
+# Where packets are known to carry their frame's time, and to be skippable.
+FAST_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+FAST_CODECS = ("h264", "hevc")
 AVFMT_TS_DISCONT = 0x0200
 AVFMT_SEEK_TO_PTS = 0x4000000
+AV_CODEC_FLAG_UNALIGNED = 1
+
+TimedFrame = tuple[int | None, int, av.VideoFrame | None]  # pts, duration, frame
 
 
-def open_container(path):
+class FastPathUnavailable(Exception):
+    """Raised if a file needs the slow path."""
+
+
+@contextlib.contextmanager
+def open_video(path: FilePath) -> Iterator[av.VideoStream]:
+    """Open a file, and yield its first video stream, the decoder set up.
+
+    Raises DecodeError if it is no video file or has no stream that can be decoded.
+    """
     options = {
         "format_whitelist": CONTAINERS,
         "protocol_whitelist": "file",
@@ -30,100 +51,105 @@ def open_container(path):
         "max_pixels": str(MAX_PIXELS),
     }
     try:
-        return av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="ignore")
+        container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
         raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    with container:
+        if not container.streams.video:
+            raise DecodeError(f"{path}: no video stream")
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        if context is None:
+            raise DecodeError(f"{path}: no decoder for its video stream")
+        context.thread_count = 1  # workers decode in parallel, and skipping frames needs it
+        context.flags |= AV_CODEC_FLAG_UNALIGNED  # crop exactly as the stream says, like ffmpeg
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        yield stream
 
 
-def video_stream(path, container):
-    if not container.streams.video:
-        raise DecodeError(f"{path}: no video stream")
-    stream = container.streams.video[0]
-    context = stream.codec_context
-    if context is None:
-        raise DecodeError(f"{path}: no decoder for its video stream")
-    context.thread_count = 1  # workers decode in parallel; and skipping needs it
-    context.flags |= 1  # crop exactly where the stream says, as the program does
-    context.options = {"max_pixels": str(MAX_PIXELS)}
-    return stream
+def seek(stream: av.VideoStream, start: int | None) -> int:
+    """Seek as `ffmpeg -ss START` does (us; None: no -ss).
 
-
-def seek(container, stream, start):
-    """Seek as `ffmpeg -ss` does (None: no -ss); the offset (us) that puts START at time 0."""
+    Returns the offset (us) that puts START at time 0.
+    """
+    container = stream.container
     target = (start or 0) + (container.start_time or 0)
     flags = container.format.flags
     for other in container.streams:
-        other.discard = av.stream.Discard.default  # which stream leads a seek depends on it
+        other.discard = av.stream.Discard.default  # FFmpeg chooses the stream to seek in by it
     if start is not None:
         reordered = any(
             other.codec_context and getattr(other.codec_context, "has_b_frames", False)
             for other in container.streams.video
         )
-        early = 0 if flags & AVFMT_SEEK_TO_PTS or not reordered else 3 * 1000000 // 23
+        early = 0 if flags & AVFMT_SEEK_TO_PTS or not reordered else 3 * US_PER_S // 23
         with contextlib.suppress(av.error.FFmpegError):  # ffmpeg reads on from where it is
             container.seek(target - early)
     for other in container.streams:
         if other is not stream:
             other.discard = av.stream.Discard.all
     if flags & AVFMT_TS_DISCONT and None not in (container.start_time, stream.start_time):
-        first = rescale(stream.start_time * 1000000, *stream.time_base.as_integer_ratio())
-        return -max(target, first)
+        return -max(target, rescale(stream.start_time, US_PER_S * stream.time_base))
     return -target
 
 
-def demux(container, stream):
-    """The stream's packets up to the end of the file or, as ffmpeg has it, to a read error."""
-    # IndexError: PyAV trips over streams that turn up after the header, once all is read.
+def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Yield the stream's packets up to the end of the file or, like ffmpeg, to a read error."""
+    # PyAV raises IndexError at the end if a stream was found only after the header.
     with contextlib.suppress(av.error.FFmpegError, IndexError):
-        for packet in container.demux(stream):
+        for packet in stream.container.demux(stream):
             if packet.size:
                 yield packet
 
 
-def read_packets(container, stream, offset):
-    """The stream's packets, their timestamps moved by `offset` (us) and mended as ffmpeg does:
-    in formats whose clock may jump (MPEG-TS, MPEG-PS) jumps of over 10 s are closed; elsewhere
-    timestamps over 30 hours away from the expected one are dropped."""
-    numerator, denominator = stream.time_base.as_integer_ratio()
-    per_tick = numerator * 1000000
-    jumps = container.format.flags & AVFMT_TS_DISCONT
+def read_packets(stream: av.VideoStream, offset: int) -> Iterator[av.Packet]:
+    """Yield the stream's packets, timestamps moved by `offset` (us) and corrected as ffmpeg does.
+
+    In formats whose clock may jump (MPEG-TS, MPEG-PS) jumps of over 10 s are closed. In others
+    timestamps over 30 hours away from the expected one are dropped.
+    """
+    us_per_unit = US_PER_S * stream.time_base
+    units_per_us = 1 / us_per_unit
+    may_jump = stream.container.format.flags & AVFMT_TS_DISCONT
     rate = stream.average_rate
-    step = rescale(1000000, rate.denominator, rate.numerator) if rate else 0
-    offset = rescale(offset, denominator, per_tick)
+    frame_us = rescale(US_PER_S, 1 / rate) if rate else 0
+    offset = rescale(offset, units_per_us)
     dts_us = next_us = None
-    for packet in demux(container, stream):
+    for packet in demux(stream):
         pts, dts = packet.pts, packet.dts
         if pts is not None:
             pts += offset
         if dts is not None:
             dts += offset
-        if dts is not None and jumps:
-            now = rescale(dts, per_tick, denominator)
-            delta = now - (next_us or 0)  # the first packet is held against START
-            if abs(delta) > 10 * 1000000 or (dts_us is not None and now + 100000 < dts_us):
-                shift = rescale(delta, denominator, per_tick)
+        if dts is not None and may_jump:
+            now = rescale(dts, us_per_unit)
+            delta = now - (next_us or 0)  # the first packet is expected at START
+            if abs(delta) > 10 * US_PER_S or (dts_us is not None and now + 100_000 < dts_us):
+                shift = rescale(delta, units_per_us)
                 offset -= shift
                 dts -= shift
                 pts = None if pts is None else pts - shift
         elif dts is not None and next_us is not None:
-            limit = 30 * 3600 * 1000000
-            if abs(rescale(dts, per_tick, denominator) - next_us) > limit:
+            limit = 30 * 3600 * US_PER_S
+            if abs(rescale(dts, us_per_unit) - next_us) > limit:
                 dts = None
-            if pts is not None and abs(rescale(pts, per_tick, denominator) - next_us) > limit:
+            if pts is not None and abs(rescale(pts, us_per_unit) - next_us) > limit:
                 pts = None
         if next_us is None:
-            delay = stream.codec_context.reorder_depth * step
-            next_us = (rescale(pts, per_tick, denominator) if pts is not None else 0) - delay
+            delay = stream.codec_context.reorder_depth * frame_us
+            next_us = (rescale(pts, us_per_unit) if pts is not None else 0) - delay
         if dts is not None:
-            next_us = rescale(dts, per_tick, denominator)
+            next_us = rescale(dts, us_per_unit)
         dts_us = next_us
-        next_us += rescale(packet.duration, per_tick, denominator) if packet.duration else step
+        next_us += rescale(packet.duration, us_per_unit) if packet.duration else frame_us
         packet.pts, packet.dts = pts, dts
         yield packet
 
 
-def decode_packets(packets, context):
-    """The frames of packets in the decoder's order. A damaged packet is skipped, as ffmpeg does."""
+def decode_packets(
+    packets: Iterable[av.Packet], context: av.VideoCodecContext
+) -> Iterator[av.VideoFrame]:
+    """Yield the frames in presentation order. A damaged packet is skipped, as ffmpeg does."""
     for packet in itertools.chain(packets, [None]):
         try:
             yield from context.decode(packet)
@@ -131,27 +157,34 @@ def decode_packets(packets, context):
             continue
 
 
-def frame_length(duration, pts, last, estimate, stream):
-    """How long ffmpeg thinks a frame lasts (video_duration_estimate); only the last one's counts.
+def estimate_duration(
+    duration: int, pts: int, last_pts: int | None, last_duration: int, stream: av.VideoStream
+) -> int:
+    """Return a frame's duration as ffmpeg estimates it (video_duration_estimate).
 
-    last, estimate: the pts and length of the frame before it (None, 0: there is none)."""
-    gap = pts - last if last is not None else -1
+    last_pts, last_duration: those of the frame before it (None, 0 for the first frame).
+    """
+    gap = pts - last_pts if last_pts is not None else -1
     if duration > 0 and not (duration == 1 and gap > 2):
         return duration
     if gap > 0 or duration > 0:
         return gap if gap > 0 else duration
     rate = stream.codec_context.framerate or stream.average_rate
     if rate:
-        estimate = rescale(1, *(1 / (rate * stream.time_base)).as_integer_ratio())
-    return max(estimate, 1)
+        last_duration = rescale(1, 1 / (rate * stream.time_base))
+    return max(last_duration, 1)
 
 
-def timed_frames(packets, stream):
-    """(pts, duration, frame) of a packet sequence, in the stream's time base, as ffmpeg's decoder
-    thread gives them; finally (end of the last frame, 0, None)."""
+def decode_timed_frames(
+    packets: Iterable[av.Packet], stream: av.VideoStream
+) -> Iterator[TimedFrame]:
+    """Yield (pts, duration, frame) as ffmpeg's decoder thread does, in the stream's time base.
+
+    At the end yields (end of the last frame, 0, None), with the pts None if there was no frame.
+    """
     faulty_pts = faulty_dts = 0
     last_guess_pts = last_guess_dts = -math.inf
-    last = None
+    last_pts = None
     estimate = 0
     for frame in decode_packets(packets, stream.codec_context):
         # libavcodec's guess between the two clocks of a frame (best_effort_timestamp).
@@ -169,179 +202,218 @@ def timed_frames(packets, stream):
         if pts is None or (dts is not None and faulty_pts > faulty_dts):
             pts = dts
         if pts is None:
-            pts = 0 if last is None else last + estimate
-        estimate = frame_length(frame.duration, pts, last, estimate, stream)
-        last = pts
+            pts = 0 if last_pts is None else last_pts + estimate
+        estimate = estimate_duration(frame.duration, pts, last_pts, estimate, stream)
+        last_pts = pts
         yield pts, frame.duration, frame
-    yield (None if last is None else last + estimate), 0, None
+    yield (None if last_pts is None else last_pts + estimate), 0, None
 
 
-def decode_windows_pyav(path, starts, fps, filters, clips):
-    """Fill clips [N, 3, frames, size, size]; for each window, whether it shows any frame.
+def decode_windows_pyav(
+    path: FilePath, starts: list[int], fps: Fraction, filters: CropFilters, clips: np.ndarray
+) -> bool:
+    """Fill clips [N, 3, frames, size, size]; return whether each window displays a frame.
 
-    Two ways. The short one knows from the packets' timestamps which frames are wanted and
-    skips packets. It is taken by rule: H.264 or H.265 in MP4 or Matroska, every packet with a
-    timestamp of its own, starting at a keyframe; and left, to start over the slow path, at the
-    first sign of damage, interlacing or a wanted frame that does not come out. Everything else
-    (AVI, MPEG-TS, MPEG-4 part 2, VP9, AV1, ...) goes the slow path: every frame from the keyframe
-    on is decoded, and its time is taken after decoding. Both convert only the frames shown.
+    starts: microseconds. clips: zeros at first, and kept where no frame is displayed.
+
+    The fast path takes the timestamps of the packets, and skips packets that no window needs. It
+    is for H.264 and H.265 in MP4 and Matroska, if every packet has a timestamp of its own. The
+    slow path decodes every frame from the keyframe on, and takes the timestamps after decoding. It
+    serves everything else (AVI, MPEG-TS, MPEG-4 part 2, VP9, AV1, ...), and starts over if the
+    fast path finds damage, interlacing or a displayed frame that the decoder does not return. Both
+    convert only the displayed frames.
     """
-    with open_container(path) as container:
-        stream = video_stream(path, container)
-        if stream.codec_context.name in SKIPPABLE and container.format.name in WITH_TIMES:
-            shown = fast_path(path, container, stream, starts, fps, filters, clips)
-            if shown is not None:
-                return shown
-            clips[:] = 0
-    return slow_path(path, starts, fps, filters, clips)
+    with open_video(path) as stream:
+        container, codec = stream.container.format.name, stream.codec_context.name
+        if container in FAST_CONTAINERS and codec in FAST_CODECS:
+            try:
+                return run_fast_path(path, stream, starts, fps, filters, clips)
+            except FastPathUnavailable:
+                clips[:] = 0
+    return run_slow_path(path, starts, fps, filters, clips)
 
 
-def fast_path(path, container, stream, starts, fps, filters, clips):
-    """Decode all windows in one pass, by the packets' times; None if the file is not fit for it."""
-    num_frames = clips.shape[2]
-    shown = [False] * len(starts)
-    try:
-        runs, segments = plan_windows(container, stream, starts, fps, num_frames)
-        showings = {}  # pts -> the places that show it
-        for window, pts, first, end in runs:
-            shown[window] = True
-            showings.setdefault(pts, []).append((window, first, end))
-        convert = build_converter(path, filters)
-        for packets in segments:
-            for frame in decode_wanted(packets, showings, stream.codec_context):
-                picture = convert(frame)
-                for window, first, end in showings.pop(frame.pts):
-                    put_picture(picture, clips[window, :, first:end])
-    except FastPathUnavailable:
-        return None
-    return shown if not showings else None
+def run_fast_path(
+    path: FilePath,
+    stream: av.VideoStream,
+    starts: list[int],
+    fps: Fraction,
+    filters: CropFilters,
+    clips: np.ndarray,
+) -> bool:
+    """Decode all windows in one pass, by the timestamps of the packets.
+
+    Raises FastPathUnavailable if the file is not suited. The clips may be partly filled then.
+    """
+    spans, segments = plan_windows(stream, starts, fps, clips.shape[2])
+    destinations = {}  # pts -> where its frame is displayed
+    for window, (pts, first, end) in spans:
+        destinations.setdefault(pts, []).append(clips[window, :, first:end])
+    converter = FrameConverter(path, filters)
+    for packets in segments:
+        for frame in decode_displayed(packets, destinations, stream.codec_context):
+            picture = converter.convert(frame)
+            for destination in destinations.pop(frame.pts):
+                copy_picture(picture, destination)
+    if destinations:
+        raise FastPathUnavailable
+    return len({window for window, _ in spans}) == len(starts)
 
 
-class FastPathUnavailable(Exception):
-    """The fast path does not apply to this file."""
+def plan_windows(
+    stream: av.VideoStream, starts: list[int], fps: Fraction, num_frames: int
+) -> tuple[list[tuple[int, Span]], list[list[av.Packet]]]:
+    """Plan which frames the windows display, and read the packets that these need.
 
-
-def plan_windows(container, stream, starts, fps, num_frames):
-    """What the windows show, and the packets it takes.
-
-    Returns runs, (window, pts, first, end) as fps_runs gives them, and segments, lists of packets
-    in decoding order, each starting at a keyframe."""
-    units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
-    ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
-    context = stream.codec_context
-    runs, segments, ended, held = [], [], False, 0
+    Returns (window, span) pairs, the span's frame being a pts, and segments: lists of packets in
+    decoding order, each starting at a keyframe.
+    """
+    units_per_us = 1 / (US_PER_S * stream.time_base)
+    ticks_per_unit = stream.time_base * fps
+    reader = SegmentReader(stream)
+    spans = []
     for window in sorted(range(len(starts)), key=starts.__getitem__):
-        offset = rescale(-starts[window] - (container.start_time or 0), *units_per_us)
-        if not segments or not covers(segments[-1], -offset, ended, context):
-            seek(container, stream, starts[window])
-            source = container.demux(stream)
-            packet = next_packet(source)
-            if packet is None or not packet.is_keyframe:
-                raise FastPathUnavailable
-            catching_up = bool(segments) and packet.pts in segments[-1]
-            # A second seek may know more keyframes than a fresh one; with these it is no matter.
-            if segments and not starts_afresh(packet, context):
-                raise FastPathUnavailable
-            if not catching_up:
-                segments.append({packet.pts: packet})
-            ended = False
-        segment = segments[-1]  # pts -> packet
-        numerator, denominator = ticks_per_unit
+        offset = rescale(-starts[window] - (stream.container.start_time or 0), units_per_us)
+        reader.move_to(starts[window], -offset)
         # The first pts that rounds to a tick past the clip's last.
-        limit = -(-(2 * num_frames - 1) * denominator // (2 * numerator)) - offset
-        spare, showing = 0, []
-        while not showing or showing[-1][-1] < num_frames:
-            # No packet follows more than 16 others whose frames are shown after its own. A clip
-            # in a long gap may need more: the gap's length in ticks is not known before.
-            spare = 2 * spare + 17
-            after = sum(pts >= limit for pts in segment)
-            while after < spare and not ended:
-                packet = next_packet(source)
-                ended = packet is None
-                if ended or (catching_up and packet.pts in segment):
-                    continue
-                catching_up = False
-                if packet.pts in segment:
-                    raise FastPathUnavailable
-                segment[packet.pts] = packet
-                after += packet.pts >= limit
-                held += packet.size
-                if held > MAX_HELD:
-                    raise FastPathUnavailable
-            showing = plan_showing(segment, offset, ended, num_frames, ticks_per_unit, stream)
-            if ended:
+        limit = math.ceil((num_frames - Fraction(1, 2)) / ticks_per_unit) - offset
+        count, planned = 0, []
+        while not planned or planned[-1].end < num_frames:
+            # A packet follows at most 16 others whose frames are presented later. A clip in a
+            # long gap may need more packets: the gap's length in ticks is not known before.
+            count = 2 * count + 17
+            reader.read_past(limit, count)
+            planned = plan_window(reader, offset, num_frames, ticks_per_unit)
+            if reader.at_end:
                 break
-        runs += [(window, *run) for run in showing]
-    return runs, [list(segment.values()) for segment in segments]
+        spans += [(window, span) for span in planned]
+    return spans, [list(segment.values()) for segment in reader.segments]
 
 
-def plan_showing(segment, offset, ended, num_frames, ticks_per_unit, stream):
-    """fps_runs over the packets (pts -> packet) from time -offset on; they may end the file."""
+class SegmentReader:
+    """Reads packets into segments, dicts pts -> packet that start at a keyframe.
+
+    Raises FastPathUnavailable at damage, and where a seek may give other frames.
+    """
+
+    def __init__(self, stream: av.VideoStream):
+        self.stream = stream
+        self.segments: list[dict[int, av.Packet]] = []
+        self.at_end = False
+        self.overlaps = False  # a seek led back into the last segment
+        self.num_bytes = 0
+
+    def move_to(self, start: int, pts: int) -> None:
+        """Seek to `start` (us; `pts` in the stream's units) unless the last segment covers it."""
+        if self.segments and self.covers(pts):
+            return
+        seek(self.stream, start)
+        self.packets = self.stream.container.demux(self.stream)
+        packet = self.read_packet()
+        if packet is None or not packet.is_keyframe:
+            raise FastPathUnavailable
+        # A second seek may know more keyframes than a fresh one, which makes no difference if it
+        # leads to an IDR picture.
+        if self.segments and not is_idr(packet, self.stream.codec_context):
+            raise FastPathUnavailable
+        self.overlaps = bool(self.segments) and packet.pts in self.segments[-1]
+        if not self.overlaps:
+            self.segments.append({packet.pts: packet})
+        self.at_end = False
+
+    def covers(self, pts: int) -> bool:
+        """Return whether decoding the last segment and on gives the same as a seek to pts."""
+        segment = self.segments[-1]
+        if not self.at_end and pts > max(segment):
+            return False
+        keyframes = [packet for packet in list(segment.values())[1:] if packet.is_keyframe]
+        keyframes = [packet for packet in keyframes if packet.pts <= pts]
+        return not keyframes or is_idr(keyframes[-1], self.stream.codec_context)
+
+    def read_past(self, limit: int, count: int) -> None:
+        """Read until `count` packets of the segment have pts >= limit, or the file ends."""
+        segment = self.segments[-1]
+        found = sum(pts >= limit for pts in segment)
+        while found < count and not self.at_end:
+            packet = self.read_packet()
+            if packet is None:
+                self.at_end = True
+                return
+            known = packet.pts in segment
+            self.overlaps = self.overlaps and known
+            if self.overlaps:
+                continue
+            if known:
+                raise FastPathUnavailable
+            segment[packet.pts] = packet
+            found += packet.pts >= limit
+            self.num_bytes += packet.size
+            if self.num_bytes > MAX_PACKET_BYTES:
+                raise FastPathUnavailable
+
+    def read_packet(self) -> av.Packet | None:
+        """Return the next packet, None at the end of the file."""
+        try:
+            packet = next(self.packets)
+        except (StopIteration, av.error.FFmpegError):
+            raise FastPathUnavailable from None
+        if not packet.size and packet.dts is None:
+            return None
+        if not packet.size or packet.pts is None or packet.is_corrupt:
+            raise FastPathUnavailable
+        return packet
+
+
+def plan_window(
+    reader: SegmentReader, offset: int, num_frames: int, ticks_per_unit: Fraction
+) -> list[Span]:
+    """Return the spans, with a pts as frame, of the window that starts at pts -offset."""
+    segment = reader.segments[-1]
     times = sorted(pts for pts, packet in segment.items() if not packet.is_discard)
     times = times[bisect.bisect_left(times, -offset) :]
     if times and times[0] < next(iter(segment)):
-        raise FastPathUnavailable  # shown before the keyframe: whether they come out is hard to say
-    step, runs = fps_runs(num_frames), []
+        raise FastPathUnavailable  # presented before the keyframe: it may not be decodable
+    fps_filter, spans = FpsFilter(num_frames), []
     for pts in times:
-        run = step(rescale(pts + offset, *ticks_per_unit), pts)
-        if run:
-            runs.append(run)
-            if run[-1] == num_frames:
-                return runs
-    if ended and times:
-        last, before = times[-1], times[-2] if len(times) > 1 else None
-        length = frame_length(segment[last].duration or 0, last, before, 0, stream)
-        run = step(rescale(last + length + offset, *ticks_per_unit), None)
-        runs += [run] if run else []
-    return runs
+        span = fps_filter.push(rescale(pts + offset, ticks_per_unit), pts)
+        if span:
+            spans.append(span)
+            if span.end == num_frames:
+                return spans
+    if reader.at_end and times:
+        pts, last_pts = times[-1], times[-2] if len(times) > 1 else None
+        length = estimate_duration(segment[pts].duration or 0, pts, last_pts, 0, reader.stream)
+        span = fps_filter.push(rescale(pts + length + offset, ticks_per_unit), None)
+        spans += [span] if span else []
+    return spans
 
 
-def covers(segment, pts, ended, context):
-    """Whether decoding this segment, or on from its end, gives what a seek to pts gives."""
-    if not ended and pts > max(segment):
-        return False
-    keyframes = [packet for packet in list(segment.values())[1:] if packet.is_keyframe]
-    keyframes = [packet for packet in keyframes if packet.pts <= pts]
-    return not keyframes or starts_afresh(keyframes[-1], context)
-
-
-def next_packet(source):
-    """The next packet of a demuxer, None at the end of the file."""
-    try:
-        packet = next(source)
-    except (StopIteration, av.error.FFmpegError):
-        raise FastPathUnavailable from None
-    if not packet.size and packet.dts is None:
-        return None
-    if not packet.size or packet.pts is None or packet.is_corrupt:
-        raise FastPathUnavailable
-    return packet
-
-
-def decode_wanted(packets, wanted, context):
-    """The frames of `packets` (from a keyframe on, in decoding order) whose pts is in `wanted`."""
-    # Frames that no other refers to are skipped. In H.265 the mark only speaks of its own layer.
-    skipping = context.name == "h264" or all(
+def decode_displayed(
+    packets: list[av.Packet], displayed: Collection[int], context: av.VideoCodecContext
+) -> Iterator[av.VideoFrame]:
+    """Decode those frames of a segment whose pts is in `displayed`."""
+    # Frames that no other refers to can be skipped. H.265 marks them only within a layer.
+    can_skip = context.name == "h264" or all(
         parse_slice(packet, context)[1] == 1 for packet in packets
     )
     needed, group, end = [], [], 0
     for packet in packets:
-        if packet.is_keyframe and starts_afresh(packet, context):
+        if packet.is_keyframe and is_idr(packet, context):
             needed += group[:end]
             group, end = [], 0
         group.append(packet)
-        if packet.pts in wanted:
+        if packet.pts in displayed:
             end = len(group)
     needed += group[:end]
     try:
         for packet in [*needed, None]:
             if packet is not None:
-                skip = skipping and packet.pts not in wanted
+                skip = can_skip and packet.pts not in displayed
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
             for frame in context.decode(packet):
                 if frame.is_corrupt or frame.interlaced_frame:
                     raise FastPathUnavailable
-                if frame.pts in wanted:
+                if frame.pts in displayed:
                     yield frame
         depth = context.reorder_depth
         context.flush_buffers()  # for the next segment; it may forget the depth
@@ -350,14 +422,16 @@ def decode_wanted(packets, wanted, context):
         raise FastPathUnavailable from None
 
 
-def starts_afresh(packet, context):
-    """Whether nothing before this packet is referred to from it on (an IDR picture)."""
+def is_idr(packet: av.Packet, context: av.VideoCodecContext) -> bool:
+    """Return whether a packet is an IDR picture: no later one refers to one before it."""
     return parse_slice(packet, context)[0] in ((5,) if context.name == "h264" else (19, 20))
 
 
-def parse_slice(packet, context):
-    """The NAL unit type of a packet's first slice, and in H.265 its layer (temporal id plus 1).
-    (0, 0) where there is none or the packet is not in the form MP4 and Matroska use."""
+def parse_slice(packet: av.Packet, context: av.VideoCodecContext) -> tuple[int, int]:
+    """Return the NAL unit type of a packet's first slice, and in H.265 its temporal id plus 1.
+
+    (0, 0) if there is no slice, or the packet does not have the form of MP4 and Matroska.
+    """
     h264 = context.name == "h264"
     extradata = context.extradata or b""
     if len(extradata) < (7 if h264 else 23) or extradata[0] != 1:
@@ -365,116 +439,119 @@ def parse_slice(packet, context):
     prefix = 1 + (extradata[4 if h264 else 21] & 3)
     data, at = memoryview(packet), 0
     while at + prefix + 2 <= len(data):
-        kind = data[at + prefix] & 31 if h264 else data[at + prefix] >> 1 & 63
-        if 1 <= kind <= 5 if h264 else kind < 32:
-            return kind, data[at + prefix + 1] & 7
+        nal_type = data[at + prefix] & 31 if h264 else data[at + prefix] >> 1 & 63
+        if 1 <= nal_type <= 5 if h264 else nal_type < 32:
+            return nal_type, data[at + prefix + 1] & 7
         at += prefix + int.from_bytes(data[at : at + prefix], "big")
     return 0, 0
 
 
-def slow_path(path, starts, fps, filters, clips):
-    """Decode every frame from the keyframe on; windows from the same packet share a pass."""
-    shown = [False] * len(starts)
-    convert = build_converter(path, filters)
-    passes = {}
-    with open_container(path) as container:
+def run_slow_path(
+    path: FilePath, starts: list[int], fps: Fraction, filters: CropFilters, clips: np.ndarray
+) -> bool:
+    """Decode every frame from the keyframe on; windows that seek to one packet share a pass."""
+    converter = FrameConverter(path, filters)
+    passes, displaying = {}, set()
+    with open_video(path) as stream:
         # Where timestamps may jump (MPEG-TS, MPEG-PS) the windows' clocks could part.
-        may_share = len(starts) > 1 and not container.format.flags & AVFMT_TS_DISCONT
+        may_share = len(starts) > 1 and not stream.container.format.flags & AVFMT_TS_DISCONT
     for window, start in enumerate(starts):
-        landing = find_landing(path, start) if may_share else None
-        passes.setdefault(landing or window, []).append(window)
+        packet_id = find_first_packet(path, start) if may_share else None
+        passes.setdefault(packet_id or window, []).append(window)
     for windows in passes.values():
-        with open_container(path) as container:
-            stream = video_stream(path, container)
-            frames = run_pass(container, stream, starts, windows, fps, clips.shape[2])
-            for window, frame, first, end in frames:
-                if frame[1] is None:
-                    frame[1] = convert(frame[0])
-                put_picture(frame[1], clips[window, :, first:end])
-                shown[window] = True
-    return shown
+        with open_video(path) as stream:
+            delays = {window: starts[window] - starts[windows[0]] for window in windows}
+            offset = seek(stream, starts[windows[0]])
+            for window, span in run_pass(stream, offset, delays, fps, clips.shape[2]):
+                picture = converter.convert(span.frame)
+                copy_picture(picture, clips[window, :, span.first : span.end])
+                displaying.add(window)
+    return len(displaying) == len(starts)
 
 
-def run_pass(container, stream, starts, windows, fps, num_frames):
-    """One pass of the slow path: yields (window, [frame, None], first, end), the runs of fps_runs.
-    A frame that several windows show comes in the same list each time."""
-    units_per_us = (1000000 * stream.time_base).as_integer_ratio()[::-1]
-    ticks_per_unit = (stream.time_base * fps).as_integer_ratio()
-    longest = rescale(window_length(num_frames, fps), *units_per_us)
-    offset = seek(container, stream, starts[windows[0]])
-    base = rescale(offset, *units_per_us)
-    delays = {window: starts[window] - starts[windows[0]] for window in windows}
-    shifts = {window: rescale(offset - delays[window], *units_per_us) - base for window in windows}
-    steps = {window: fps_runs(num_frames) for window in windows}
+def run_pass(
+    stream: av.VideoStream, offset: int, delays: dict[int, int], fps: Fraction, num_frames: int
+) -> Iterator[tuple[int, Span]]:
+    """Decode on from a seek, and yield (window, span) pairs.
+
+    offset: as `seek` returns it. delays: window -> its start, from that of the seek on. Both in
+    microseconds.
+    """
+    units_per_us = 1 / (US_PER_S * stream.time_base)
+    ticks_per_unit = stream.time_base * fps
+    longest = rescale(window_length(num_frames, fps), units_per_us)
+    base = rescale(offset, units_per_us)
+    shifts = {w: rescale(offset - delay, units_per_us) - base for w, delay in delays.items()}
+    fps_filters = {window: FpsFilter(num_frames) for window in delays}
     begins = {}
-    for pts, _, frame in timed_frames(read_packets(container, stream, offset), stream):
-        holder = [frame, None] if frame else None
-        for window, step in list(steps.items()):
-            if pts is None:
-                continue  # the end of no frame at all
-            moved = pts + shifts[window]
-            if frame and moved < 0:
+    for pts, _, frame in decode_timed_frames(read_packets(stream, offset), stream):
+        if pts is None:
+            return  # no frame at all
+        for window, fps_filter in list(fps_filters.items()):
+            time = pts + shifts[window]
+            if frame is not None and time < 0:
                 continue
-            past = moved - begins.setdefault(window, moved) >= longest
-            run = step(rescale(moved, *ticks_per_unit), None if past else holder)
-            if run:
-                yield window, *run
-            if past or (run and run[-1] == num_frames):
-                del steps[window]
-        if not steps:
+            past = time - begins.setdefault(window, time) >= longest
+            span = fps_filter.push(rescale(time, ticks_per_unit), None if past else frame)
+            if span:
+                yield window, span
+            if past or (span and span.end == num_frames):
+                del fps_filters[window]
+        if not fps_filters:
             return
 
 
-def find_landing(path, start):
-    """The packet that a seek to `start` leads to: windows that share it share all that follow.
-    None where it has no name to be told by."""
-    with open_container(path) as container:
-        stream = video_stream(path, container)
-        seek(container, stream, start)
-        packet = next(demux(container, stream), None)
+def find_first_packet(path: FilePath, start: int) -> tuple | None:
+    """Return what identifies the packet to which a seek to `start` (us) leads.
+
+    Windows that share it share all packets that follow. None if it cannot be identified.
+    """
+    with open_video(path) as stream:
+        seek(stream, start)
+        packet = next(demux(stream), None)
         if packet is None or packet.dts is None:
             return None
         return packet.pts, packet.dts, packet.pos
 
 
-def put_picture(picture, places):
-    """Copy a picture [height, width, 3] to each of places [3, n, height, width]."""
+def copy_picture(picture: np.ndarray, frames: np.ndarray) -> None:
+    """Copy a picture [height, width, 3] to each of frames [3, n, height, width]."""
     for channel in range(3):  # three copies of a plane are quicker than one with its axes moved
-        places[channel] = picture[:, :, channel]
+        frames[channel] = picture[:, :, channel]
 
 
-def decode_whole_pyav(path, filters, size):
-    """The pictures of the whole file, [size, size, 3] each."""
-    with open_container(path) as container:
-        stream = video_stream(path, container)
-        packets = read_packets(container, stream, seek(container, stream, None))
+def decode_file(stream: av.VideoStream) -> Iterator[TimedFrame]:
+    """Yield all frames of a file as decode_timed_frames does."""
+    return decode_timed_frames(read_packets(stream, seek(stream, None)), stream)
+
+
+def decode_whole_pyav(path: FilePath, filters: CropFilters, size: int) -> list[np.ndarray]:
+    """Return the pictures of the whole file, uint8 [size, size, 3] each."""
+    with open_video(path) as stream:
         rate = stream.guessed_rate or Fraction(25)
-        usual = 1 / (rate * stream.time_base)
-
-        def timed():
-            for pts, duration, frame in timed_frames(packets, stream):
-                if frame is not None:
-                    length = duration or rescale(1, usual.numerator, usual.denominator)
-                    length = float(length * stream.time_base * rate)
-                    yield exact_time(pts, stream.time_base, rate), length, frame
-
-        convert = build_converter(path, filters)
-        pictures, last = [], None
-        for frame, copies in constant_rate_runs(timed()):
-            if frame is not last:
-                picture, last = convert(frame), frame
+        frames_per_unit = stream.time_base * rate
+        usual_duration = rescale(1, 1 / frames_per_unit)
+        frames = (
+            (
+                to_output_frames(pts, stream.time_base, rate),
+                float((duration or usual_duration) * frames_per_unit),
+                frame,
+            )
+            for pts, duration, frame in decode_file(stream)
+            if frame is not None
+        )
+        converter, pictures = FrameConverter(path, filters), []
+        for frame, copies in sync_to_constant_rate(frames):
+            picture = converter.convert(frame)
             if (len(pictures) + copies) * 3 * size * size > MAX_BYTES:
                 raise DecodeError(f"{path}: more frames than fit in {MAX_BYTES >> 20} MiB")
             pictures += [picture] * copies
         return pictures
 
 
-def check_decodable(path):
+def check_decodable(path: FilePath) -> None:
     """Raise DecodeError unless the file gives at least one frame, read from its start."""
-    with open_container(path) as container:
-        stream = video_stream(path, container)
-        packets = read_packets(container, stream, seek(container, stream, None))
-        for _, _, frame in timed_frames(packets, stream):
-            if frame is None:
-                raise DecodeError(f"{path}: no frame of it can be decoded")
-            return
+    with open_video(path) as stream:
+        _, _, frame = next(decode_file(stream))
+        if frame is None:
+            raise DecodeError(f"{path}: no frame of it can be decoded")

@@ -1,58 +1,72 @@
-"""What the ffmpeg command does with timestamps, in integers."""
+"""The timestamp arithmetic of the ffmpeg command, in integers."""
 
 import math
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# The most copies FFmpeg makes of one frame to fill a gap in time; beyond that it drops the frame.
+US_PER_S = 1_000_000
+# FFmpeg repeats a frame at most this often to fill a gap in time; beyond that it drops the frame.
 MAX_REPEATS = 30 * 3600 * 30
 
 
-def rescale(value, numerator, denominator):
-    """value * numerator / denominator to the nearest integer, halves away from zero."""
-    product = value * numerator
+def rescale(value: int, factor: Fraction) -> int:
+    """Return value * factor, rounded to the nearest integer, halves away from zero."""
+    product, denominator = value * factor.numerator, factor.denominator
     magnitude = (2 * abs(product) + denominator) // (2 * denominator)
     return magnitude if product >= 0 else -magnitude
 
 
-def fps_runs(num_frames):
-    """The fps filter and the muxer's frame sync: which frame each output frame shows.
+class Span(NamedTuple):
+    """The output frames first..end-1, which all display `frame`."""
 
-    Returns step(tick, frame), to be called with the frames in the order they are shown, where
-    tick is a frame's time in output frames, rounded; and at the end with the tick at which the
-    last frame ends (None: unknown) and the frame None. It returns None or (frame, first, end):
-    output frames first..end-1 of 0..num_frames-1 show `frame`.
-    Output frame n shows the last frame whose tick is at most n; those before the first, the first.
+    frame: Any
+    first: int
+    end: int
+
+
+class FpsFilter:
+    """FFmpeg's fps filter and the muxer's frame sync: which frame each output frame displays.
+
+    Output frame n displays the last frame whose tick is at most n; those before the first frame
+    display the first. A tick is a frame's time in output frames, rounded.
     """
-    held = following = None
-    first = 0
 
-    def step(tick, frame):
-        nonlocal held, following, first
-        run = None
-        if held is None:
-            following = tick
+    def __init__(self, num_frames: int):
+        self.num_frames = num_frames
+        self.frame = None  # displayed from output frame `first` on
+        self.first = 0
+        self.tick = 0
+
+    def push(self, tick: int | None, frame: Any) -> Span | None:
+        """Add the next frame in presentation order, and return the span that it completes.
+
+        At the end, pass the tick at which the last frame ends (None: unknown) and the frame None.
+        Spans are cut to the output frames 0..num_frames-1; an empty one is None.
+        """
+        span = None
+        if self.frame is None:
+            self.tick = tick
             if frame is not None and tick + 1 > MAX_REPEATS:
-                frame = None  # too long a gap to fill: never shown
-        elif tick is not None and tick > following:
-            run = held, first, min(tick, num_frames)
-            first = following = tick
-        held = frame
-        return run if run and run[1] < run[2] else None
-
-    return step
+                frame = None  # the gap before it is too long to fill: never displayed
+        elif tick is not None and tick > self.tick:
+            span = Span(self.frame, self.first, min(tick, self.num_frames))
+            self.first = self.tick = tick
+        self.frame = frame
+        return span if span and span.first < span.end else None
 
 
-def constant_rate_runs(frames):
-    """The muxer's frame sync where no fps filter ran (fftools' CFR video sync).
+def sync_to_constant_rate(frames: Iterable[tuple[float, float, Any]]) -> Iterator[tuple[Any, int]]:
+    """Apply the muxer's frame sync where no fps filter ran (CFR video sync of fftools).
 
-    frames: an iterable of (time, duration, frame), both in output frames (float). Yields
-    (frame, copies): the output is `frame` so many times over.
+    frames: (time, duration, frame), both in output frames. Yields (frame, copies): the output
+    displays `frame` so many times in a row.
     """
-    following, history, previous = 0, [0, 0, 0], None
-    for when, duration, frame in frames:
-        early = when - following
+    next_time, history, previous = 0, [0, 0, 0], None
+    for time, duration, frame in frames:
+        early = time - next_time
         late = early + duration
         if early < 0 < late:
             early = 0.0
@@ -72,22 +86,21 @@ def constant_rate_runs(frames):
                 yield previous, before
             if copies > before:
                 yield frame, copies - before
-        following += copies
+        next_time += copies
         previous = frame
     if previous is not None:
         yield previous, sorted(history)[1]
 
 
-def exact_time(pts, time_base, rate):
-    """A timestamp in output frames, with the fractional bits and the nudge of fftools."""
+def to_output_frames(pts: int, time_base: Fraction, rate: Fraction) -> float:
+    """Convert a timestamp to output frames, with the fractional bits and the nudge of fftools."""
     bits = min(max(29 - (rate.numerator.bit_length() - 1), 0), 16)
-    step = time_base * rate * (1 << bits)
-    when = rescale(pts, step.numerator, step.denominator) / (1 << bits)
-    if when != round(when):
-        when += math.copysign(1 / (1 << 17), when)
-    return when
+    time = rescale(pts, time_base * rate * (1 << bits)) / (1 << bits)
+    if time != round(time):
+        time += math.copysign(1 / (1 << 17), time)
+    return time
 
 
-def window_length(num_frames, fps):
-    """The -t of the command, in microseconds."""
-    return round((num_frames / fps + Fraction(1, 10)) * 1000000)
+def window_length(num_frames: int, fps: Fraction) -> int:
+    """Return the -t of the command, in microseconds."""
+    return round((num_frames / fps + Fraction(1, 10)) * US_PER_S)

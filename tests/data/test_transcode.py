@@ -10,7 +10,7 @@ import torch
 
 import video_decoder
 from tests.helpers import ROOT
-from video_decoder.pyav import starts_afresh
+from video_decoder.pyav import is_idr
 
 SCRIPT = ROOT / "data" / "howto100m" / "transcode.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -72,7 +72,7 @@ def test_shape_rate_and_groups_of_the_store(tree):
             assert keyframes == [0, 1, 2, 3, 4]
             for packet in packets:
                 if packet.is_keyframe:
-                    assert starts_afresh(packet, stream.codec_context)
+                    assert is_idr(packet, stream.codec_context)
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 4])

@@ -16,12 +16,7 @@ import pytest
 import torch
 
 from tests.helpers import FAILURES, ROOT, await_gone
-from tests.video_decoder.test_video_decoder import (  # the last two are fixtures
-    VIDEOS,
-    ffmpeg_program,
-    pinned_program,  # noqa: F401
-    video,  # noqa: F401
-)
+from tests.video_decoder.samples import VIDEOS, run_ffmpeg
 from video_decoder import (
     BACKENDS,
     DecodeError,
@@ -114,13 +109,13 @@ def check_damage(make, folder, seed, count):
     return refused
 
 
-def test_damaged_files_give_frames_or_one_error(video, tmp_path):  # noqa: F811
+def test_damaged_files_give_frames_or_one_error(video, tmp_path):
     refused = check_damage(video, tmp_path, 1, 104)
     assert 0 < refused < 104
 
 
 @pytest.mark.slow
-def test_five_hundred_damaged_files(video, tmp_path):  # noqa: F811
+def test_five_hundred_damaged_files(video, tmp_path):
     refused = check_damage(video, tmp_path, 2, 500)
     assert 0 < refused < 500
 
@@ -150,8 +145,8 @@ def hostile_frame_sizes(folder):
     """Files whose pictures claim to be 60000 pixels wide and high, or as many as fit."""
     pattern = ("-f", "lavfi", "-i", "testsrc2=size=64x48:duration=1")
     jpeg, vp8 = folder / "jpeg.avi", folder / "vp8.webm"
-    ffmpeg_program(*pattern, "-c:v", "mjpeg", str(jpeg))
-    ffmpeg_program(*pattern, "-c:v", "libvpx", "-g", "1", str(vp8))
+    run_ffmpeg(*pattern, "-c:v", "mjpeg", str(jpeg))
+    run_ffmpeg(*pattern, "-c:v", "libvpx", "-g", "1", str(vp8))
     size = (60000).to_bytes(2, "big") * 2
     start = bytes.fromhex("ffc0001108")  # JPEG: the frame header, its length, 8 bits
     yield replaced(jpeg, start + bytes([0, 48, 0, 64]), start + size, folder)
@@ -192,7 +187,7 @@ def hostile_clock(folder):
     late = "setpts='if(eq(N,29),1.2e9,N)'"
     options = ["-vf", late, "-fps_mode", "passthrough", "-enc_time_base", "1/1000000"]
     options += ["-c:v", "libx264", "-video_track_timescale", "1000000"]
-    ffmpeg_program("-f", "lavfi", "-i", pattern, *options, str(path))
+    run_ffmpeg("-f", "lavfi", "-i", pattern, *options, str(path))
     return path
 
 
@@ -210,7 +205,7 @@ def test_a_million_frames_a_second(tmp_path, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_whole_file_too_large_for_memory_is_refused(video, backend, monkeypatch):  # noqa: F811
+def test_a_whole_file_too_large_for_memory_is_refused(video, backend, monkeypatch):
     path = video("h264_bpyramid.mp4")
     frames = decode_frames(path, size=32, backend=backend)
     monkeypatch.setattr(pyav, "MAX_BYTES", frames.numel() - 1)
@@ -222,7 +217,7 @@ def test_a_whole_file_too_large_for_memory_is_refused(video, backend, monkeypatc
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_time_is_limited_by_the_worker_alone(video, backend, monkeypatch):  # noqa: F811
+def test_time_is_limited_by_the_worker_alone(video, backend, monkeypatch):
     path = video("h264_bpyramid.mp4")
     clip = {"fps": 5, "num_frames": 8, "size": 32, "backend": backend}
     expected = decode_clip(path, 1, **clip), decode_frames(path, size=32, backend=backend)
@@ -241,11 +236,7 @@ video_decoder.decode_clip(sys.argv[1], 0, fps=5, num_frames=8, size=32, backend=
 
 
 @needs_proc
-def test_an_ffmpeg_process_ends_with_the_process_that_started_it(
-    video,  # noqa: F811
-    ffmpeg_in_path,
-    tmp_path,
-):
+def test_an_ffmpeg_process_ends_with_the_process_that_started_it(video, ffmpeg_in_path, tmp_path):
     path = video("h264_bpyramid.mp4")
     ffmpeg_in_path(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 600")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -262,7 +253,7 @@ def test_an_ffmpeg_process_ends_with_the_process_that_started_it(
     await_gone(program)
 
 
-def test_a_hostile_clock_does_not_hold_the_process(video, monkeypatch):  # noqa: F811
+def test_a_hostile_clock_does_not_hold_the_process(video, monkeypatch):
     """The program is ended once it has written enough, whatever it still means to write."""
     path = video("h264_bpyramid.mp4")
     command = [sys.executable, "-c", "while True: print('x' * 1000)"]
@@ -274,7 +265,7 @@ def decode_in_child(path, queue):
     queue.put(decode_clip(path, 1, fps=5, num_frames=4, size=32).numpy())
 
 
-def test_decoding_works_in_forked_workers(video):  # noqa: F811
+def test_decoding_works_in_forked_workers(video):
     """As in a DataLoader: the parent has decoded before it forks."""
     path = video("h264_bpyramid.mp4")
     expected = decode_clip(path, 1, fps=5, num_frames=4, size=32)
@@ -322,7 +313,7 @@ LEAKY = ["h264_bpyramid.mp4", "packed_b.avi", "vp9.webm", "interlaced.mp4", "tur
 
 
 @pytest.fixture
-def leaky_files(video, tmp_path):  # noqa: F811
+def leaky_files(video, tmp_path):
     """One file for each way through the decoder, and one that is refused."""
     (tmp_path / "broken.mp4").write_bytes(video(LEAKY[0]).read_bytes()[:3000])
     return [*map(video, LEAKY), tmp_path / "broken.mp4"]
@@ -343,7 +334,7 @@ def test_memory_stays_level_over_five_thousand_clips(leaky_files):
     ("dies", "message"),
     [("head -c 1000 /dev/zero", "middle of a frame"), ("kill -SEGV $$", "signal 11")],
 )
-def test_an_ffmpeg_program_that_dies_is_an_error(video, tmp_path, monkeypatch, dies, message):  # noqa: F811
+def test_an_ffmpeg_program_that_dies_is_an_error(video, tmp_path, monkeypatch, dies, message):
     program = tmp_path / "ffmpeg"
     program.write_text(f"#!/bin/sh\n{dies}\n")
     program.chmod(0o755)
@@ -355,7 +346,7 @@ def test_an_ffmpeg_program_that_dies_is_an_error(video, tmp_path, monkeypatch, d
 
 @pytest.mark.parametrize("whole", [False, True], ids=["clip", "frames"])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_an_ffmpeg_program_that_fails_is_an_error(video, ffmpeg_in_path, failure, whole):  # noqa: F811
+def test_an_ffmpeg_program_that_fails_is_an_error(video, ffmpeg_in_path, failure, whole):
     commands, quoted = FAILURES[failure]
     path = video("h264_bpyramid.mp4")
     ffmpeg_in_path(commands)
@@ -365,19 +356,19 @@ def test_an_ffmpeg_program_that_fails_is_an_error(video, ffmpeg_in_path, failure
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["clip", "frames"])
-def test_frames_before_a_failure_are_not_taken_for_all(video, ffmpeg_in_path, whole):  # noqa: F811
+def test_frames_before_a_failure_are_not_taken_for_all(video, ffmpeg_in_path, whole):
     path = video("h264_bpyramid.mp4")
     ffmpeg_in_path("head -c 3072 /dev/zero; echo Killed >&2; exit 137")  # a frame of 32 x 32
     assert "status 137: Killed" in outcome(path, "ffmpeg", whole)
 
 
-def test_a_program_that_loses_frames_for_lack_of_memory_is_an_error(video, ffmpeg_in_path):  # noqa: F811
+def test_a_program_that_loses_frames_for_lack_of_memory_is_an_error(video, ffmpeg_in_path):
     path = video("h264_bpyramid.mp4")
     ffmpeg_in_path("echo 'Error submitting packet: Cannot allocate memory' >&2")
     assert "ran out of memory" in outcome(path, "ffmpeg", False)
 
 
-def test_the_quoted_message_is_one_short_line(video, ffmpeg_in_path):  # noqa: F811
+def test_the_quoted_message_is_one_short_line(video, ffmpeg_in_path):
     path = video("h264_bpyramid.mp4")
     ffmpeg_in_path("printf 'a\\033[31m\\tb\\n\\n' >&2; exit 3")
     assert outcome(path, "ffmpeg", False).endswith("status 3: a [31m b")
@@ -387,7 +378,7 @@ def test_the_quoted_message_is_one_short_line(video, ffmpeg_in_path):  # noqa: F
     assert len(outcome(path, "ffmpeg", False)) < len(str(path)) + 300
 
 
-def test_a_file_of_which_little_can_be_decoded_gives_that(video, tmp_path):  # noqa: F811
+def test_a_file_of_which_little_can_be_decoded_gives_that(video, tmp_path):
     """The program's own limit, an error if two thirds of the packets are damaged, is off."""
     source = video("h264_bpyramid.mp4")
     with av.open(str(source)) as container:
@@ -427,14 +418,14 @@ def test_a_program_that_does_not_run_is_found_before_the_work(
     ffmpeg_in_path, monkeypatch, commands, named
 ):
     if "sleep" in commands:
-        monkeypatch.setattr(ffmpeg, "TRIAL_SECONDS", 0.2)
+        monkeypatch.setattr(ffmpeg, "VERSION_TIMEOUT", 0.2)
     ffmpeg_in_path(commands, version=False)
     with pytest.raises(DecodeError, match=f"bin/ffmpeg {named}") as error:
         check_backend("ffmpeg")
     assert "\n" not in str(error.value)
 
 
-def test_a_program_that_cannot_be_started_is_an_error(video, tmp_path, monkeypatch):  # noqa: F811
+def test_a_program_that_cannot_be_started_is_an_error(video, tmp_path, monkeypatch):
     program = tmp_path / "ffmpeg"
     program.write_text("#!/absent/interpreter\n")
     program.chmod(0o755)
@@ -454,12 +445,10 @@ def test_a_machine_without_the_program_is_an_error(monkeypatch):
         check_backend("ffmpeg")
 
 
-def test_a_long_stretch_without_keyframes_is_not_held_in_memory(video, monkeypatch):  # noqa: F811
+def test_packets_between_distant_keyframes_are_not_kept_in_memory(video, monkeypatch, slow_paths):
     path = video("h264_bpyramid.mp4")
-    held = decode_clip(path, 1, fps=5, num_frames=8, size=32)
-    monkeypatch.setattr(pyav, "MAX_HELD", 100)
-    plain = []
-    by_frames = pyav.slow_path
-    monkeypatch.setattr(pyav, "slow_path", lambda *a: plain.append(1) or by_frames(*a))
-    assert torch.equal(decode_clip(path, 1, fps=5, num_frames=8, size=32), held)
-    assert plain
+    expected = decode_clip(path, 1, fps=5, num_frames=8, size=32)
+    monkeypatch.setattr(pyav, "MAX_PACKET_BYTES", 100)
+    assert not slow_paths
+    assert torch.equal(decode_clip(path, 1, fps=5, num_frames=8, size=32), expected)
+    assert len(slow_paths) == 1

@@ -1,9 +1,7 @@
-"""video_decoder: the golden frames, the same pixels from both backends on every kind of file, and
-the arithmetic of timestamps that this rests on."""
+"""Golden frames, the same pixels from both backends on every kind of file, and timestamps."""
 
 import gc
 import random
-import subprocess
 from fractions import Fraction
 
 import av
@@ -13,7 +11,8 @@ import pytest
 import torch
 
 import video_decoder
-from tests.helpers import SHARED, frames_digest, golden_json
+from tests.helpers import frames_digest, golden_json
+from tests.video_decoder.samples import BASE, FILES, SMALL, VIDEOS, run_ffmpeg
 from video_decoder import (
     BACKENDS,
     DecodeError,
@@ -24,16 +23,7 @@ from video_decoder import (
     timing,
 )
 
-VIDEOS = SHARED / "videos"
-
 needs_shared = pytest.mark.skipif(not VIDEOS.is_dir(), reason="the shared clips are not here")
-
-
-@pytest.fixture(autouse=True)
-def pinned_program(monkeypatch):
-    """The program that requirements.txt brings, not one that happens to be in PATH: 5.1, say,
-    picks a neighbouring frame of a Matroska file here and there (and gives the golden rows)."""
-    monkeypatch.setattr(video_decoder, "ffmpeg_program", imageio_ffmpeg.get_ffmpeg_exe)
 
 
 # --- golden frames ----------------------------------------------------------------------------
@@ -73,117 +63,6 @@ def test_golden_frames(row, backend):
 
 
 # --- files of every kind ----------------------------------------------------------------------
-
-X264 = "-c:v libx264 -preset medium -g 60"
-X265 = "-c:v libx265 -preset fast -x265-params log-level=none:keyint=50"
-DROPPED = (
-    ",select='mod(n\\,7)*gt(mod(n\\,11)\\,2)*not(between(t\\,2\\,2.9))'"  # some frames missing
-)
-# name: (size, frames per second, options of the encoder)
-ENCODED = {
-    "h264_bpyramid.mp4": ("128x96", "30", f"{X264} -bf 3"),
-    "h264_opengop.mp4": ("128x96", "25", f"{X264} -g 24 -x264-params open-gop=1"),
-    "h264_opengop.mkv": ("128x96", "25", f"{X264} -g 24 -x264-params open-gop=1"),
-    "h264_no_b.mp4": ("128x96", "25", f"{X264} -bf 0"),
-    "h264_many_b.mp4": ("128x96", "25", "-c:v libx264 -preset veryslow -bf 8 -b_strategy 2"),
-    "h264_intra.mp4": ("128x96", "25", f"{X264} -g 1"),
-    "h264_refresh.mp4": ("128x96", "25", f"{X264} -x264-params intra-refresh=1"),
-    "h264_fragments.mp4": ("128x96", "25", f"{X264} -movflags frag_keyframe+empty_moov"),
-    "h264.ts": ("128x96", "25", X264),
-    "h264.flv": ("128x96", "25", X264),
-    "h265.mp4": ("128x96", "25", X265),
-    "h265_opengop.mkv": ("128x96", "25", f"{X265}:open-gop=1"),
-    "h265_layers.mp4": ("128x96", "25", f"{X265}:temporal-layers=1:b-adapt=0:bframes=7"),
-    "packed_b.avi": ("128x96", "25", "-c:v libxvid -q:v 4 -g 40 -bf 2"),
-    "mpeg4_b.avi": ("128x96", "25", "-c:v mpeg4 -q:v 4 -g 40 -bf 2"),
-    "mpeg4_b.mp4": ("128x96", "25", "-c:v mpeg4 -q:v 4 -g 40 -bf 2"),
-    "mpeg2.ts": ("128x96", "25", "-c:v mpeg2video -q:v 4 -g 15 -bf 2"),
-    "mpeg2.mpg": ("128x96", "25", "-c:v mpeg2video -q:v 4 -g 15 -bf 2"),
-    "vp8.webm": ("128x96", "25", "-c:v libvpx -deadline realtime -cpu-used 8 -g 60"),
-    "vp9.webm": ("128x96", "25", "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -g 60"),
-    "av1.mkv": ("128x96", "25", "-c:v libsvtav1 -preset 12 -g 50"),
-    "av1.mp4": ("128x96", "25", "-c:v libsvtav1 -preset 12 -g 50"),
-    "mjpeg.avi": ("128x96", "25", "-c:v mjpeg -q:v 5"),
-    "wmv2.wmv": ("128x96", "25", "-c:v wmv2 -q:v 5 -g 50"),
-    "variable_rate.mp4": ("128x96", "30", f"-vf null{DROPPED} -fps_mode vfr {X264}"),
-    "variable_rate.mkv": ("128x96", "30", f"-vf null{DROPPED} -fps_mode vfr {X264}"),
-    "rate_23.976.mp4": ("128x96", "24000/1001", X264),
-    "rate_19.62.mp4": ("128x96", "981/50", X264),
-    "rate_19.62.mkv": ("128x96", "981/50", X264),
-    "rate_12.mp4": ("128x96", "12", X264),
-    "rate_60.mkv": ("128x96", "60", X264),
-    "odd_size.mp4": ("132x98", "25", f"-vf format=yuv444p,crop=131:97 {X264} -pix_fmt yuv444p"),
-    "odd_size.avi": ("132x98", "25", "-vf crop=131:97:exact=1 -c:v mpeg4 -q:v 4"),
-    "odd_size.webm": ("132x98", "25", "-vf crop=131:97:exact=1 -c:v libvpx -cpu-used 8"),
-    "smaller_than_crop.mp4": ("48x40", "25", X264),
-    "ten_bit.mp4": ("128x96", "25", f"{X264} -pix_fmt yuv420p10le"),
-    "yuv_422.mkv": ("128x96", "25", f"{X264} -pix_fmt yuv422p"),
-    "full_range.mp4": ("128x96", "25", f"{X264} -pix_fmt yuvj420p"),
-    "bt709.mp4": ("128x96", "25", f"{X264} -colorspace bt709 -color_range tv"),
-    "gray.mp4": ("128x96", "25", f"{X264} -pix_fmt gray"),
-    "gray.mkv": ("128x96", "25", "-c:v ffv1 -g 20 -pix_fmt gray"),
-    "rgb.mkv": ("128x96", "25", "-c:v libx264rgb -g 60 -pix_fmt rgb24"),
-    "interlaced.mp4": ("128x96", "25", f"{X264} -flags +ildct+ilme"),
-    "interlaced.ts": ("128x96", "25", "-c:v mpeg2video -q:v 4 -g 15 -bf 2 -flags +ildct+ilme"),
-}
-BASE, BASE_TS, SMALL = "h264_bpyramid.mp4", "h264.ts", "smaller_than_crop.mp4"
-SOUND = "-f lavfi {shift} -i sine=duration=6 -c:v copy -c:a aac -map {maps}"
-# name: (the file it is made from, what to do with it)
-REMUXED = {
-    "edit_list.mp4": (BASE, "-ss 1.3 -i {} -c copy"),
-    "cut.mkv": (BASE, "-ss 1.3 -i {} -c copy"),
-    "cut.ts": (BASE_TS, "-ss 1.3 -i {} -c copy"),
-    "open_gop_cut.mkv": ("h264_opengop.mkv", "-ss 1.3 -t 2 -i {} -c copy"),
-    "late_start.mp4": (BASE, "-i {} -c copy -output_ts_offset 3.7"),
-    "late_start.mkv": (BASE, "-i {} -c copy -output_ts_offset 3.7"),
-    "turned_90.mp4": (BASE, "-display_rotation 90 -i {} -c copy"),
-    "turned_180.mp4": (BASE, "-display_rotation 180 -i {} -c copy"),
-    "turned_270.mp4": (BASE, "-display_rotation 270 -i {} -c copy"),
-    "turned_30.mp4": (BASE, "-display_rotation 30 -i {} -c copy"),
-    "mirrored.mp4": (BASE, "-display_hflip -i {} -c copy"),
-    "two_videos.mp4": (SMALL, "-i {} -i {other} -map 0 -map 1 -c copy"),
-    "two_videos.mkv": (SMALL, "-i {} -i {other} -map 1 -map 0 -c copy -disposition:v:1 default"),
-    "sound_first.mp4": (BASE, "-i {} -f lavfi -itsoffset -0.5 -i sine=duration=6 -c:v copy"),
-    "sound_first.mkv": (BASE, "-i {} -f lavfi -itsoffset -0.5 -i sine=duration=6 -c:v copy"),
-    "sound_first.ts": (BASE_TS, "-i {} -f lavfi -itsoffset -0.5 -i sine=duration=6 -c:v copy"),
-    "video_late.mp4": (BASE, "-itsoffset 0.83 -i {} -f lavfi -i sine=duration=7 -c:v copy"),
-    "video_late.mkv": (BASE, "-itsoffset 0.83 -i {} -f lavfi -i sine=duration=7 -c:v copy"),
-    "video_late.ts": (BASE_TS, "-itsoffset 0.83 -i {} -f lavfi -i sine=duration=7 -c:v copy"),
-}
-REAL = sorted(path.name for path in VIDEOS.glob("*.m*") if path.suffix != ".md")
-FILES = [*ENCODED, *REMUXED, *REAL]
-
-
-def ffmpeg_program(*options):
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y", *options]
-    subprocess.run(command, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="session")
-def video(tmp_path_factory):
-    """A function from a name in FILES to the file, made on first use."""
-    folder = tmp_path_factory.mktemp("videos")
-
-    def make(name):
-        path = folder / name
-        if name in REAL:
-            return VIDEOS / name
-        if path.exists():
-            return path
-        if name in ENCODED:
-            size, rate, options = ENCODED[name]
-            pattern = f"testsrc2=size={size}:rate={rate}:duration=5,noise=alls=12:allf=t"
-            options = options.split() if "-pix_fmt" in options else [*options.split(), "-pix_fmt"]
-            options += ["yuv420p"] * (options[-1] == "-pix_fmt")
-            ffmpeg_program("-f", "lavfi", "-i", pattern, *options, "-threads", "2", str(path))
-        else:
-            source, options = REMUXED[name]
-            other = make("h264_no_b.mp4")
-            options = options.format(make(source), other=other)
-            ffmpeg_program(*options.split(), str(path))
-        return path
-
-    return make
 
 
 def random_case(rng):
@@ -259,12 +138,12 @@ def test_the_files_are_what_their_names_say(video):
         with av.open(str(video(name))) as container:
             stream = container.streams.video[0]
             keyframes = [p for p in container.demux(stream) if p.size and p.is_keyframe]
-            assert not all(pyav.starts_afresh(packet, stream.codec_context) for packet in keyframes)
+            assert not all(pyav.is_idr(packet, stream.codec_context) for packet in keyframes)
 
 
-# --- which way each file goes -----------------------------------------------------------------
+# --- the path that each file takes ------------------------------------------------------------
 
-BY_PACKETS = [
+FAST = [
     "h264_bpyramid.mp4",
     "h264_opengop.mkv",
     "h264_no_b.mp4",
@@ -276,31 +155,28 @@ BY_PACKETS = [
     "turned_90.mp4",
     "ten_bit.mp4",
 ]
-BY_FRAMES = ["packed_b.avi", "mpeg2.ts", "h264.ts", "vp9.webm", "av1.mkv", "interlaced.mp4"]
+SLOW = ["packed_b.avi", "mpeg2.ts", "h264.ts", "vp9.webm", "av1.mkv", "interlaced.mp4"]
 
 
-@pytest.mark.parametrize("name", [*BY_PACKETS, *BY_FRAMES])
-def test_the_short_way_is_taken_by_rule(video, name, monkeypatch):
-    taken = []
-    plain = pyav.slow_path
-    monkeypatch.setattr(pyav, "slow_path", lambda *args: taken.append("frames") or plain(*args))
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_the_fast_path_is_taken_by_rule(video, name, slow_paths):
     decode_clip(video(name), 2.5, fps=5, num_frames=8, size=32)
-    assert taken == ["frames"] * (name in BY_FRAMES)
+    assert len(slow_paths) == (name in SLOW)
 
 
-def test_the_short_way_decodes_fewer_frames(video, monkeypatch):
-    """With B-frames it must not decode those that no window shows and no frame refers to."""
-    sent, wanted_frames = [], pyav.decode_wanted
+def test_the_fast_path_decodes_fewer_frames(video, monkeypatch):
+    """With B-frames it must not decode those that no window displays and no frame refers to."""
+    counts, decode_displayed = [], pyav.decode_displayed
 
-    def counting(packets, wanted, *others):
-        frames = list(wanted_frames(packets, wanted, *others))
-        sent.append((len(packets), len(frames), len(wanted)))
+    def count(packets, displayed, *others):
+        frames = list(decode_displayed(packets, displayed, *others))
+        counts.append((len(packets), len(frames), len(displayed)))
         return iter(frames)
 
-    monkeypatch.setattr(pyav, "decode_wanted", counting)
+    monkeypatch.setattr(pyav, "decode_displayed", count)
     decode_clips(video(BASE), [0.5, 0.7, 0.9], fps=5, num_frames=8, size=32)
-    [(packets, frames, wanted)] = sent  # one pass for three windows
-    assert frames == wanted < packets
+    [(packets, frames, displayed)] = counts  # one pass for three windows
+    assert frames == displayed < packets
 
 
 # --- windows ----------------------------------------------------------------------------------
@@ -370,18 +246,17 @@ def test_of_two_video_streams_the_first_is_decoded(video, backend):
     ("value", "expected"), [(5, 3), (-5, -3), (4, 2), (3, 2), (-3, -2), (0, 0), (1, 1), (-1, -1)]
 )
 def test_rescale_rounds_halves_away_from_zero(value, expected):
-    assert timing.rescale(value, 1, 2) == expected
+    assert timing.rescale(value, Fraction(1, 2)) == expected
 
 
-def printable(ticks, num_frames):
-    """Which of the frames a, b, c, ... each output frame shows, as a string."""
-    step, output = timing.fps_runs(num_frames), ["."] * num_frames
+def filter_frames(ticks, num_frames):
+    """Return which of the frames a, b, c, ... each output frame displays, as a string."""
+    fps_filter, output = timing.FpsFilter(num_frames), ["."] * num_frames
     names = [*"abcdefghijklmnop"[: len(ticks) - 1], None]
     for tick, name in zip(ticks, names, strict=True):
-        run = step(tick, name)
-        if run:
-            frame, first, end = run
-            output[first:end] = frame * (end - first)
+        span = fps_filter.push(tick, name)
+        if span:
+            output[span.first : span.end] = span.frame * (span.end - span.first)
     return "".join(output)
 
 
@@ -389,12 +264,12 @@ def printable(ticks, num_frames):
     ("ticks", "expected"),
     [
         ([0, 1, 2, 3, 4], "abcd."),  # the last tick is where the last frame ends
-        ([0, 0, 1, 1, 1, 2, 3], "bef.."),  # of frames with one tick the last is shown
+        ([0, 0, 1, 1, 1, 2, 3], "bef.."),  # of frames with one tick the last is displayed
         ([0, 3, 5], "aaabb"),  # a gap is filled with the frame before it
         ([2, 3, 5], "aaabb"),  # and before the first frame, with the first
         ([2, 2, 3, 5], "bbbcc"),
         ([9, 10], "aaaaa"),
-        ([9, 9, 9], "....."),  # the last frame ends where it begins: never shown
+        ([9, 9, 9], "....."),  # the last frame ends where it begins: never displayed
         ([0, 9], "aaaaa"),
         ([0, 2, 1, 3], "aac.."),  # a clock that steps back: the later frame wins
         ([0, None], "....."),
@@ -402,13 +277,8 @@ def printable(ticks, num_frames):
         ([4_000_000, 4_000_001], "....."),  # FFmpeg refuses so many repeats
     ],
 )
-def test_fps_runs(ticks, expected):
-    assert printable(ticks, 5) == expected
-
-
-def repeated(times):
-    frames = [(when, 1.0, name) for when, name in zip(times, "abcdefgh", strict=False)]
-    return "".join(name * count for name, count in timing.constant_rate_runs(frames))
+def test_fps_filter(ticks, expected):
+    assert filter_frames(ticks, 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -422,8 +292,10 @@ def repeated(times):
         ([0, 1, 2, -1.5, 3, 4], "abcef"),  # ... and then dropped
     ],
 )
-def test_constant_rate_runs(times, expected):
-    assert repeated(times) == expected
+def test_sync_to_constant_rate(times, expected):
+    frames = [(time, 1.0, name) for time, name in zip(times, "abcdefgh", strict=False)]
+    output = "".join(name * count for name, count in timing.sync_to_constant_rate(frames))
+    assert output == expected
 
 
 # --- arguments and files that must be refused -------------------------------------------------
@@ -453,8 +325,8 @@ def test_arguments_out_of_range(video, wrong):
         decode_clip(video(BASE), settings.pop("start"), **settings)
 
 
-def refused(path, backend):
-    """The message of the DecodeError that both functions must raise."""
+def rejection(path, backend):
+    """Return the message of the DecodeError that both functions must raise."""
     with pytest.raises(DecodeError) as first:
         decode_clip(path, 0, fps=5, num_frames=2, size=16, backend=backend)
     with pytest.raises(DecodeError) as second:
@@ -465,22 +337,23 @@ def refused(path, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_not_a_video_file_is_refused(tmp_path, backend):
+def test_what_is_not_a_video_file_is_rejection(tmp_path, backend):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("This is no video.\n" * 100)
-    ffmpeg_program("-f", "lavfi", "-i", "color=s=64x64", "-frames:v", "1", str(tmp_path / "a.png"))
+    run_ffmpeg("-f", "lavfi", "-i", "color=s=64x64", "-frames:v", "1", str(tmp_path / "a.png"))
     (tmp_path / "a.png").rename(tmp_path / "still.mp4")
-    ffmpeg_program("-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4"))
-    for name in ("empty.mp4", "text.mp4", "still.mp4", "sound.mp4"):
-        refused(tmp_path / name, backend)
-    assert "No such file" in refused(tmp_path / "absent.mp4", backend)
-    assert "not a regular file" in refused(tmp_path, backend)
-    assert "not a regular file" in refused("/dev/zero", backend)
+    run_ffmpeg("-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4"))
+    for name in ("empty.mp4", "text.mp4", "still.mp4"):
+        assert "Invalid" in rejection(tmp_path / name, backend)
+    assert "no video stream" in rejection(tmp_path / "sound.mp4", backend)
+    assert "No such file" in rejection(tmp_path / "absent.mp4", backend)
+    assert "not a regular file" in rejection(tmp_path, backend)
+    assert "not a regular file" in rejection("/dev/zero", backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_file_that_points_to_others_is_refused(video, tmp_path, backend):
-    """Playlists and the like would open what they name: a URL, or a file of someone else's."""
+    """A playlist could open any URL or file that it names; its demuxer must not be allowed."""
     target = video(BASE)
     playlists = {
         "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{target}\n#EXT-X-ENDLIST\n",
@@ -489,10 +362,10 @@ def test_a_file_that_points_to_others_is_refused(video, tmp_path, backend):
     }
     for name, text in playlists.items():
         (tmp_path / name).write_text(text)
-        refused(tmp_path / name, backend)
+        assert "Invalid argument" in rejection(tmp_path / name, backend)  # not in CONTAINERS
     for name in (f"concat:{target}", f"file:{target}", f"subfile,,start,0,end,0,,:{target}"):
-        refused(name, backend)
-    refused("http://127.0.0.1:9/video.mp4", backend)
+        assert "No such file" in rejection(name, backend)
+    assert "No such file" in rejection("http://127.0.0.1:9/video.mp4", backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -516,7 +389,6 @@ def test_probe_duration_refuses_what_is_no_video(tmp_path):
 
 
 def test_the_program_in_path_comes_first(tmp_path, monkeypatch):
-    monkeypatch.undo()
     program = tmp_path / "ffmpeg"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
