@@ -13,7 +13,6 @@ import torch
 from s3dg import S3D
 from tests.helpers import HERE, ROOT, SHARED, golden_weight, smallest_memory
 from utils import log
-from video_decoder import ffmpeg_program
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +80,6 @@ def ffmpeg_in_path(tmp_path, monkeypatch):
         script = folder / "ffmpeg"
         script.write_text(f"#!/bin/sh\n{delegate}{commands.format(real=real, limit=limit)}\n")
         script.chmod(0o755)
-        monkeypatch.setattr("video_decoder.ffmpeg.ffmpeg_program", ffmpeg_program)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
     return put
