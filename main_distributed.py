@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -137,17 +138,23 @@ def train_one_epoch(state, context, last_step):
     meter = ThroughputMeter()
     while progress.step < last_step:
         context.enter_stage(f"waiting for the data of step {progress.step + 1}")
-        with meter.wait_for_data():
-            micro_batches = [next(state.batches) for _ in range(args.accum_steps)]
-            context.enter_stage(f"the start of step {progress.step + 1}")
-            stop_requested = count_bad_samples(state, context, micro_batches)
+        began = time.perf_counter()
+        micro_batches = [next(state.batches) for _ in range(args.accum_steps)]
+        waited = round((time.perf_counter() - began) * 1e6)
+        bad = [faults for batch in micro_batches for faults in batch["bad"]]
+        # The ranks exchange these while they compute.
+        bad_of_all = context.start_sum(len(bad))
+        most_of_all = context.start_max(context.signal is not None, waited)
 
         loss = state.step(micro_batches)
         del micro_batches  # up to gigabytes, which the next step's must not add to
         lr = state.scheduler.get_last_lr()[0]
         state.scheduler.step()
         progress.step += 1
-        meter.count_step(state.batch_size)
+        context.enter_stage(f"the counts of step {progress.step}")
+        count_bad_samples(state, bad, *bad_of_all())
+        stop_requested, waited = most_of_all()
+        meter.count_step(state.batch_size, waited / 1e6)
         state.logger.bar.update()
 
         too_many_bad = progress.bad_in_epoch > args.max_bad_fraction * len(state.dataset)
@@ -174,17 +181,11 @@ def train_one_epoch(state, context, last_step):
             stop(context)
 
 
-def count_bad_samples(state, context, micro_batches):
-    """Count the step's replaced samples over all ranks. Returns whether any rank is to stop.
-
-    Waits for the data of the slowest rank.
-    """
-    bad = [faults for batch in micro_batches for faults in batch["bad"]]
-    signals, replaced = context.sum(context.signal is not None, len(bad))
+def count_bad_samples(state, bad, replaced):
+    """Count the step's replaced samples: `bad` of this rank, see training_batches, of all ranks."""
     state.bad.add(chain.from_iterable(bad), replaced > 0)
     state.progress.bad_samples += replaced
     state.progress.bad_in_epoch += replaced
-    return signals > 0
 
 
 def count_skipped_steps(state, context):

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -71,13 +71,25 @@ class RankContext:
             return self.launch.restarts > 0
         return self.launcher_store.check(["started"])
 
-    def sum(self, *values: int) -> list[int]:
-        """Sum each value over all ranks."""
+    def start_sum(self, *values: int) -> Callable[[], list[int]]:
+        """Begin to sum each value over all ranks, and return a function that waits for the sums."""
+        return self.start_reduce(dist.ReduceOp.SUM, values)
+
+    def start_max(self, *values: int) -> Callable[[], list[int]]:
+        """Begin to find each value's maximum over all ranks, as start_sum does its sum."""
+        return self.start_reduce(dist.ReduceOp.MAX, values)
+
+    def start_reduce(self, op: dist.ReduceOp, values: Sequence[int]) -> Callable[[], list[int]]:
         if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(total, group=self.group)
-        return total.tolist()
+            return lambda: list(values)
+        reduced = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(reduced, op, group=self.group, async_op=True)
+
+        def wait_for_result():
+            work.wait()
+            return reduced.tolist()
+
+        return wait_for_result
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, by rank. It is a barrier, too."""

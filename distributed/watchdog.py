@@ -175,5 +175,9 @@ def locate_main_thread() -> tuple[str, bool]:
     """The fields `line` and `in_collective` of this process's Heartbeat."""
     code = sys._current_frames()[threading.main_thread().ident]
     path = code.f_code.co_filename
-    in_torch = "torch/distributed/" in path or path.endswith("torch/nn/parallel/distributed.py")
-    return f"{os.path.basename(path)}:{code.f_lineno}", in_torch
+    waits = (
+        "torch/distributed/" in path
+        or path.endswith("torch/nn/parallel/distributed.py")
+        or code.f_code.co_name == "wait_for_result"  # of RankContext
+    )
+    return f"{os.path.basename(path)}:{code.f_lineno}", waits

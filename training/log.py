@@ -34,15 +34,10 @@ class ThroughputMeter:
         """Make the meter of the next log line."""
         return ThroughputMeter(self.began, self.steps)
 
-    @contextlib.contextmanager
-    def wait_for_data(self):
-        """Count the time within as waiting for data."""
-        asked = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - asked
-
-    def count_step(self, clips: int) -> None:
+    def count_step(self, clips: int, waited: float) -> None:
+        """Count a step, and the seconds that it waited for its data."""
         self.clips += clips
+        self.waited += waited
         self.steps += 1
 
 

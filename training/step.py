@@ -1,9 +1,10 @@
 """One training step: forward, loss, backward, update."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -97,15 +98,16 @@ class TrainingStep:
             with self.no_sync_unless_last(number == len(batches)):
                 torch.autograd.backward(self.embed(batch), gradient)
 
-        self.update(loss.detach(), bn_before, mean_buffers(bn_after))
+        self.update(loss.detach(), bn_before, torch.stack(bn_after).mean(0))
         return loss.detach()
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed a batch: float32 [b, D] and [b*K, D]."""
         video, text = self.to_device(batch["video"], batch["text"])
-        with torch.autocast(
+        autocast = torch.autocast(
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
+        )
+        with autocast, self.bn_buffers.without_counting():
             return self.network(to_unit_range(video), text.flatten(0, -2))
 
     def no_sync_unless_last(self, last: bool) -> contextlib.AbstractContextManager:
@@ -114,7 +116,7 @@ class TrainingStep:
             return contextlib.nullcontext()
         return self.network.no_sync()
 
-    def update(self, loss: torch.Tensor, bn_before: dict, bn_after: dict) -> None:
+    def update(self, loss: torch.Tensor, bn_before: torch.Tensor, bn_after: torch.Tensor) -> None:
         """Move the weights and the running statistics, if loss and gradient are finite."""
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         finite = torch.isfinite(loss + get_total_norm(gradients, norm_type=torch.inf))
@@ -128,7 +130,8 @@ class TrainingStep:
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
-        self.bn_buffers.write({d: torch.where(finite, bn_after[d], bn_before[d]) for d in bn_after})
+        self.bn_buffers.write(torch.where(finite, bn_after, bn_before))
+        self.bn_buffers.count(finite.long())
         total, in_row, most = self.counts
         in_row = (in_row + 1) * bad
         self.counts = torch.stack((total + skipped, in_row, torch.maximum(most, in_row)))
@@ -156,34 +159,36 @@ class TrainingStep:
 class BatchNormBuffers:
     """The running statistics of a network's BatchNorm layers, read and written as a whole.
 
-    They are few and small: one tensor per type keeps the number of kernels low.
+    They are few and small: one tensor for all keeps the number of kernels low, and so does counting
+    the steps once instead of in each forward pass of each layer.
     """
 
     def __init__(self, network: torch.nn.Module):
-        self.groups = {}  # dtype -> its buffers
-        for buffer in network.buffers():
-            self.groups.setdefault(buffer.dtype, []).append(buffer)
+        self.layers = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+        self.counters = [layer.num_batches_tracked for layer in self.layers]
+        self.stats = [s for layer in self.layers for s in (layer.running_mean, layer.running_var)]
 
-    def read(self) -> dict[torch.dtype, torch.Tensor]:
-        """Copy their values: {dtype: one-dimensional tensor}."""
-        return {
-            dtype: torch.cat([b.reshape(-1) for b in group]) for dtype, group in self.groups.items()
-        }
+    def read(self) -> torch.Tensor:
+        """Copy the statistics to one tensor, one-dimensional."""
+        return torch.cat(self.stats)
 
-    def write(self, values: dict[torch.dtype, torch.Tensor]) -> None:
-        for dtype, group in self.groups.items():
-            parts = values[dtype].split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(
-                group, [part.view_as(buffer) for buffer, part in zip(group, parts, strict=True)]
-            )
+    def write(self, values: torch.Tensor) -> None:
+        torch._foreach_copy_(self.stats, values.split([len(s) for s in self.stats]))
 
+    def count(self, steps: torch.Tensor) -> None:
+        """Add to every layer's num_batches_tracked."""
+        torch._foreach_add_(self.counters, steps)
 
-def mean_buffers(readings: list[dict]) -> dict[torch.dtype, torch.Tensor]:
-    """Average several readings of BatchNormBuffers. Counts are the same in all."""
-    return {
-        dtype: torch.stack([r[dtype] for r in readings]).mean(0) if dtype.is_floating_point else one
-        for dtype, one in readings[0].items()
-    }
+    @contextlib.contextmanager
+    def without_counting(self) -> Iterator[None]:
+        """Have the layers not count their batches. The count takes no part in what they compute."""
+        for layer in self.layers:
+            layer.num_batches_tracked = None
+        try:
+            yield
+        finally:
+            for layer, counter in zip(self.layers, self.counters, strict=True):
+                layer.num_batches_tracked = counter
 
 
 class HostToDevice:
@@ -202,7 +207,7 @@ class HostToDevice:
             # The GPU has the last batch to do meanwhile. A host that never waited would run ahead
             # and fill the memory with batches.
             self.launched.synchronize()
-        self.launched = computing.record_event()
+        self.launched = computing.record_event(torch.cuda.Event(blocking=True))
         with torch.cuda.stream(self.stream):
             moved = tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
         computing.wait_stream(self.stream)

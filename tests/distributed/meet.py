@@ -11,7 +11,7 @@ from utils import run_script
 
 
 def add_up(context):
-    print("sum of the ranks:", context.sum(context.rank))
+    print("sum of the ranks:", context.start_sum(context.rank)())
 
 
 def main():
