@@ -135,10 +135,10 @@ def write_pair(path: Path, video: str, settings: dict, found: VideoFeatures) -> 
 
     In this order, features always have their description beside them.
     """
-    seconds = settings["num_frames"] / settings["fps"]
     sidecar = {
         "video": video,
-        "times": [[start, round(start + seconds, 6)] for start in found.starts],
+        "times": list(zip(found.starts, found.ends, strict=True)),
+        "frames": found.frames,
         "black": found.black,
         "settings": settings,
     }

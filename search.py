@@ -286,7 +286,9 @@ def make_video(path: str, status: FileStatus, outcome: Outcome, dim: int) -> Vid
     visible = torch.ones(len(found.starts), dtype=torch.bool)
     visible[found.black] = False
     starts = torch.tensor(found.starts, dtype=torch.float64)
-    return Video(path, *status, "", starts[visible], torch.from_numpy(found.features)[visible])
+    ends = torch.tensor(found.ends, dtype=torch.float64)
+    features = torch.from_numpy(found.features)
+    return Video(path, *status, "", starts[visible], features[visible], ends[visible])
 
 
 # --- query and serve ----------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 The windows of strided_features start at k * stride seconds, k = 0, 1, ..., and have clip.num_frames
 frames of the centre square at clip.fps, as in the evaluations. A video has those that end before it
 does, and at least the first. The rest of the video is skipped, because the feature of a partly
-black window would also describe the padding. A video shorter than a window has one, with black
-frames at its end, as in training.
+filled window would also describe the padding. A video shorter than a window has one, in which its
+last frame is repeated. (In training such a clip ends in black frames.)
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from distributed.device import PRECISIONS, check_compiler, inference_amp
 from distributed.workers import describe_error, sample_batches
 from s3dg import S3D, fuse_for_inference, load_model, to_unit_range
 from utils import lines_above, log
-from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration
+from video_decoder import ClipSpec, DecodeError, decode_windows, probe_duration
 
 # Windows that a worker decodes at once. Each group opens the file again and decodes from the
 # keyframe before it: larger groups take less time and more memory.
@@ -199,28 +199,37 @@ class Durations(Dataset):
 class WindowGroups(Dataset):
     """Windows of videos. A key is (index of the video, starts of at most GROUP_SIZE windows).
 
-    An item: "video" uint8 [GROUP_SIZE, 3, T, H, W], of which the first len(starts) are filled, or
-    "error" with one line.
+    An item: "video" uint8 [GROUP_SIZE, 3, T, H, W] and "frames" int64 [GROUP_SIZE], of which the
+    first len(starts) are filled, see decode_windows; or "error" with one line.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike], clip: ClipSpec):
         self.paths, self.clip = paths, clip
-        self.item_spec = {"video": ((GROUP_SIZE, *clip.shape), torch.uint8)}
+        self.item_spec = {
+            "video": ((GROUP_SIZE, *clip.shape), torch.uint8),
+            "frames": ((GROUP_SIZE,), torch.int64),
+        }
 
     def __getitem__(self, key: tuple[int, list[float]]) -> dict:
         index, starts = key
         try:
-            clips = decode_clips(self.paths[index], starts, **self.clip.options)
+            clips, frames = decode_windows(self.paths[index], starts, self.clip)
         except DecodeError as error:
             return {"error": str(error)}
-        rest = clips.new_zeros(GROUP_SIZE - len(clips), *clips.shape[1:])
-        return {"video": torch.cat([clips, rest]) if len(rest) else clips}
+        free = GROUP_SIZE - len(clips)
+        rest = clips.new_zeros(free, *clips.shape[1:])
+        return {
+            "video": torch.cat([clips, rest]) if free else clips,
+            "frames": torch.tensor(frames + [0] * free),
+        }
 
 
 class VideoFeatures(NamedTuple):
     """The features of a video's W windows."""
 
     starts: list[float]  # seconds
+    ends: list[float]  # where the window ends, or the video if that is earlier
+    frames: list[int]  # that the video has of each window; the rest repeats the last one
     features: np.ndarray  # float32 [W, 512 or 1024]
     black: list[int]  # windows in which every pixel is black, as if none could be decoded
 
@@ -252,8 +261,10 @@ class VideosInWork:
             if error := probe["errors"][0]:
                 self.fail(index, error)
                 continue
-            starts = self.windows.starts(probe["seconds"].item())
-            self.videos[index] = VideoFeatures(starts, [], [])
+            duration = probe["seconds"].item()
+            starts, seconds = self.windows.starts(duration), self.windows.clip.seconds
+            ends = [round(min(start + seconds, duration), 6) for start in starts]
+            self.videos[index] = VideoFeatures(starts, ends, [], [], [])
             for first in range(0, len(starts), GROUP_SIZE):
                 if index not in self.videos:
                     break  # an earlier group of it has failed
@@ -271,6 +282,7 @@ class VideosInWork:
                 continue
             video = self.videos[index]
             clips = group["video"][0, : len(video.starts) - first]
+            video.frames.extend(group["frames"][0, : len(clips)].tolist())
             video.black.extend(k for k, window in enumerate(clips, first) if not window.any())
             yield index, clips
 

@@ -20,7 +20,7 @@ from args import get_args, inference_model
 from s3dg import S3D, load_model, to_unit_range
 from tests.helpers import FAILURES, ROOT, golden_weight, make_video, write_csv
 from utils import InputError
-from video_decoder import decode_clips
+from video_decoder import ClipSpec, decode_clips, decode_windows
 
 HEADER = ("video_path", "feature_path")
 NAMES = ["a.mp4", "sub/a.mkv", "sub/b.mp4", "short.mp4"]
@@ -117,6 +117,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_features_and_what_they_are(whole
     side = json.loads((whole / "sub/b.json").read_text())
     assert side["video"] == "sub/b.mp4" and side["black"] == []
     assert side["times"] == [[0.0, 0.8], [0.8, 1.6], [1.6, 2.4]]
+    assert side["frames"] == [4, 4, 4]
     checksum = side["settings"].pop("pretrain_cnn_path")
     assert checksum.startswith("sha256:") and len(checksum) == 71
     assert side["settings"] == {
@@ -135,12 +136,17 @@ def test_the_features_are_the_models_of_the_windows(whole, weights, videos):
     for name, rows in (("a.mp4", 10), ("short.mp4", 1)):
         found = np.load((whole / name).with_suffix(".npy"))
         starts = [k * 0.8 for k in range(rows)]
-        clips = decode_clips(videos / name, starts, fps=5, num_frames=4, size=32)
+        clips, _ = decode_windows(videos / name, starts, ClipSpec(4, 32, 5))
         with torch.inference_mode():
             expected = model(to_unit_range(clips), mode="video", mixed5c=True).numpy()
         assert_close(found, expected)
         assert found.shape == (rows, 1024)
         assert rows == 1 or expected.std(axis=0).max() > 0.02 * expected.max()  # windows differ
+
+
+def test_the_window_of_a_short_video_ends_where_the_video_does(whole):
+    side = json.loads((whole / "short.json").read_text())
+    assert side["times"] == [[0.0, 0.5]] and side["frames"] == [3]  # of 0.8 s and 4 frames
 
 
 def test_the_joint_embedding_at_another_stride_by_a_table(extract, weights, videos, tmp_path):

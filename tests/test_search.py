@@ -19,7 +19,7 @@ import search
 from s3dg import S3D, load_model, to_unit_range
 from tests.helpers import ROOT, golden_weight, make_video
 from utils import InputError
-from video_decoder import decode_clips
+from video_decoder import ClipSpec, decode_windows
 from video_search.index import read_index, write_index
 
 WORDS = ["cut", "tomato", "stir", "pan"]
@@ -132,13 +132,16 @@ def test_an_index_has_the_models_embeddings_of_overlapping_windows(made, weights
     assert found["sub/b.mkv"][0] == [0.0, 0.4, 0.8, 1.2]  # of 0.8 seconds each
     for name in NAMES:
         starts, embeddings, reason = found[name]
-        clips = decode_clips(films / name, starts, fps=5, num_frames=4, size=32)
+        clips, _ = decode_windows(films / name, starts, ClipSpec(4, 32, 5))
         with torch.inference_mode():
             expected = loaded(weights)(to_unit_range(clips), mode="video")
         assert embeddings.shape == (len(starts), 512) and reason == ""
         torch.testing.assert_close(
             embeddings, expected.clone(), rtol=0, atol=1e-3 * expected.abs().max().item()
         )
+    short = NAMES.index("short.mp4")
+    ends = read_index(made).videos[short].ends.tolist()
+    assert 0 < ends[0] < 0.8  # where the video ends
     metadata = read_index(made).metadata
     assert metadata.folder == str(films) and metadata.weights == str(weights)
     assert metadata.settings["stride"] == 0.4

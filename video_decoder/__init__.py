@@ -50,6 +50,7 @@ __all__ = [
     "decode_clip",
     "decode_clips",
     "decode_frames",
+    "decode_windows",
     "ffmpeg_program",
     "probe_duration",
 ]
@@ -150,6 +151,37 @@ def decode_clips(
     Raises DecodeError if the file cannot be opened as a local video file or gives no frame at all,
     or if the ffmpeg program fails; ValueError for arguments out of range.
     """
+    clips, _ = _decode_windows(path, starts, fps, num_frames, size, crop_only, crop, flip, backend)
+    return clips
+
+
+def decode_windows(
+    path: FilePath, starts: Iterable[float], clip: ClipSpec
+) -> tuple[torch.Tensor, list[int]]:
+    """Decode windows as decode_clips does, but repeat the last frame where others are missing.
+
+    Returns uint8 [len(starts), 3, num_frames, size, size] and how many frames each window really
+    has. One that has none, as it is past the end, is black.
+    """
+    clips, counts = _decode_windows(path, starts, **clip.options)
+    for window, count in zip(clips, counts, strict=True):
+        if 0 < count < clip.num_frames:
+            window[:, count:] = window[:, count - 1 : count]
+    return clips, counts
+
+
+def _decode_windows(
+    path: FilePath,
+    starts: Iterable[float],
+    fps: float | Fraction,
+    num_frames: int,
+    size: int,
+    crop_only: bool = False,
+    crop: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    backend: str = "pyav",
+) -> tuple[torch.Tensor, list[int]]:
+    """Do the work of decode_clips; return also how many frames each window really has."""
     _check_backend_name(backend)
     starts = [_to_microseconds(start) for start in starts]
     if not 0 < fps < math.inf or num_frames < 1 or size < 1:
@@ -159,9 +191,10 @@ def decode_clips(
     _check_regular_file(path)
     out = np.zeros((len(starts), 3, num_frames, size, size), np.uint8)
     decode = decode_windows_pyav if backend == "pyav" else decode_windows_ffmpeg
-    if not decode(path, starts, fps, filters, out):
+    counts = decode(path, starts, fps, filters, out)
+    if 0 in counts:
         check_decodable(path)
-    return torch.from_numpy(out)
+    return torch.from_numpy(out), counts
 
 
 def decode_frames(

@@ -150,22 +150,22 @@ def quote_line(text: str) -> str:
 
 def decode_windows_ffmpeg(
     path: FilePath, starts: list[int], fps: Fraction, filters: CropFilters, clips: np.ndarray
-) -> bool:
-    """Fill clips [N, 3, frames, size, size]; return whether each window displays a frame.
+) -> list[int]:
+    """Fill clips [N, 3, frames, size, size]; return how many frames each window displays.
 
     starts: microseconds. clips: zeros at first, and kept where no frame is displayed.
     """
     num_frames, size = clips.shape[2:4]
     # trim only ends the command early: a damaged clock could ask for a million repeats.
     rate = [("fps", {"fps": str(fps)}), ("trim", {"end_frame": str(num_frames)})]
-    complete = True
+    counts = []
     for start, clip in zip(starts, clips, strict=True):
         seek = {"ss": f"{start}us", "t": f"{window_length(num_frames, fps)}us"}
         pictures = split_pictures(path, read_pixels(path, rate, filters, clip.size, **seek), size)
         for number, picture in enumerate(pictures):
             copy_picture(picture, clip[:, number : number + 1])
-        complete = complete and len(pictures) > 0
-    return complete
+        counts.append(len(pictures))
+    return counts
 
 
 def decode_whole_ffmpeg(path: FilePath, filters: CropFilters, size: int) -> np.ndarray:

@@ -211,8 +211,8 @@ def decode_timed_frames(
 
 def decode_windows_pyav(
     path: FilePath, starts: list[int], fps: Fraction, filters: CropFilters, clips: np.ndarray
-) -> bool:
-    """Fill clips [N, 3, frames, size, size]; return whether each window displays a frame.
+) -> list[int]:
+    """Fill clips [N, 3, frames, size, size]; return how many frames each window displays.
 
     starts: microseconds. clips: zeros at first, and kept where no frame is displayed.
 
@@ -240,7 +240,7 @@ def run_fast_path(
     fps: Fraction,
     filters: CropFilters,
     clips: np.ndarray,
-) -> bool:
+) -> list[int]:
     """Decode all windows in one pass, by the timestamps of the packets.
 
     Raises FastPathUnavailable if the file is not suited. The clips may be partly filled then.
@@ -257,7 +257,7 @@ def run_fast_path(
                 copy_picture(picture, destination)
     if destinations:
         raise FastPathUnavailable
-    return len({window for window, _ in spans}) == len(starts)
+    return count_frames(spans, len(starts))
 
 
 def plan_windows(
@@ -448,10 +448,10 @@ def parse_slice(packet: av.Packet, context: av.VideoCodecContext) -> tuple[int, 
 
 def run_slow_path(
     path: FilePath, starts: list[int], fps: Fraction, filters: CropFilters, clips: np.ndarray
-) -> bool:
+) -> list[int]:
     """Decode every frame from the keyframe on; windows that seek to one packet share a pass."""
     converter = FrameConverter(path, filters)
-    passes, displaying = {}, set()
+    passes, spans = {}, []
     with open_video(path) as stream:
         # Where timestamps may jump (MPEG-TS, MPEG-PS) the windows' clocks could part.
         may_share = len(starts) > 1 and not stream.container.format.flags & AVFMT_TS_DISCONT
@@ -465,8 +465,16 @@ def run_slow_path(
             for window, span in run_pass(stream, offset, delays, fps, clips.shape[2]):
                 picture = converter.convert(span.frame)
                 copy_picture(picture, clips[window, :, span.first : span.end])
-                displaying.add(window)
-    return len(displaying) == len(starts)
+                spans.append((window, span._replace(frame=None)))
+    return count_frames(spans, len(starts))
+
+
+def count_frames(spans: Iterable[tuple[int, Span]], windows: int) -> list[int]:
+    """Return how many frames each window displays, of all its (window, span) pairs."""
+    counts = [0] * windows
+    for window, span in spans:
+        counts[window] = max(counts[window], span.end)
+    return counts
 
 
 def run_pass(

@@ -11,6 +11,7 @@ The file is written with torch.save and memory-mapped, as data only, with torch.
     reasons            why it could not be used, or ''
     windows            int64 [V], how many it has
     starts             float64 [N], where each window starts, seconds
+    ends               float64 [N], where it or its video ends; absent in files of before 2026-11
     embeddings         float32 [N, D], video by video
 """
 
@@ -45,6 +46,7 @@ class Video(NamedTuple):
     reason: str  # why it has no windows, or ''
     starts: torch.Tensor  # float64 [W], seconds, ascending
     embeddings: torch.Tensor  # float32 [W, D]
+    ends: torch.Tensor | None = None  # float64 [W], seconds; None: starts + window_seconds
 
 
 class IndexMetadata(NamedTuple):
@@ -68,6 +70,7 @@ class Index(NamedTuple):
     videos: list[Video]
     first: list[int]  # the row of each video's first window
     starts: torch.Tensor  # float64 [N]
+    ends: torch.Tensor  # float64 [N]
     embeddings: torch.Tensor  # float32 [N, D]
 
 
@@ -89,6 +92,7 @@ def write_index(path: AnyPath, metadata: IndexMetadata, videos: Iterable[Video])
     folder = Path(path).resolve().parent
     videos = sorted(videos, key=lambda video: video.path)
     used = [video for video in videos if len(video.starts)]
+    ends = [v.starts + metadata.window_seconds if v.ends is None else v.ends for v in used]
     try:
         content = {
             "format": FORMAT,
@@ -100,6 +104,7 @@ def write_index(path: AnyPath, metadata: IndexMetadata, videos: Iterable[Video])
             "reasons": [video.reason for video in videos],
             "windows": torch.tensor([len(video.starts) for video in videos], dtype=torch.int64),
             "starts": torch.cat([torch.zeros(0).double(), *(video.starts for video in used)]),
+            "ends": torch.cat([torch.zeros(0).double(), *ends]),
             "embeddings": concatenate_on_disk([video.embeddings for video in used], folder),
         }
         with atomic_write(path) as file:
@@ -150,9 +155,10 @@ def parse_index(content: dict) -> Index:
     metadata = IndexMetadata(*(content[name] for name in IndexMetadata._fields))
     paths, reasons, windows = content["paths"], content["reasons"], content["windows"].tolist()
     starts, embeddings = content["starts"], content["embeddings"]
-    if starts.dtype != torch.float64 or embeddings.dtype != torch.float32:
+    ends = content.get("ends", starts + metadata.window_seconds)
+    if not starts.dtype == ends.dtype == torch.float64 or embeddings.dtype != torch.float32:
         raise ValueError("numbers of another type")
-    if starts.shape != (sum(windows),) or embeddings.shape[:-1] != starts.shape:
+    if not starts.shape == ends.shape == (sum(windows),) or embeddings.shape[:-1] != starts.shape:
         raise ValueError("the windows do not add up")
     texts = (metadata.folder, metadata.weights, metadata.words, *reasons)
     if not all(isinstance(text, str) for text in texts):
@@ -160,12 +166,11 @@ def parse_index(content: dict) -> Index:
     for name in paths:
         if escapes_root(name) or os.path.splitext(name)[1].lower() not in EXTENSIONS:
             raise ValueError(f"{name!r} is not a video in the folder")
-    _ = metadata.window_seconds
-    parts = starts.split(windows), embeddings.split(windows)
+    parts = starts.split(windows), embeddings.split(windows), ends.split(windows)
     sizes, mtimes = content["sizes"].tolist(), content["mtimes"].tolist()
     videos = list(map(Video._make, zip(paths, sizes, mtimes, reasons, *parts, strict=True)))
     first = list(itertools.accumulate(windows, initial=0))[:-1]
-    return Index(metadata, videos, first, starts, embeddings)
+    return Index(metadata, videos, first, starts, ends, embeddings)
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def get_moment(index: Index, row: int, score: float = 0.0) -> Moment:
     """Return the Moment of a row of the index."""
     start = index.starts[row].item()
     video = bisect.bisect_right(index.first, row) - 1
-    return Moment(row, video, start, start + index.metadata.window_seconds, score)
+    return Moment(row, video, start, index.ends[row].item(), score)
 
 
 def best_moments(index: Index, query: torch.Tensor, count: int) -> list[Moment]:

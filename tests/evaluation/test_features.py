@@ -14,7 +14,7 @@ from evaluation.features import StridedWindows, clip_batches, strided_features, 
 from retrieval_loader import Pair
 from s3dg import Tokenizer, to_unit_range
 from tests.helpers import make_video
-from video_decoder import ClipSpec, DecodeError, decode_clips
+from video_decoder import ClipSpec, DecodeError, decode_windows
 
 CPU = torch.device("cpu")
 CLIP = ClipSpec(num_frames=4, size=16, fps=5)
@@ -184,7 +184,7 @@ def features(paths, *, stride=0.5, workers=2, batch_size=5, timeout=60):
 
 
 def directly(path, starts):
-    clips = decode_clips(path, starts, num_frames=4, size=16, fps=5)
+    clips, _ = decode_windows(path, starts, ClipSpec(4, 16, 5))
     return Pixels()(to_unit_range(clips), None, "video", False).numpy()
 
 
@@ -225,10 +225,13 @@ def test_features_are_those_of_the_windows_decoded_by_themselves(videos):
     assert found[0].starts[-1] == 29.0 and found[2].starts == [0.0]
 
 
-def test_a_video_shorter_than_a_window_ends_in_black_frames(videos):
-    window = features(videos)[2].features.reshape(3, 4, 4, 4)
-    assert window[:, :2].any() and not window[:, 2:].any()
-    assert features(videos)[2].black == []  # not the window as a whole
+def test_a_video_shorter_than_a_window_repeats_its_last_frame(videos):
+    found = features(videos)[2]
+    window = found.features.reshape(3, 4, 4, 4)
+    assert window[:, 1].any()
+    for later in (2, 3):
+        np.testing.assert_array_equal(window[:, later], window[:, 1])
+    assert found.frames == [2] and found.black == []
 
 
 def test_groups_of_a_long_video_give_the_features_of_the_whole(videos, monkeypatch):
@@ -244,11 +247,11 @@ def test_groups_of_a_long_video_give_the_features_of_the_whole(videos, monkeypat
 def test_each_window_is_decoded_once_and_few_are_held_at_once(videos, monkeypatch):
     asked = []
 
-    def decode(path, starts, **settings):
+    def decode(path, starts, clip):
         asked.append((path, list(starts)))
-        return decode_clips(path, starts, **settings)
+        return decode_windows(path, starts, clip)
 
-    monkeypatch.setattr(features_module, "decode_clips", decode)
+    monkeypatch.setattr(features_module, "decode_windows", decode)
     found = features(videos, workers=0)
     assert max(len(starts) for _, starts in asked) == features_module.GROUP_SIZE == 16
     for index, path in enumerate(videos):
@@ -258,10 +261,10 @@ def test_each_window_is_decoded_once_and_few_are_held_at_once(videos, monkeypatc
 def faulty(fault):
     """A decoder to which something happens in the second group of the long video."""
 
-    def decode(path, starts, **settings):
+    def decode(path, starts, clip):
         if path.name == "long.mp4" and starts[0] > 0:
             fault(path)
-        return decode_clips(path, starts, **settings)
+        return decode_windows(path, starts, clip)
 
     return decode
 
@@ -286,7 +289,7 @@ def crash(path):
 def test_a_video_that_fails_on_the_way_fails_as_a_whole_and_alone(
     fault, workers, reason, videos, monkeypatch
 ):
-    monkeypatch.setattr(features_module, "decode_clips", faulty(fault))
+    monkeypatch.setattr(features_module, "decode_windows", faulty(fault))
     found = features(videos, workers=workers)
     assert found[0].endswith(reason)
     for index in (1, 2, 3):

@@ -15,10 +15,12 @@ from tests.helpers import frames_digest, golden_json
 from tests.video_decoder.samples import BASE, FILES, SMALL, VIDEOS, run_ffmpeg
 from video_decoder import (
     BACKENDS,
+    ClipSpec,
     DecodeError,
     decode_clip,
     decode_clips,
     decode_frames,
+    decode_windows,
     pyav,
     timing,
 )
@@ -375,6 +377,21 @@ def test_odd_file_names_are_only_names(video, tmp_path, monkeypatch, name, backe
     monkeypatch.chdir(tmp_path)
     settings = {"fps": 5, "num_frames": 4, "size": 32, "backend": backend}
     assert torch.equal(decode_clip(name, 1, **settings), decode_clip(video(BASE), 1, **settings))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [BASE, "mpeg2.ts"])  # of the fast path, and of the slow one
+def test_windows_repeat_the_last_frame_and_count_the_real_ones(video, name, backend):
+    starts = [1, 4.4, 100]  # of a video of 5 s
+    black = decode_clips(video(name), starts, fps=5, num_frames=8, size=32, backend=backend)
+    clips, counts = decode_windows(video(name), starts, ClipSpec(8, 32, 5, backend))
+    assert counts[0] == 8 and 0 < counts[1] < 8 and counts[2] == 0
+    for window, original, count in zip(clips, black, counts, strict=True):
+        assert torch.equal(window[:, :count], original[:, :count])
+        assert not original[:, count:].any()
+        if 0 < count < 8:
+            assert (window[:, count:] == window[:, count - 1 : count]).all()
+    assert not clips[2].any()
 
 
 @pytest.mark.parametrize("name", [BASE, "packed_b.avi", "vp9.webm", "mpeg2.ts"])
