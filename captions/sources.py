@@ -222,7 +222,7 @@ def read_folder(folder: str, files: list[tuple[str, str]], num_workers: int) -> 
             process.start()
             end.close()
             readers.append((process, results))
-        with tqdm(total=len(files), unit="file") as progress:
+        with tqdm(total=len(files), unit="file", disable=None) as progress:
             for number in range(len(tasks)):
                 try:
                     outcomes = readers[number % num_workers][1].recv()

@@ -53,6 +53,7 @@ __all__ = [
     "decode_windows",
     "ffmpeg_program",
     "probe_duration",
+    "probe_size",
 ]
 
 BACKENDS = ("pyav", "ffmpeg")
@@ -234,6 +235,16 @@ def probe_duration(path: FilePath) -> float:
     if duration is None or duration < 0:
         raise DecodeError(f"{path}: the duration is not known")
     return duration / 1e6
+
+
+def probe_size(path: FilePath) -> tuple[int, int]:
+    """Return the width and height of a video's pictures, in pixels, before they are turned upright.
+
+    Raises DecodeError if it is not a video file.
+    """
+    _check_regular_file(path)
+    with open_video(path) as stream:
+        return stream.codec_context.width, stream.codec_context.height
 
 
 def check_backend(backend: str) -> None:

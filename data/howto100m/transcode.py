@@ -29,28 +29,57 @@ PARTIAL = ".part"
 SETTINGS = "transcode.json"
 
 
-def store_filters(fps, multiple, short_side):
-    """The -vf of the command.
+def store_filters(fps, multiple, short_side, size):
+    """Make the -vf of the command. size: of the source's pictures, (width, height) or turned.
 
     Taken at `fps` from a whole second on, the store must show the very frames that the source
-    would. ffmpeg takes the last frame whose time rounds to at most n, halves up: of an odd
+    would. ffmpeg takes the last frame whose time rounds to at most n, halves up. Of an odd
     multiple's store frames that is the middle one, of an even multiple's the one before the
-    middle; so the source's frames go into the store rounded to the nearest or rounded down.
+    middle, so the source's frames go into the store rounded to the nearest or rounded down.
     """
     rounding = "near" if multiple % 2 else "down"
-    side = f"min({short_side}\\,min(iw\\,ih))"
-    width = f"if(lte(iw\\,ih)\\,{side}\\,-2)"
-    height = f"if(lte(iw\\,ih)\\,-2\\,{side})"
-    return (
-        f"fps={fps * multiple}:round={rounding}:start_time=0,"
-        f"scale=w={width}:h={height},crop=trunc(iw/2)*2:trunc(ih/2)*2,format=yuv420p"
+    return ",".join(
+        [
+            f"fps={fps * multiple}:round={rounding}:start_time=0",
+            *scale_filters(short_side, *sorted(size)),
+            "crop=trunc(iw/2)*2:trunc(ih/2)*2",
+            "format=yuv420p",
+        ]
     )
+
+
+def scale_filters(short_side, short, long):
+    """Scale pictures of short x long pixels down, so that their centre square stays the centre's.
+
+    Training crops the largest square, and FFmpeg moves a crop by a pixel to an even offset, as a
+    chroma sample is shared by two. So the source loses the columns beyond the square that it would
+    crop, and the store has a width at which the offset is even.
+    """
+    if short <= short_side:
+        return []
+
+    def oriented(long, short):
+        return f"w=if(gt(iw\\,ih)\\,{long}\\,{short}):h=if(gt(ih\\,iw)\\,{long}\\,{short})"
+
+    centred = short + (long - short) // 4 * 4
+    scaled = 2 * round(centred * short_side / short / 2)
+    filters = [f"scale={oriented(scaled, short_side)}"]
+    if centred != long:
+        filters.insert(0, f"crop={oriented(centred, short)}:x=0:y=0")
+    if spare := (scaled - short_side) % 4:
+        # Half of it is an odd number of pixels, which only unshared chroma lets it cut off.
+        filters += ["format=yuv444p", f"crop={oriented(scaled - spare, short_side)}"]
+    return filters
 
 
 def transcode(source, target, *, fps, multiple, short_side, keyint, crf, preset):
     """Write the store's version of one video. Raises RuntimeError with a one-line reason."""
     import video_decoder  # loads torch, for which --help should not wait
 
+    try:
+        size = video_decoder.probe_size(source)
+    except video_decoder.DecodeError as error:
+        raise RuntimeError(str(error)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: another run of the command may be at the same video.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
@@ -62,7 +91,7 @@ def transcode(source, target, *, fps, multiple, short_side, keyint, crf, preset)
     command = [video_decoder.ffmpeg_program(), "-v", "error", "-nostdin", "-y", "-threads", "1"]
     command += ["-format_whitelist", video_decoder.CONTAINERS, "-protocol_whitelist", "file"]
     command += ["-max_pixels", str(video_decoder.MAX_PIXELS), "-i", f"file:{source}"]
-    command += ["-map", "0:v:0", "-vf", store_filters(fps, multiple, short_side)]
+    command += ["-map", "0:v:0", "-vf", store_filters(fps, multiple, short_side, size)]
     command += ["-c:v", "libx264", "-preset", preset, "-tune", "fastdecode", "-crf", str(crf)]
     command += ["-x264-params", x264, "-threads", "1", "-map_metadata", "-1"]
     command += ["-movflags", "+faststart", "-f", "mp4", f"file:{partial}"]
@@ -171,7 +200,7 @@ def main(arguments=None):
         except (RuntimeError, OSError) as error:
             return video, error
 
-    progress = tqdm(total=len(videos), initial=len(videos) - len(todo), unit="video")
+    progress = tqdm(total=len(videos), initial=len(videos) - len(todo), unit="video", disable=None)
     with progress, multiprocessing.pool.ThreadPool(options.num_workers) as pool:
         try:
             for failure in pool.imap_unordered(attempt, todo):

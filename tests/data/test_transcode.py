@@ -92,6 +92,26 @@ def test_clips_from_whole_seconds_show_the_same_frames(tree, tmp_path, multiple)
                 assert psnr(stored, expected) > psnr(stored, moved) + 1
 
 
+@pytest.mark.parametrize("size", ["480x360", "482x360", "852x480", "360x480"])
+def test_the_centre_square_of_a_scaled_video_stays_where_it_was(size, tmp_path):
+    """A pixel more to the left or right would be a worse match."""
+    source, target = tmp_path / "source.mp4", tmp_path / "store.mp4"
+    encode(source, "-c:v", "libx264", "-vf", "gblur=2", size=size, seconds=2)
+    transcode.transcode(
+        source, target, fps=5, multiple=2, short_side=128, keyint=1, crf=8, preset="fast"
+    )
+    clip = {"fps": 5, "num_frames": 4, "size": 128}
+    stored = video_decoder.decode_clip(target, 0, **clip)[..., 8:-8, 8:-8]
+    expected = video_decoder.decode_clip(source, 0, **clip)
+    matches = {
+        (down, across): psnr(stored, expected.roll((down, across), (2, 3))[..., 8:-8, 8:-8]).item()
+        for down in (-1, 0, 1)
+        for across in (-1, 0, 1)
+    }
+    in_place = matches.pop((0, 0))  # half a pixel off, a neighbour would be as close
+    assert in_place > max(matches.values()) + 3, (in_place, matches)
+
+
 def test_time_is_the_containers(tmp_path):
     """A picture that starts after the sound keeps its place: captions count from the start."""
     source, target = tmp_path / "late.mp4", tmp_path / "store.mp4"
