@@ -107,7 +107,7 @@ def report_epochs(folder, first, last, *, loss=2.5, validated=False, tensorboard
             meter = ThroughputMeter()
             for _ in range(10):
                 progress.step += 1
-                meter.count_step(4)
+                meter.count_step(4, waited=0)
                 logger.bar.update()
                 logger.log_training(progress, meter, loss, 0.001, total_steps=30)
         progress.epoch += 1
