@@ -22,6 +22,7 @@ import os
 import posixpath
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,15 +74,13 @@ def list_items(args: argparse.Namespace) -> list[Item]:
             table = read_feature_csv(args.feature_csv)
         items = list(map(Item, table["video_path"], table["feature_path"]))
     else:
-        videos = {}
-        for path in map(Path, files_below(args.video_path, "video_path", EXTENSIONS)):
-            other = videos.setdefault(path.with_suffix(".npy"), path)
-            if other != path:
-                raise InputError(
-                    f"--video_path: {other} and {path} would have one file of features; rename one "
-                    "of them, or name the files in a --feature_csv"
-                )
-        items = [Item(str(video), str(features)) for features, video in videos.items()]
+        videos = files_below(args.video_path, "video_path", EXTENSIONS)
+        taken = Counter(os.path.splitext(video)[0] for video in videos) + Counter(videos)
+        # Of a.mp4 and a.mkv, each keeps its extension in the name of its features.
+        items = [
+            Item(video, f"{video if taken[stem] > 1 else stem}.npy")
+            for video, stem in ((video, os.path.splitext(video)[0]) for video in videos)
+        ]
     if not items:
         raise InputError(f"no videos in {args.feature_csv or args.video_path}; give others")
     return items

@@ -459,6 +459,12 @@ def log_start(state, context):
         "started by %s; %d videos, %d steps of %d clips",
         *(context, len(state.dataset), state.total_steps, state.batch_size),
     )
+    if state.total_steps <= state.args.warmup_steps:
+        log.warning(
+            "--warmup_steps %d is not below the %d steps of this run: the learning rate never "
+            "reaches --lr",
+            *(state.args.warmup_steps, state.total_steps),
+        )
     if state.resumed:
         log.info(
             "resumed from %s, after epoch %d, step %d",

@@ -118,7 +118,7 @@ def setup_logging(verbose: bool, path: FilePath | None = None, level: int = logg
     log.propagate = False
     handlers = [logging.StreamHandler(sys.stdout)] if verbose else []
     if path is not None:
-        handlers.append(logging.FileHandler(path))
+        handlers.append(logging.FileHandler(path, delay=True))  # no file before its first line
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers = handlers or [logging.NullHandler()]

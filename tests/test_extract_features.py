@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,11 +409,14 @@ def test_tables_that_cannot_be_followed_are_refused(rows, named, extract, tmp_pa
         extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv")
 
 
-def test_two_videos_of_a_folder_with_one_name_are_refused(extract, tmp_path, monkeypatch):
-    for name in ("a.mp4", "a.mkv"):
-        (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"a\.mkv and a\.mp4 would have one file"):
-        extract(tmp_path / "out", f"--video_path={tmp_path}")
+def test_two_videos_with_one_name_keep_their_extensions(extract, videos, tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.mp4", "a.mkv", "a.mkv.mp4", "b.mp4"):
+        shutil.copy(videos / "short.mp4", folder / name)
+    assert extract(out, f"--video_path={folder}") == 0
+    names = ["a.mkv.mp4.npy", "a.mkv.npy", "a.mp4.npy", "b.npy"]
+    assert sorted(path.name for path in out.glob("*.npy")) == names
 
 
 def test_what_is_needed_is_named(extract, tmp_path):

@@ -257,6 +257,7 @@ def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
     elif fault.startswith("a first epoch"):
         culprit = "--start_epoch"
     assert culprit in error
+    assert not list(Path("log").glob("*"))  # no empty log of a run that never was
 
 
 def test_a_file_where_the_event_files_go_is_refused(toy, tmp_path, monkeypatch, capsys):

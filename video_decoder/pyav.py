@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -53,7 +54,10 @@ def open_video(path: FilePath) -> Iterator[av.VideoStream]:
     try:
         container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
-        raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) == errno.EINVAL:  # of the whitelist
+            reason = "in none of the video formats that are read, whatever its name"
+        raise DecodeError(f"{path}: {reason}") from None
     with container:
         if not container.streams.video:
             raise DecodeError(f"{path}: no video stream")

@@ -465,6 +465,11 @@ def train_words(args: argparse.Namespace, folder: Path) -> tuple[list[str], np.n
     frequent, notes = most_frequent(counts, args.num_words, args.min_count)
     for note in read + notes:
         print(note, flush=True)
+    if len(frequent) < 2:
+        raise InputError(
+            f"--caption_root: {len(frequent)} word occurs {args.min_count} times, too few to train "
+            "vectors: give more captions, or lower --min_count"
+        )
     with open(corpus, encoding="utf-8") as file:
         documents = sum(1 for _ in file)
     return train(corpus, frequent, documents)

@@ -239,6 +239,15 @@ def test_vectors_are_trained_on_captions(prepare, tmp_path, capsys):
     ]
 
 
+def test_one_word_is_too_few_to_train(prepare, tmp_path):
+    (tmp_path / "captions").mkdir()
+    write_csv(tmp_path / "captions/a.csv", ("start", "end", "text"), (0, 1, "stir stir stir"))
+    flags = ["--train", "--caption_root", tmp_path / "captions", "--out", tmp_path / "out"]
+    with pytest.raises(InputError, match="--caption_root: 1 word occurs 1 times, too few"):
+        run(prepare, *flags, "--min_count", 1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize("source", ["--train", "--vectors"])
 def test_captions_without_words_are_refused(prepare, files, source, captions, tmp_path):
     source = ["--train"] if source == "--train" else ["--vectors", files / "a.bin"]
