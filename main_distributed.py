@@ -143,8 +143,8 @@ def train_one_epoch(state, context, last_step):
         waited = round((time.perf_counter() - began) * 1e6)
         bad = [faults for batch in micro_batches for faults in batch["bad"]]
         # The ranks exchange these while they compute.
-        bad_of_all = context.start_sum(len(bad))
-        most_of_all = context.start_max(context.signal is not None, waited)
+        wait_for_sum = context.start_sum(len(bad))
+        wait_for_max = context.start_max(context.signal is not None, waited)
 
         loss = state.step(micro_batches)
         del micro_batches  # up to gigabytes, which the next step's must not add to
@@ -152,8 +152,8 @@ def train_one_epoch(state, context, last_step):
         state.scheduler.step()
         progress.step += 1
         context.enter_stage(f"the counts of step {progress.step}")
-        count_bad_samples(state, bad, *bad_of_all())
-        stop_requested, waited = most_of_all()
+        count_bad_samples(state, bad, *wait_for_sum())
+        stop_requested, waited = wait_for_max()
         meter.count_step(state.batch_size, waited / 1e6)
         state.logger.bar.update()
 
@@ -182,7 +182,10 @@ def train_one_epoch(state, context, last_step):
 
 
 def count_bad_samples(state, bad, replaced):
-    """Count the step's replaced samples: `bad` of this rank, see training_batches, of all ranks."""
+    """Count the samples of a step that were replaced.
+
+    bad: those of this rank, as training_batches yields them. replaced: how many on all ranks.
+    """
     state.bad.add(chain.from_iterable(bad), replaced > 0)
     state.progress.bad_samples += replaced
     state.progress.bad_in_epoch += replaced

@@ -111,7 +111,7 @@ class HowTo100M(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def draw(self, key: Key) -> tuple[int, np.random.Generator]:
+    def pick_video(self, key: Key) -> tuple[int, np.random.Generator]:
         """Return the index of a key's video, and the generator of the sample's randomness."""
         epoch, index, attempt = (*key, 0)[:3]
         if attempt == 0:
@@ -121,10 +121,10 @@ class HowTo100M(Dataset):
 
     def name(self, key: Key) -> str:
         """Return the path of a key's video, as the list has it."""
-        return self.names[self.draw(key)[0]]
+        return self.names[self.pick_video(key)[0]]
 
     def __getitem__(self, key: Key) -> dict:
-        index, rng = self.draw(key)
+        index, rng = self.pick_video(key)
         try:
             return self.sample(self.names[index], rng)
         except (CaptionError, DecodeError) as error:
@@ -134,11 +134,13 @@ class HowTo100M(Dataset):
 
     def sample(self, name: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Return a sample of this video. Raises CaptionError or DecodeError."""
+        # The caption, and the candidates around it.
         starts, ends, texts = self.captions.read(name)
         index = int(rng.integers(len(texts)))
         nearest = find_nearest_candidates(starts, ends, index, self.num_candidates)
         text = torch.stack([self.tokenizer(texts[i]) for i in nearest])
 
+        # The clip, within the caption's time.
         start, end = clip_window(starts[index], ends[index], self.min_time)
         seek = int(rng.integers(start, int(max(start, end - self.clip.seconds)) + 1))
         crop = (0.5, 0.5) if self.centercrop else tuple(rng.random(2))

@@ -63,7 +63,10 @@ def top_k_videos(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
-    """Compute R1, R5, R10 (recall at k, fractions) and MR (median rank). scores: [N, N]."""
+    """Compute R1, R5, R10 (R@1, R@5, R@10: recalls, fractions) and MR (median rank).
+
+    scores: [N, N].
+    """
     ranks = ground_truth_ranks(scores)
     return {
         "R1": float(np.mean(ranks <= 1)),

@@ -197,14 +197,14 @@ class HostToDevice:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.launched = None  # an event after the work on the batch before the last
+        self.launched = None  # an event: the work on the batch before the previous one is done
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.stream is None:
             return tensors
         computing = torch.cuda.current_stream(self.device)
         if self.launched:
-            # The GPU has the last batch to do meanwhile. A host that never waited would run ahead
+            # The GPU has the previous batch to do meanwhile. A host that never waited would run ahead
             # and fill the memory with batches.
             self.launched.synchronize()
         self.launched = computing.record_event(torch.cuda.Event(blocking=True))
