@@ -204,8 +204,8 @@ class HostToDevice:
             return tensors
         computing = torch.cuda.current_stream(self.device)
         if self.launched:
-            # The GPU has the previous batch to do meanwhile. A host that never waited would run ahead
-            # and fill the memory with batches.
+            # The GPU has the previous batch to do meanwhile. A host that never waited would run
+            # ahead and fill the memory with batches.
             self.launched.synchronize()
         self.launched = computing.record_event(torch.cuda.Event(blocking=True))
         with torch.cuda.stream(self.stream):
