@@ -110,7 +110,7 @@ def is_done(path: Path, video: str, settings: dict) -> bool:
     try:
         made = json.loads(sidecar.read_bytes())
         source, differ = made["video"], difference(made["settings"], settings)
-        rows = len(made["times"])
+        rows, before_repeating = len(made["times"]), "frames" not in made
     except FileNotFoundError:
         raise InputError(
             f"--feature_root: the features {path} have no {sidecar.name} that describes them; {fix}"
@@ -123,6 +123,8 @@ def is_done(path: Path, video: str, settings: dict) -> bool:
         raise InputError(f"--feature_root: the features {path} were made with {differ}; {fix}")
     if source != video:
         raise InputError(f"--feature_root: the features {path} are of {source}, not {video}; {fix}")
+    if before_repeating and rows == 1:
+        return False  # a short video's: until 2026-11 black frames filled its window
     try:
         return len(np.load(path, mmap_mode="r")) == rows
     except (FileNotFoundError, EOFError, ValueError, TypeError):

@@ -25,7 +25,7 @@ VOCABULARY_ROWS = 66250  # of the released vocabulary, plus row 0 for padding
 WORD_DIM = 300
 HIDDEN_DIM = 2048
 WORD = re.compile(r"[\w']+")
-MAX_VALUE = 2  # of video: beyond what a filter that overshoots makes of [0, 1]
+VALUE_RANGE = -1, 2  # of video: what filters that overshoot may make of [0, 1] is within
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
 
 
@@ -319,10 +319,15 @@ def check_video(video: torch.Tensor, *, check_range: bool) -> None:
         raise ValueError(f"video is [B, 3, T, H, W], not {list(video.shape)}; convert it")
     if not video.is_floating_point():
         raise ValueError(f"video is float in [0, 1], not {video.dtype}; convert it: to_unit_range")
-    if check_range and not (torch.compiler.is_compiling() or video.is_meta or not video.numel()):
-        largest = video.detach().amax().item()
-        if largest > MAX_VALUE:
-            raise ValueError(f"video is RGB in [0, 1], but has {largest:.3g}; divide it by 255")
+    if torch.compiler.is_compiling() or video.is_meta or not video.numel():
+        return
+    if check_range and not (video.is_cuda and torch.cuda.is_current_stream_capturing()):
+        low, high = (bound.item() for bound in video.detach().aminmax())
+        if low < VALUE_RANGE[0] or high > VALUE_RANGE[1]:
+            raise ValueError(
+                f"video is RGB in [0, 1], but has values from {low:.3g} to {high:.3g}; divide "
+                "bytes by 255, and take off no mean"
+            )
 
 
 def space_to_depth(video: torch.Tensor) -> torch.Tensor:

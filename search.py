@@ -152,6 +152,7 @@ def make_plan(options: argparse.Namespace, metadata: IndexMetadata) -> Plan:
         for path, video in before.items()
         if present.get(path) == (video.size, video.mtime_ns)
         and not (video.reason and options.retry_failed)
+        and not video.is_outdated
     }
     if old:
         check_same_index(options.out, old.metadata, metadata, bool(before) and not kept)

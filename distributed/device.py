@@ -7,8 +7,7 @@ import torch
 
 from utils import one_line
 
-# Of the drivers of NVIDIA and of AMD.
-GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd")
+GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0")  # of NVIDIA's driver
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
@@ -63,9 +62,14 @@ def pick_device(device: str, gpu: int | None = None, local_rank: int = 0) -> tor
 
 
 def find_sign_of_gpu() -> str:
-    """Name what tells that a process is meant to have a GPU; "" if there is nothing."""
+    """Name what tells that a process is meant to have a GPU; "" if there is nothing.
+
+    A PyTorch that is built for the CPU is taken for meant.
+    """
+    if not torch.version.cuda:
+        return ""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return "" if visible in ("", "-1") else f"CUDA_VISIBLE_DEVICES={visible}"
+        return "" if visible in ("", "-1", "NoDevFiles") else f"CUDA_VISIBLE_DEVICES={visible}"
     return next(filter(os.path.exists, GPU_DEVICE_FILES), "")
 
 

@@ -165,12 +165,19 @@ def pick_rank_device(device: str, gpu: int | None, local_rank: int = 0) -> torch
 def rendezvous_url(dist_url: str, dist_file: str) -> str:
     """The address that the two flags give, or ""."""
     if dist_file == DIST_FILE:
-        if dist_url and not re.match(r"(tcp|file)://.", dist_url):
-            raise LaunchError(f"--dist_url {dist_url}: give tcp://host:port or file:///path")
+        if dist_url:
+            check_url(dist_url)
         return dist_url
     if dist_url:
         raise LaunchError("--dist_url and --dist_file exclude each other: drop one")
     return "file://" + os.path.abspath(dist_file)
+
+
+def check_url(url: str) -> None:
+    """Raise LaunchError unless it is the address of a rendezvous."""
+    tcp = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.%]+\]|[^\s/:@\[\]]+):(\d{1,5})", url)
+    if not (re.match(r"file://.", url) or (tcp and int(tcp[2]) <= 65535)):
+        raise LaunchError(f"--dist_url {url}: give tcp://host:port or file:///path")
 
 
 def under_torchrun(env: Mapping[str, str]) -> bool:
@@ -206,6 +213,7 @@ def detect_slurm(env: Mapping[str, str], url: str, nproc: int) -> Launch:
         url += f".{job}.{step}.{restarts}"  # the file of an earlier start would mislead this one
     if not url and {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        check_url(url)
     if not url:
         names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
         host = first_host(next((env[name] for name in names if name in env), "127.0.0.1"))

@@ -241,6 +241,9 @@ def run_rank(
     rendezvous = Rendezvous(dist.HashStore())
     if launch.world_size > 1:
         backend = backend if own_device.type == "cuda" else "gloo"
+        # Ctrl-C ends the wait for a missing node: there is nothing yet to write a checkpoint of.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         rendezvous = join_group(launch, rank, backend, timeout)
     watchdog = Watchdog(rendezvous.store, rank, launch.world_size, timeout)
     context = RankContext(rank, launch, own_device, watchdog, rendezvous)

@@ -184,8 +184,8 @@ def check_resolves(host: str) -> None:
         try:
             socket.getaddrinfo(host, None)
             return
-        except OSError as error:
-            reason = error.strerror
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
         if attempt + 1 < RESOLVE_ATTEMPTS:
             time.sleep(1)
     raise LaunchError(
@@ -212,6 +212,8 @@ def pick_gloo_interface(store: dist.Store, launch: Launch, rank: int, host: str)
     if interface := interface_of(address):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         log.info("gloo uses the network interface %s (%s)", interface, address)
+    else:
+        log.warning("no network interface has %s: set GLOO_SOCKET_IFNAME if nodes wait", address)
 
 
 def route_to(host: str) -> str | None:

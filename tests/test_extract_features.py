@@ -19,7 +19,7 @@ import torch
 import extract_features
 from args import get_args, inference_model
 from s3dg import S3D, load_model, to_unit_range
-from tests.helpers import FAILURES, ROOT, golden_weight, make_video, write_csv
+from tests.helpers import FAILURES, ROOT, await_gone, golden_weight, make_video, write_csv
 from utils import InputError
 from video_decoder import ClipSpec, decode_clips, decode_windows
 
@@ -237,7 +237,8 @@ def test_ctrl_c_ends_it_with_one_line(weights, videos, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all of them
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "stopped: the same command resumes\n")
-    assert not any(p.is_running() for p in family)
+    for member in family:
+        await_gone(member.pid)
 
 
 def test_videos_that_cannot_be_used_are_listed_and_the_others_go_on(extract, tmp_path, capsys):
@@ -302,6 +303,20 @@ def test_features_from_before_the_decoder_was_a_setting_are_done(extract, whole,
     for decoder in ("pyav", "ffmpeg"):
         assert extract(tmp_path, f"--decoder={decoder}") == 0
         assert written(tmp_path) == before
+
+
+def test_features_of_a_short_video_from_before_its_last_frame_was_repeated_are_made_again(
+    extract, whole, tmp_path
+):
+    shutil.copytree(whole, tmp_path / "out")
+    for name in ("a", "short"):
+        side = tmp_path / "out" / f"{name}.json"
+        content = json.loads(side.read_text())
+        del content["frames"]
+        side.write_text(json.dumps(content))
+    assert extract(tmp_path / "out") == 0
+    assert "frames" in json.loads((tmp_path / "out/short.json").read_text())
+    assert "frames" not in json.loads((tmp_path / "out/a.json").read_text())
 
 
 def test_features_that_lost_their_end_are_made_again(extract, whole, tmp_path):

@@ -416,7 +416,7 @@ def test_the_model_compiles_as_one_graph():
         (torch.zeros(3, 4, 32, 32), r"\[B, 3, T, H, W\], not \[3, 4, 32, 32\]"),
         (torch.zeros(1, 4, 32, 32, 3), "not .1, 4, 32, 32, 3"),
         (torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8), "not torch.uint8; convert it"),
-        (torch.full((1, 3, 4, 32, 32), 255.0), "has 255; divide it by 255"),
+        (torch.full((1, 3, 4, 32, 32), 255.0), "to 255; divide bytes by 255"),
         (None, "mode 'video' needs video"),
     ],
 )

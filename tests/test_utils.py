@@ -52,7 +52,8 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(monkeypatch, tmp_path):
-    """An old driver, or a build of PyTorch for the CPU: a training there would take years."""
+    """As with an old driver: a training there would take years."""
+    monkeypatch.setattr("torch.version.cuda", "12.8")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(device, "GPU_DEVICE_FILES", [str(tmp_path)])
@@ -61,8 +62,12 @@ def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(monkeypatch, tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=3"):
         pick_device("auto")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert pick_device("auto").type == pick_device("cpu").type == "cpu"
+    for hidden in ("", "-1", "NoDevFiles"):  # the last is how SLURM hides them
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert pick_device("auto").type == pick_device("cpu").type == "cpu"
+    monkeypatch.setattr("torch.version.cuda", None)  # a build for the CPU
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert pick_device("auto").type == "cpu"
 
 
 def test_clips_travel_as_bytes_and_become_unit_floats():

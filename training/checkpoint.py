@@ -189,6 +189,8 @@ def load(path: Path) -> dict:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
+        if "Unsupported" in str(error):  # a type that is not data: strange, but not damaged
+            raise
         raise DamagedError(f"torch.load rejects its pickle, {type(error).__name__}") from None
     except RuntimeError as error:
         text = one_line(error)

@@ -46,7 +46,12 @@ class Video(NamedTuple):
     reason: str  # why it has no windows, or ''
     starts: torch.Tensor  # float64 [W], seconds, ascending
     embeddings: torch.Tensor  # float32 [W, D]
-    ends: torch.Tensor | None = None  # float64 [W], seconds; None: starts + window_seconds
+    ends: torch.Tensor | None = None  # float64 [W], seconds; None in files of before 2026-11
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether black frames may fill its only window, as they did before `ends` was known."""
+        return self.ends is None and len(self.starts) == 1
 
 
 class IndexMetadata(NamedTuple):
@@ -155,7 +160,9 @@ def parse_index(content: dict) -> Index:
     metadata = IndexMetadata(*(content[name] for name in IndexMetadata._fields))
     paths, reasons, windows = content["paths"], content["reasons"], content["windows"].tolist()
     starts, embeddings = content["starts"], content["embeddings"]
-    ends = content.get("ends", starts + metadata.window_seconds)
+    known = "ends" in content
+    ends = starts + metadata.window_seconds
+    ends = content["ends"] if known else ends
     if not starts.dtype == ends.dtype == torch.float64 or embeddings.dtype != torch.float32:
         raise ValueError("numbers of another type")
     if not starts.shape == ends.shape == (sum(windows),) or embeddings.shape[:-1] != starts.shape:
@@ -166,7 +173,11 @@ def parse_index(content: dict) -> Index:
     for name in paths:
         if escapes_root(name) or os.path.splitext(name)[1].lower() not in EXTENSIONS:
             raise ValueError(f"{name!r} is not a video in the folder")
-    parts = starts.split(windows), embeddings.split(windows), ends.split(windows)
+    parts = (
+        starts.split(windows),
+        embeddings.split(windows),
+        ends.split(windows) if known else [None] * len(windows),
+    )
     sizes, mtimes = content["sizes"].tolist(), content["mtimes"].tolist()
     videos = list(map(Video._make, zip(paths, sizes, mtimes, reasons, *parts, strict=True)))
     first = list(itertools.accumulate(windows, initial=0))[:-1]

@@ -61,14 +61,18 @@ def scale_filters(short_side, short, long):
     def oriented(long, short):
         return f"w=if(gt(iw\\,ih)\\,{long}\\,{short}):h=if(gt(ih\\,iw)\\,{long}\\,{short})"
 
+    # Of the picture, which may change its size midway.
+    longest, shortest = "max(iw\\,ih)", "min(iw\\,ih)"
+    side = f"min({short_side}\\,{shortest})"
+    filters = [f"scale={oriented(f'2*round({longest}*{side}/{shortest}/2)', side)}"]
     centred = short + (long - short) // 4 * 4
-    scaled = 2 * round(centred * short_side / short / 2)
-    filters = [f"scale={oriented(scaled, short_side)}"]
     if centred != long:
-        filters.insert(0, f"crop={oriented(centred, short)}:x=0:y=0")
-    if spare := (scaled - short_side) % 4:
-        # Half of it is an odd number of pixels, which only unshared chroma lets it cut off.
-        filters += ["format=yuv444p", f"crop={oriented(scaled - spare, short_side)}"]
+        centre = f"{shortest}+4*floor(({longest}-{shortest})/4)"
+        filters.insert(0, f"crop={oriented(centre, shortest)}:x=0:y=0")
+    if (2 * round(centred * short_side / short / 2) - short_side) % 4:
+        # Half of the rest is an odd number of pixels, which only unshared chroma lets it cut off.
+        even = f"{longest}-mod({longest}-{shortest}\\,4)"
+        filters += ["format=yuv444p", f"crop={oriented(even, shortest)}"]
     return filters
 
 

@@ -201,6 +201,9 @@ def test_launchers_tell_how_often_they_restarted_a_run():
         ("", {**TASK_PER_PROCESS, "SLURM_STEP_NUM_TASKS": "3"}, "3 SLURM tasks on 2 nodes"),
         ("--dist_url foo", {}, "--dist_url"),
         ("--dist_url tcp://a:1 --dist_file store", {}, "--dist_file"),
+        ("--dist_url tcp://a", {}, "--dist_url tcp://a:"),
+        ("--dist_url tcp://a:99999", {}, "--dist_url tcp://a:99999"),
+        ("--dist_url tcp://a:PORT", {}, "give tcp://host:port"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(line, env, named):

@@ -211,7 +211,6 @@ DAMAGES = {
     "a short record": lambda data: rewritten(
         data, lambda name, record: record[:100] if name.endswith("data/0") else record
     ),
-    "a pickle that runs code": lambda data: saved(content(2, Evil())),
     "a list": lambda data: saved([1, 2]),
     "no state_dict": lambda data: saved({"epoch": 2, "optimizer": {}, "scheduler": {}}),
     "half of the old format": lambda data: saved(
@@ -238,6 +237,14 @@ def test_a_damaged_newest_file_is_skipped_renamed_and_never_deleted(tmp_path, mi
         assert save(tmp_path, epoch).is_file()
     assert (tmp_path / "epoch0002.pth.tar.damaged").read_bytes() == data
     assert [key for key, _ in list_checkpoints(tmp_path)] == [(epoch, 0) for epoch in range(4, 14)]
+
+
+def test_what_is_intact_but_no_data_ends_the_start(tmp_path):
+    """Its checksums are right, so it is another program's, or an attack: a person has to look."""
+    save(tmp_path, 1)
+    (tmp_path / "epoch0002.pth.tar").write_bytes(saved(content(2, Evil())))
+    with pytest.raises(DataError, match=r"epoch0002.*Unsupported.*may be intact"):
+        newest_checkpoint(tmp_path)
 
 
 def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path):

@@ -186,3 +186,16 @@ def test_a_clock():
     assert [format_timestamp(s) for s in (0, 59, 61, 3599, 3600, 36061)] == [
         "0:00", "0:59", "1:01", "59:59", "1:00:00", "10:01:01",
     ]  # fmt: skip
+
+
+def test_an_index_of_before_ends_were_stored_is_read(make_index, tmp_path):
+    videos = [video_of("a.mp4", [0, 1], [[1, 0], [0, 1]]), video_of("short.mp4", [0], [[1, 1]])]
+    make_index(*videos)
+    content = torch.load(tmp_path / "index", weights_only=True)
+    del content["ends"]
+    torch.save(content, tmp_path / "index")
+    index = read_index(tmp_path / "index")
+    assert index.ends.tolist() == [2, 3, 2]
+    assert [video.is_outdated for video in index.videos] == [False, True]  # perhaps partly black
+    write_index(tmp_path / "index", index.metadata, index.videos)
+    assert read_index(tmp_path / "index").ends.tolist() == [2, 3, 2]
