@@ -287,8 +287,8 @@ def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bo
             add(old, dest=name, default=argparse.SUPPRESS)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds defaults to the help, where they tell something that the sentence does not."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and adds the defaults that a sentence does not have."""
 
     def _get_help_string(self, action):
         if any(action.default is value for value in (None, "", False)) or "default" in action.help:
