@@ -1,17 +1,22 @@
 """Re-encode a tree of videos into a training store: the same names, much cheaper to decode.
 
 Every video becomes H.264 without sound: the short side scaled down to --short_side, --multiple
-frames for each frame that training at --fps takes, and an IDR frame every --keyint seconds. The
-names and folders stay as they are, so that the video list and the captions fit and --video_path
-is all that changes; the container is MP4 whatever the name's extension says (FFmpeg goes by the
-content). Files are written under another name and renamed when they are whole: the command can be
-stopped and run again, and goes on with what is missing.
+frames for each frame that training at --fps takes, and an IDR frame every --keyint seconds. Names
+and folders stay the same, so only --video_path changes; the list and the captions fit. The
+container is MP4, whatever the extension (FFmpeg recognizes the content). Files are written
+atomically: a run that was stopped resumes with the same command.
+
+Measured by benchmarks/bench_decode.py on two cores of an Intel Xeon with the defaults, for a source
+of 340x256 at 30 frames per second (x264 medium, CRF 23, GOP 250): decoding a training clip of 16
+frames at 5 per second takes 8.9 ms of CPU instead of 38.9 (89.5 with the public release's command);
+disk 119 MB per hour instead of 111; PSNR of the clips against the source's 40.4 dB. A lower --crf
+is closer to the source and larger, a longer --keyint smaller and slower to decode. The store is
+made for one --fps, from whole seconds on; at others its frames are a little early or late.
 """
 
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing.pool
 import os
 import signal
@@ -23,10 +28,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from utils import find_files
+from args import Parser, files_below, make_folder, positive
+from utils import InputError, atomic_write, run_script
 
 PARTIAL = ".part"
 SETTINGS = "transcode.json"
+PRESETS = [
+    *("ultrafast", "superfast", "veryfast", "faster", "fast"),
+    *("medium", "slow", "slower", "veryslow"),
+]
 
 
 def store_filters(fps, multiple, short_side, size):
@@ -76,16 +86,23 @@ def scale_filters(short_side, short, long):
     return filters
 
 
-def transcode(source, target, *, fps, multiple, short_side, keyint, crf, preset):
-    """Write the store's version of one video. Raises RuntimeError with a one-line reason."""
+def transcode(
+    source: Path,
+    target: Path,
+    *,
+    fps: int,
+    multiple: int,
+    short_side: int,
+    keyint: float,
+    crf: int,
+    preset: str,
+) -> None:
+    """Write the store's version of a video. Raises DecodeError of one line, or OSError."""
     import video_decoder  # loads torch, for which --help should not wait
 
-    try:
-        size = video_decoder.probe_size(source)
-    except video_decoder.DecodeError as error:
-        raise RuntimeError(str(error)) from None
+    size = video_decoder.probe_size(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: another run of the command may be at the same video.
+    # A name of its own: another run of the command may be writing the same video.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     frames = max(1, round(keyint * fps * multiple))
     # With the default multiple every other frame, which training does not take, is one that no
@@ -103,108 +120,74 @@ def transcode(source, target, *, fps, multiple, short_side, keyint, crf, preset)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise RuntimeError(lines[-1] if lines else f"ffmpeg ended with {done.returncode}")
-        try:
-            video_decoder.decode_clip(partial, 0, fps=fps, num_frames=1, size=16)
-        except video_decoder.DecodeError as error:
-            raise RuntimeError(f"what was written does not decode: {error}") from None
+            reason = lines[-1] if lines else f"status {done.returncode}"
+            raise video_decoder.DecodeError(f"{source}: ffmpeg failed: {reason}")
+        video_decoder.decode_clip(partial, 0, fps=fps, num_frames=1, size=16)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=MEASURED, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("--video_path", required=True, help="the folder of the videos")
-    parser.add_argument("--out", required=True, help="the folder of the store, made if needed")
-    parser.add_argument("--fps", type=int, default=5, help="the training's --fps (default 5)")
-    parser.add_argument(
-        "--multiple", type=int, default=2, help="store frames per training frame (default 2)"
-    )
-    parser.add_argument("--short_side", type=int, default=256, help="pixels (default 256)")
-    parser.add_argument("--keyint", type=float, default=1.0, help="seconds (default 1)")
-    parser.add_argument("--crf", type=int, default=23, help="x264's quality, 0-51 (default 23)")
-    parser.add_argument("--preset", default="medium", choices=PRESETS, help="x264's (medium)")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="at a time")
-    options = parser.parse_args(arguments)
-    for name in ("fps", "multiple", "num_workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--video_path", required=True, help="folder of the videos")
+    add("--out", required=True, help="folder of the store")
+    add("--fps", type=positive(int), default=5, help="the training's --fps (default 5)")
+    add("--multiple", type=positive(int), default=2, help="store frames per training frame (2)")
+    add("--short_side", type=int, default=256, help="pixels, at least 16 (256)")
+    add("--keyint", type=positive(float), default=1.0, help="seconds between IDR frames (1)")
+    add("--crf", type=int, default=23, help="x264's quality, 0 to 51 (23)")
+    add("--preset", default="medium", choices=PRESETS, help="x264's (medium)")
+    add("--num_workers", type=positive(int), default=os.cpu_count(), help="videos at a time")
+    options = parser.parse_args(argv)
     if options.short_side < 16:
         parser.error("--short_side must be at least 16")
-    if not 0 < options.keyint < math.inf:
-        parser.error("--keyint must be a positive number")
     if not 0 <= options.crf <= 51:
         parser.error("--crf must be from 0 to 51")
-    if not options.video_path or not Path(options.video_path).is_dir():
-        parser.error(f"--video_path {options.video_path}: no such folder")
-    source, out = Path(options.video_path).resolve(), Path(options.out).resolve()
-    if source == out or source in out.parents or out in source.parents:
-        parser.error("--out and --video_path must be folders apart from each other")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {options.out}: {error.strerror}")
-    if not os.access(out, os.W_OK):
-        parser.error(f"--out {options.out}: cannot be written to")
-    return parser, options
+    return options
 
 
-PRESETS = [
-    *("ultrafast", "superfast", "veryfast", "faster", "fast"),
-    *("medium", "slow", "slower", "veryslow"),
-]
-MEASURED = """\
-What it buys and costs, measured by benchmarks/bench_decode.py on two cores of an Intel Xeon with
-the defaults, for a source of 340x256 at 30 frames per second (x264 medium, CRF 23, GOP 250):
-decoding a training clip of 16 frames at 5 per second takes 8.9 ms of CPU instead of 38.9 (89.5 the
-public release's way); disk 119 MB an hour instead of 111; PSNR of the clips against the source's
-40.4 dB. A lower --crf is closer to the source and larger, a longer --keyint smaller and slower to
-decode. The store is made for one --fps, from whole seconds on; at others its frames are a little
-early or late."""
-
-
-def check_settings(parser, out, settings):
-    """A store is of one kind: its settings are kept in it, and a run with others is refused."""
+def check_settings(out: Path, settings: dict) -> None:
+    """Reject other settings than the store was made with, and keep those of a new one."""
     path = out / SETTINGS
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept != settings:
-            made = " ".join(f"--{name} {value}" for name, value in kept.items())
-            parser.error(f"--out {out} was made with {made}: give these or another --out")
-    else:
-        path.write_text(json.dumps(settings) + "\n")
+    if not path.is_file():
+        with atomic_write(path) as file:
+            file.write(json.dumps(settings).encode() + b"\n")
+    elif (kept := json.loads(path.read_text())) != settings:
+        made = " ".join(f"--{name} {value}" for name, value in kept.items())
+        raise InputError(f"--out: {out} was made with {made}: give these, or another folder")
 
 
-def main(arguments=None):
-    """Exit status 0: all is there; 1: some videos failed; 2: the call was wrong."""
-    parser, options = parse_arguments(arguments)
+def main(argv: list[str] | None = None) -> None:
+    """Exit with status 1 if some videos failed."""
+    options = parse_arguments(argv)
     import video_decoder
 
-    try:
-        videos = sorted(map(Path, find_files(options.video_path, video_decoder.EXTENSIONS)))
-    except OSError as error:
-        parser.error(f"--video_path {error.filename}: {error.strerror}")
+    root, out = Path(options.video_path), Path(options.out)
+    videos = [Path(name) for name in files_below(root, "video_path", video_decoder.EXTENSIONS)]
     if not videos:
-        parser.error(f"--video_path {options.video_path}: no video found in it")
+        raise InputError(f"--video_path: no video found in {root}: give their folder")
+    source, target = root.resolve(), out.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise InputError("--out and --video_path must be folders apart from each other")
+    make_folder(out, "out")
     settings = {
         name: getattr(options, name)
         for name in ("fps", "multiple", "short_side", "keyint", "crf", "preset")
     }
-    check_settings(parser, Path(options.out), settings)
-    todo = [video for video in videos if not (Path(options.out) / video).exists()]
+    check_settings(out, settings)
+    todo = [video for video in videos if not (out / video).exists()]
     failures = []
 
     def attempt(video):
         try:
-            transcode(Path(options.video_path) / video, Path(options.out) / video, **settings)
-        except (RuntimeError, OSError) as error:
+            transcode(root / video, out / video, **settings)
+        except (video_decoder.DecodeError, OSError) as error:
             return video, error
 
-    progress = tqdm(total=len(videos), initial=len(videos) - len(todo), unit="video", disable=None)
+    done = len(videos) - len(todo)
+    progress = tqdm(total=len(videos), initial=done, unit="video", disable=None)
     with progress, multiprocessing.pool.ThreadPool(options.num_workers) as pool:
         try:
             for failure in pool.imap_unordered(attempt, todo):
@@ -214,15 +197,16 @@ def main(arguments=None):
         except KeyboardInterrupt:
             pool.terminate()  # begin no more
             pool.join()
-            parser.exit(130, "stopped; run it again to go on\n")
-    done = len(videos) - len(failures)
-    print(f"{done} of {len(videos)} videos are in {options.out} ({len(todo)} were missing)")
+            raise
+    made = len(videos) - len(failures)
+    print(f"{made} of {len(videos)} videos are in {out} ({len(todo)} were missing)")
     for video, error in sorted(failures):
         print(f"failed: {video}: {error}", file=sys.stderr)
-    return 1 if failures else 0
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C
     with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+        run_script(main, "stopped: the same command resumes")
