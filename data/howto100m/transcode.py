@@ -6,12 +6,9 @@ and folders stay the same, so only --video_path changes; the list and the captio
 container is MP4, whatever the extension (FFmpeg recognizes the content). Files are written
 atomically: a run that was stopped resumes with the same command.
 
-Measured by benchmarks/bench_decode.py on two cores of an Intel Xeon with the defaults, for a source
-of 340x256 at 30 frames per second (x264 medium, CRF 23, GOP 250): decoding a training clip of 16
-frames at 5 per second takes 8.9 ms of CPU instead of 38.9 (89.5 with the public release's command);
-disk 119 MB per hour instead of 111; PSNR of the clips against the source's 40.4 dB. A lower --crf
-is closer to the source and larger, a longer --keyint smaller and slower to decode. The store is
-made for one --fps, from whole seconds on; at others its frames are a little early or late.
+A lower --crf is closer to the source and larger, a longer --keyint smaller and slower to decode.
+The store is made for one --fps, from whole seconds on; at others its frames are a little early or
+late. benchmarks/RESULTS.md has the speed, the disk space and the PSNR of the defaults.
 """
 
 import argparse
