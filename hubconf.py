@@ -1,4 +1,4 @@
-"""Load the released weights through torch.hub; see "Reusing the model" in README.md.
+"""Load the released weights through torch.hub; see docs/features.md.
 
 Imports only s3dg: modules that torch.hub imports stay in the user's program, where a module of a
 common name, such as `utils`, would collide with the user's own.

@@ -1,6 +1,6 @@
 """Train S3D with MIL-NCE on narrated videos (Miech et al., CVPR 2020).
 
-One process per GPU, or a few on the CPU; plain python, torchrun or SLURM: see README.md.
+One process per GPU, or a few on the CPU; plain python, torchrun or SLURM: see docs/cluster.md.
 """
 
 from args import get_args

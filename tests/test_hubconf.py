@@ -1,6 +1,7 @@
 """The released weights: through torch.hub, and in every script."""
 
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -42,9 +43,9 @@ def load(weights, dictionary):
     )
 
 
-def test_the_readmes_command_runs_as_printed(released, tmp_path):
-    readme = (CLONE / "README.md").read_text().replace("\\\n", "")
-    [command] = re.findall(r"^    (python -c .*torch\.hub.*)$", readme, re.MULTILINE)
+def test_the_documented_command_runs_as_printed(released, tmp_path):
+    page = (CLONE / "docs" / "features.md").read_text().replace("\\\n", "")
+    [command] = re.findall(r"^    (python -c .*torch\.hub.*)$", page, re.MULTILINE)
     for name in ("hubconf.py", "s3dg.py"):  # all that it needs of the clone
         shutil.copy(CLONE / name, tmp_path)
     for file in released.iterdir():
@@ -55,6 +56,22 @@ def test_the_readmes_command_runs_as_printed(released, tmp_path):
         [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == "torch.Size([1, 512]) torch.Size([1, 512])\n"
+
+
+def test_the_readmes_quick_start_runs_as_printed(released, tmp_path):
+    [code] = re.findall(r"^```python\n(.*?)^```$", (CLONE / "README.md").read_text(), re.M | re.S)
+    for file in released.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    make_video(tmp_path / "video.mp4", seconds=4)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CLONE)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.fullmatch(r"score: -?\d\S*\n", done.stdout)
 
 
 def test_the_hub_lists_the_one_model():
