@@ -18,7 +18,8 @@ python data/toy/prepare.py --out $data
 python main_distributed.py --nproc_per_node=2 --resume --checkpoint_dir=$name --epochs=$epochs \
     --train_csv=$data/howto100m_videos.csv --video_path=$data/videos --caption_root=$data/captions \
     --word2vec_path=$data/word2vec.pth --token_to_word_path=$data/dict.npy \
-    $clips --crop_only=0 --centercrop=1 --batch_size=32 --num_candidates=4 --min_time=3 --warmup_steps=50
+    $clips --crop_only=0 --centercrop=1 --batch_size=32 --num_candidates=1 --min_time=3 \
+    --lr=0.0005 --warmup_steps=50  # at the default rate a batch this small is a lottery
 
 weights=$(ls checkpoint/$name/epoch*.pth.tar | tail -n 1)
 evaluate="--pretrain_cnn_path=$weights --token_to_word_path=$data/dict.npy $clips --verbose=0"
