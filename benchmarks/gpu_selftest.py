@@ -22,8 +22,10 @@ import contextlib
 import copy
 import dataclasses
 import faulthandler
+import functools
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -53,13 +55,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "toy")]
 import prepare  # noqa: E402
 
 import s3dg  # noqa: E402
-from args import get_args, positive  # noqa: E402
+from args import get_args, make_folder, positive  # noqa: E402
 from distributed.device import check_compiler, pick_device, training_dtype  # noqa: E402
 from main_distributed import training_set  # noqa: E402
 from training.checkpoint import list_checkpoints  # noqa: E402
 from training.log import read_records  # noqa: E402
 from training.step import TrainingStep  # noqa: E402
-from utils import atomic_write, die_with_parent, one_line, run_script  # noqa: E402
+from utils import atomic_write, die_with_parent, input_error, one_line, run_script  # noqa: E402
 from video_loader import StepSampler, training_batches  # noqa: E402
 
 NO_GPU = "not measured: no GPU"
@@ -67,8 +69,8 @@ NO_TIME = "not measured: out of time"
 SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class OutOfTime(Exception):
-    """The section has used its share of the time."""
+class OutOfTime(BaseException):
+    """The section has used its share of the time. No library is to take it for a failure."""
 
 
 @dataclasses.dataclass
@@ -95,6 +97,17 @@ class Bench:
 
     def on_gpu(self, part: Callable) -> Callable | str:
         return part if self.gpu else NO_GPU
+
+
+def start_clock(bench: Bench, seconds: float) -> None:
+    """Raise OutOfTime in so many seconds, wherever Python is then."""
+
+    def end(number, frame):
+        raise OutOfTime
+
+    bench.ends = time.monotonic() + seconds
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def run_parts(bench: Bench, parts: dict[str, Callable[[], Any] | str]) -> dict[str, Any]:
@@ -330,7 +343,7 @@ def compare_ways(bench: Bench, layer: Layer) -> dict[str, Any]:
         # Pools of equal values may pass a gradient to another of them. The 3-d convolution of
         # TemporalConv3d is not used, and is wrong on some CPUs.
         checked = error[:1] if layer.kind == "Pool" else error
-        limit = 0.0 if layer.kind == "Pool" else 0.03 if dtype == torch.bfloat16 else 1e-4
+        limit = 0.0 if layer.kind == "Pool" else 0.03 if dtype == torch.bfloat16 else 1e-3
         unused = isinstance(module, s3dg.TemporalConv3d) and way is three_dimensional
         row["passed"] &= unused or all(value <= limit for value in checked)
     return row
@@ -356,12 +369,13 @@ def check_step(bench: Bench) -> dict[str, Any]:
     precise = copy.deepcopy(model).double()
     pair = bench.draw(2)
     batch = {name: torch.cat((t, t)) for name, t in pair.items()}  # halves of equal statistics
-    exact = gradients(bench, precise, batch)
+    exact = functools.cache(lambda: gradients(bench, precise, batch))
 
     def same(*flags: str, **others) -> Callable[[], dict]:
         def compare():
             return within(
-                bench_step.distance(gradients(bench, precise, batch, *flags, **others), exact), 1e-6
+                bench_step.distance(gradients(bench, precise, batch, *flags, **others), exact()),
+                1e-6,
             )
 
         return compare
@@ -370,7 +384,7 @@ def check_step(bench: Bench) -> dict[str, Any]:
         check_compiler()
         dtype = training_dtype("auto", bench.device)
         eager, own = (
-            bench_step.distance(gradients(bench, model, batch, *flags, dtype=dtype), exact)
+            bench_step.distance(gradients(bench, model, batch, *flags, dtype=dtype), exact())
             for flags in ((), ("--compile",))
         )
         return within(own, 2 * eager + 1e-4) | {"error of eager": eager}
@@ -396,6 +410,8 @@ def check_step(bench: Bench) -> dict[str, Any]:
 def new_trainer(bench: Bench, model: nn.Module, dtype: torch.dtype, *flags: str) -> tuple:
     """Build a trainer, see ways.our_trainer, after the memory of others is free."""
     release_memory()
+    if "--compile" in flags:
+        torch.compiler.reset()
     args = get_args(argv=["--warmup_steps=0", *flags])
     return ways.our_trainer(model, bench.device, dtype, args)
 
@@ -532,6 +548,7 @@ def profile_step(bench: Bench) -> dict[str, Any]:
     }
     return {
         "clips": f"{list(batch['video'].shape)}, {dtype}",
+        "operations, ms": total,
         "activations": dict(layouts),
         "not channels innermost": others,
         "shares of operations": shares,
@@ -551,10 +568,9 @@ def measure_speed(bench: Bench) -> dict[str, Any]:
     """Measure the step's ways by batch size, against the float32 eager one of the same run."""
     model, fast = ways.new_model(), training_dtype("auto", bench.device)
     found = {}
-    share, now = bench.ends, time.monotonic()
-    kinds = [(4, 32)] if bench.quick else [(16, 224), (32, 200)]
-    for number, (frames, size) in enumerate(kinds, 1):
-        bench.ends = now + (share - now) * number / len(kinds)
+    kinds, ends = [(4, 32)] if bench.quick else [(16, 224), (32, 200)], bench.ends
+    for number, (frames, size) in enumerate(kinds):
+        start_clock(bench, max(1.0, (ends - time.monotonic()) / (len(kinds) - number)))
         found[f"{frames}x{size}x{size}"] = measure_clip_size(bench, model, frames, size, fast)
     if bench.quick:
         found["16x224x224 and 32x200x200"] = "not measured: --quick" if bench.gpu else NO_GPU
@@ -566,7 +582,10 @@ def measure_speed(bench: Bench) -> dict[str, Any]:
 def measure_clip_size(
     bench: Bench, model: nn.Module, frames: int, size: int, fast: torch.dtype
 ) -> dict[str, Any]:
-    """Measure all ways with clips of one size. The baseline comes first, compiling last."""
+    """Measure all ways with clips of one size. The baseline comes first, compiling last.
+
+    Each way differs from "as is" in one thing.
+    """
     options, baseline = clip_options(frames, size), []
 
     def row(clips, dtype, *flags, micro_batches=1, benchmark=False):
@@ -579,8 +598,9 @@ def measure_clip_size(
                 measured = measure_step(bench, step, batches)
             finally:
                 torch.backends.cudnn.benchmark = before
-            baseline.append(measured["clips/s"])
-            return measured | {"of float32": measured["clips/s"] / baseline[0]}
+            if dtype == torch.float32:
+                baseline.append(measured["clips/s"])
+            return measured | {"of float32": measured["clips/s"] / max(baseline, default=math.nan)}
 
         return measure
 
@@ -590,23 +610,28 @@ def measure_clip_size(
         kind = bench_step.Row("training step", "", ways.our_step, dtype, flags)
         return bench_step.largest_batch(kind, model, options, bench.device)
 
-    first = min(32, largest(torch.float32))
-    rows = run_parts(bench, {f"float32, {first} clips": row(first, torch.float32)})
-    if not baseline:
+    def find_largest():
+        sparing = largest(fast, "--grad_checkpoint")
+        return {"float32": largest(torch.float32), "as is": largest(fast), "sparing": sparing}
+
+    rows = run_parts(bench, {"largest batches": find_largest})
+    if "sparing" not in (found := rows["largest batches"]):
         return rows
-    most, sparing = largest(fast), largest(fast, "--grad_checkpoint")
+    most, sparing = found["as is"], found["sparing"]
     sizes = [2**n for n in range(5, 12) if 2**n <= most] or [most]
-    plans = {f"as is, {clips} clips": row(clips, fast) for clips in sizes}
-    for clips in {sizes[0], sizes[-1]}:
+    precise = sorted({min(32, found["float32"]), found["float32"]})
+    plans = {f"float32, {clips} clips": row(clips, torch.float32) for clips in precise}
+    plans |= {f"as is, {clips} clips": row(clips, fast) for clips in sizes}
+    for clips in sorted({sizes[0], sizes[-1]}):
         plans |= {
             f"cudnn.benchmark, {clips} clips": bench.on_gpu(row(clips, fast, benchmark=True)),
-            f"fp16, {clips} clips": bench.on_gpu(row(clips, torch.float16, benchmark=True)),
+            f"fp16, {clips} clips": bench.on_gpu(row(clips, torch.float16)),
         }
     count = 8192 // most if bench.gpu and not bench.quick else 2
     plans |= {
         f"--grad_checkpoint, {sparing} clips": row(sparing, fast, "--grad_checkpoint"),
         f"--accum_steps={count}, {most} clips each": row(most, fast, micro_batches=count),
-        f"--compile, {most} clips": bench.on_gpu(row(most, fast, "--compile", benchmark=True)),
+        f"--compile, {most} clips": bench.on_gpu(row(most, fast, "--compile")),
     }
     return rows | run_parts(bench, plans)
 
@@ -684,7 +709,8 @@ def make_toy(bench: Bench) -> list[str]:
 def measure_feeding(bench: Bench) -> dict[str, Any]:
     """Feed the step by workers that only fill memory, and by workers that decode a made video."""
     frames, size, clips, steps = (4, 32, 4, 3) if bench.quick else (16, 224, 256, 10)
-    flags = [f"--num_frames={frames}", f"--video_size={size}", "--crop_only=0", *make_toy(bench)]
+    flags = [f"--num_frames={frames}", f"--video_size={size}", *make_toy(bench)]
+    flags += [f"--crop_only={int(not bench.quick)}"]
     args = get_args(argv=flags)
     dataset = training_set(args, s3dg.load_words(args.token_to_word_path))
     workers = min(2 if bench.quick else 32, len(os.sched_getaffinity(0)))
@@ -830,8 +856,8 @@ def last_line(bench: Bench) -> str:
 
 
 def exhaust_memory(bench: Bench, flags: list[str]) -> dict[str, Any]:
-    """Train in 256 MiB of the GPU's memory, which do not hold the model and Adam's state."""
-    share = 2**28 / torch.cuda.get_device_properties(bench.device).total_memory
+    """Train in 64 MiB of the GPU's memory, which do not hold the model and Adam's state."""
+    share = 2**26 / torch.cuda.get_device_properties(bench.device).total_memory
     script = (
         "import runpy, sys, torch; "
         f"torch.cuda.set_per_process_memory_fraction({share}); "
@@ -879,9 +905,9 @@ def compare_with_group(bench: Bench, backend: str) -> dict[str, Any]:
         found = bench_step.numbers(lambda: ways.compute_gradients(network, joined, [batch]))
         total = torch.ones(2**20, device=bench.device)
         dist.all_reduce(total)
-        return within(bench_step.distance(found, exact), 1e-9) | {
-            "all_reduce of one rank is the identity": bool((total == 1).all())
-        }
+        compared = within(bench_step.distance(found, exact), 1e-9)
+        intact = bool((total == 1).all())
+        return compared | {"all_reduce": intact, "passed": compared["passed"] and intact}
     finally:
         dist.destroy_process_group()
 
@@ -913,15 +939,9 @@ def run_section(bench: Bench, section: Section) -> dict[str, Any]:
     """Run a section within its time: {"status", "seconds", "result" or "reason"}."""
     if section.needs_gpu and not bench.gpu:
         return {"status": NO_GPU, "seconds": 0.0}
-
-    def end(number, frame):
-        raise OutOfTime
-
     began = time.monotonic()
-    bench.ends = began + section.seconds
-    signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, section.seconds)
     try:
+        start_clock(bench, section.seconds)
         result = section.run(bench)
         outcome = {"status": "failed" if has_failed(result) else "passed", "result": result}
     except OutOfTime:
@@ -969,9 +989,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("log/gpu_selftest.json"))
     parser.add_argument("--quick", action="store_true", help="small; the default without a GPU")
     parser.add_argument("--sections", type=positive(int), nargs="+", choices=SECTIONS)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args()
-    device = pick_device("auto")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with input_error("--device"):
+        device = pick_device(options.device)
+    make_folder(options.out.parent, "out")
     chosen = {number: SECTIONS[number] for number in options.sections or SECTIONS}
     report: dict[str, Any] = {"device": str(device), "sections": {}}
     # What hangs where Python cannot interrupt it ends the process.
