@@ -469,7 +469,7 @@ def check_learning(bench: Bench, model: nn.Module) -> dict[str, Any]:
     """Train on one batch, whose loss has to fall."""
     _, step, _ = new_trainer(bench, model, training_dtype("auto", bench.device), "--lr=3e-5")
     options = SimpleNamespace(frames=4, size=64, candidates=2)
-    batch = ways.draw_batch(options, 4, bench.device)
+    batch = ways.draw_batch(options, 3, bench.device)
     losses = torch.stack([step([batch]) for _ in range(50)]).tolist()
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
     return {"first five": first, "last five": last, "passed": last < 0.9 * first}
@@ -688,7 +688,7 @@ def make_toy(bench: Bench) -> list[str]:
     """Make a small training set, once, and return the flags that name it."""
     folder = bench.folder / "toy"
     if not folder.exists():
-        for item in prepare.plan_training(folder, 1, 8 if bench.gpu else 4):
+        for item in prepare.plan_training(folder, 1, 8 if bench.gpu else 2):
             prepare.make_video(1, folder, item)
         header, *names = (folder / "howto100m_videos.csv").read_text().splitlines(keepends=True)
         # An epoch ends with a checkpoint: it is to have more steps than are done here.
