@@ -1,0 +1,127 @@
+"""The self-test of a GPU: its two-dimensional layers, and on a CPU what it can run there."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from s3dg import TemporalConv3d
+from tests.helpers import ROOT, run_python
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_selftest
+
+LAYERS = {
+    "1x1x1": nn.Conv3d(8, 12, 1),
+    "1xkxk": nn.Conv3d(8, 12, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False),
+    "kx1x1": TemporalConv3d(8, 8, (3, 1, 1), padding=(1, 0, 0), bias=False),
+    "BatchNorm": nn.BatchNorm3d(8),
+    "pool of a block": nn.MaxPool3d(3, stride=1, padding=1),
+    "pool of space": nn.MaxPool3d((1, 3, 3), (1, 2, 2), ceil_mode=True),
+    "pool 4a": nn.MaxPool3d((3, 3, 3), (2, 2, 2), ceil_mode=True),
+    "pool 5a": nn.MaxPool3d((2, 2, 2), (2, 2, 2), ceil_mode=True),
+}
+
+
+def compute(layer, way, x):
+    """Output, and the gradients of input and weights."""
+    own = x.clone().requires_grad_()
+    output = way(layer, own)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view(output.shape)
+    return [output, *torch.autograd.grad((output * weights).sum(), [own, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_layer_of_two_dimensions_equals_that_of_three(name, layout):
+    layer = LAYERS[name].double().train()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 8, 4, 9, 9, generator=generator, dtype=torch.float64)
+    x = x.relu().to(memory_format=layout)  # zeros, as of activations, are ties of the pools
+    three, two = (
+        compute(layer, way, x)
+        for way in (gpu_selftest.three_dimensional, gpu_selftest.two_dimensional)
+    )
+    for found, expected in zip(two, three, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert "pool" not in name or torch.equal(two[0], three[0])
+
+
+def test_frames_are_a_view_of_clips_with_the_channels_innermost():
+    x = torch.randn(2, 8, 4, 5, 5).to(memory_format=torch.channels_last_3d)
+    frames = gpu_selftest.frames_of(x)
+    assert frames.data_ptr() == x.data_ptr()
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(gpu_selftest.clips_of(frames, 2), x)
+
+
+def test_every_layer_of_the_network_is_collected_once():
+    layers = gpu_selftest.collect_layers(16, 224, 32)
+    assert len({(gpu_selftest.label(layer.module), layer.shape) for layer in layers}) == len(layers)
+    counts = {kind: 0 for kind in ("Conv", "Norm", "Pool")}
+    for layer in layers:
+        counts[layer.kind] += layer.count
+    assert counts == {"Conv": 76, "Norm": 76, "Pool": 13}
+    assert not all(gpu_selftest.has_two_dimensional(layer.module) for layer in layers)  # the stem
+
+
+def test_a_section_that_fails_or_takes_too_long_does_not_end_the_others(tmp_path):
+    bench = gpu_selftest.Bench(torch.device("cpu"), True, tmp_path)
+
+    def run(function, seconds=5):
+        return gpu_selftest.run_section(bench, gpu_selftest.Section("a title", function, seconds))
+
+    def fail(bench):
+        raise ValueError("two\nlines")
+
+    def hang(bench):
+        while True:
+            pass
+
+    failed = run(fail)
+    assert (failed["status"], failed["reason"]) == ("failed", "ValueError: two lines")
+    assert run(hang, 0.1)["status"] == gpu_selftest.NO_TIME
+    parts = {
+        "bad": lambda: fail(bench),
+        "good": lambda: {"passed": True},
+        "gpu": bench.on_gpu(fail),
+    }
+    found = run(lambda bench: gpu_selftest.run_parts(bench, parts))
+    assert found["status"] == "failed"
+    assert found["result"] == {
+        "bad": {"passed": False, "error": "ValueError: two lines"},
+        "good": {"passed": True},
+        "gpu": gpu_selftest.NO_GPU,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the self-test itself")
+def test_on_a_cpu_all_that_can_run_passes_and_the_rest_is_marked(tmp_path):
+    out = tmp_path / "selftest.json"
+    printed = run_python("benchmarks/gpu_selftest.py", f"--out={out}").stdout
+    report = json.loads(out.read_text())
+    assert report["quick"] and report["device"] == "cpu"
+    sections = {int(number): section for number, section in report["sections"].items()}
+    assert sections.keys() == gpu_selftest.SECTIONS.keys()
+    for number, section in sections.items():
+        expected = gpu_selftest.NO_GPU if number == 4 else "passed"
+        assert section["status"] == expected, printed
+        assert f"{number}. {section['title']}: {expected}" in printed
+    of = {number: section.get("result", {}) for number, section in sections.items()}
+    for number, name in (
+        (1, "GPU"),
+        (1, "host to device"),
+        (3, "float64, against the CPU"),
+        (3, "--compile, against eager"),
+        (5, "top kernels, ms"),
+        (6, "16x224x224 and 32x200x200"),
+        (6, "GPU ms, host ms, peak MiB"),
+        (8, "out of memory"),
+        (9, "nccl"),
+    ):
+        assert of[number][name] == gpu_selftest.NO_GPU
+    assert all(layer["passed"] for layer in of[2]["layers"].values())
+    assert len(of[2]["layers"]) > 100
