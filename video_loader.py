@@ -1,4 +1,7 @@
-"""HowTo100M for training: a random caption of a video, its neighbours, and a clip around it."""
+"""HowTo100M for training: a random caption of a video, its neighbours, and a clip around it.
+
+A sample that cannot be read is replaced by another, see training_batches.
+"""
 
 import os
 from collections import deque
