@@ -159,6 +159,12 @@ def check_nodes_agree(store: dist.Store, launch: Launch, rank: int) -> None:
     nodes = [store.get(key).decode().split(" ", 1) for key in keys]
     for number, (nproc, host) in enumerate(nodes):
         if nproc != nodes[0][0]:
+            if local_rank == 0:
+                store.set(f"rejected/{node}", "")
+            if rank == 0:  # it holds the store, which the others have to read first
+                with contextlib.suppress(RuntimeError):
+                    rejected = [f"rejected/{other}" for other in range(len(nodes))]
+                    store.wait(rejected, datetime.timedelta(seconds=10))
             raise LaunchError(
                 f"node {number} ({host}) has {nproc} processes, node 0 ({nodes[0][1]}) has "
                 f"{nodes[0][0]}: look at the GPUs of both, or give --nproc_per_node"

@@ -261,7 +261,10 @@ class Worker:
             target=worker_main, args=(dataset, memory, tasks, results), daemon=True
         )
         gc.freeze()  # a collection in the worker would touch, and so copy, all that it shares
+        # Python drops a KeyboardInterrupt that arrives within a fork.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         gc.unfreeze()
         tasks.close()
         results.close()

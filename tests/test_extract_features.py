@@ -231,7 +231,15 @@ def test_ctrl_c_ends_it_with_one_line(weights, videos, tmp_path):
     script = ROOT / "extract_features.py"
     command = [sys.executable, script, *flags(weights, videos, tmp_path), "--stride=0.005"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = psutil.Popen(command, **pipes, text=True, start_new_session=True)
+    process = psutil.Popen(
+        command,
+        **pipes,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background job has none
+    )
     assert "0 of them done before" in process.stdout.readline()  # many windows are ahead
     family = [process, *process.children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all of them
