@@ -40,15 +40,16 @@ class NoModel(torch.nn.Module):
         return video.new_zeros(len(video), 1024)
 
 
-def decode_by_processes(path, starts, **settings):
-    """Decode as the release does, with an ffmpeg process per window: see decode_clips."""
-    return bench_decode.release(path, starts, settings)
+def decode_by_processes(path, starts, clip):
+    """Decode as the release does, with an ffmpeg process per window: see decode_windows."""
+    clips = bench_decode.release(path, starts, clip.options)
+    return clips, [clip.num_frames] * len(clips)
 
 
 def videos_per_minute(paths, model, decode, stride):
     """Extract once, with a worker that decodes by `decode`: videos per minute of CPU time."""
-    ours = features.decode_clips
-    features.decode_clips = decode or ours
+    ours = features.decode_windows
+    features.decode_windows = decode or ours
     began = bench_decode.cpu_seconds()
     try:
         outcomes = features.strided_features(
@@ -64,7 +65,7 @@ def videos_per_minute(paths, model, decode, stride):
         for outcome in outcomes:
             assert not outcome.error, outcome.error
     finally:
-        features.decode_clips = ours
+        features.decode_windows = ours
     return len(paths) / (bench_decode.cpu_seconds() - began) * 60
 
 
