@@ -68,7 +68,7 @@ class ClipSpec:
 
     num_frames: int = 16
     size: int = 224
-    fps: int = 5
+    fps: float | Fraction = 5
     decoder: str = "pyav"
 
     @property
@@ -152,8 +152,7 @@ def decode_clips(
     Raises DecodeError if the file cannot be opened as a local video file or gives no frame at all,
     or if the ffmpeg program fails; ValueError for arguments out of range.
     """
-    clips, _ = _decode_windows(path, starts, fps, num_frames, size, crop_only, crop, flip, backend)
-    return clips
+    return _decode(path, starts, ClipSpec(num_frames, size, fps, backend), crop_only, crop, flip)[0]
 
 
 def decode_windows(
@@ -164,34 +163,32 @@ def decode_windows(
     Returns uint8 [len(starts), 3, num_frames, size, size] and how many frames each window really
     has. One that has none, as it is past the end, is black.
     """
-    clips, counts = _decode_windows(path, starts, **clip.options)
+    clips, counts = _decode(path, starts, clip)
     for window, count in zip(clips, counts, strict=True):
         if 0 < count < clip.num_frames:
             window[:, count:] = window[:, count - 1 : count]
     return clips, counts
 
 
-def _decode_windows(
+def _decode(
     path: FilePath,
     starts: Iterable[float],
-    fps: float | Fraction,
-    num_frames: int,
-    size: int,
+    clip: ClipSpec,
     crop_only: bool = False,
     crop: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
-    backend: str = "pyav",
 ) -> tuple[torch.Tensor, list[int]]:
     """Do the work of decode_clips; return also how many frames each window really has."""
-    _check_backend_name(backend)
+    num_frames, size, fps = clip.num_frames, clip.size, clip.fps
+    _check_backend_name(clip.decoder)
     starts = [_to_microseconds(start) for start in starts]
     if not 0 < fps < math.inf or num_frames < 1 or size < 1:
         raise ValueError(f"fps {fps}, num_frames {num_frames} and size {size} must be positive")
     fps = Fraction(fps).limit_denominator(100000)
     filters = crop_filters(size, crop_only, crop, flip)
     _check_regular_file(path)
-    out = np.zeros((len(starts), 3, num_frames, size, size), np.uint8)
-    decode = decode_windows_pyav if backend == "pyav" else decode_windows_ffmpeg
+    out = np.zeros((len(starts), *clip.shape), np.uint8)
+    decode = decode_windows_pyav if clip.decoder == "pyav" else decode_windows_ffmpeg
     counts = decode(path, starts, fps, filters, out)
     if 0 in counts:
         check_decodable(path)
