@@ -75,11 +75,12 @@ def list_items(args: argparse.Namespace) -> list[Item]:
         items = list(map(Item, table["video_path"], table["feature_path"]))
     else:
         videos = files_below(args.video_path, "video_path", EXTENSIONS)
-        taken = Counter(os.path.splitext(video)[0] for video in videos) + Counter(videos)
+        stems = [os.path.splitext(video)[0] for video in videos]
+        taken = Counter(stems + videos)
         # Of a.mp4 and a.mkv, each keeps its extension in the name of its features.
         items = [
             Item(video, f"{video if taken[stem] > 1 else stem}.npy")
-            for video, stem in ((video, os.path.splitext(video)[0]) for video in videos)
+            for video, stem in zip(videos, stems, strict=True)
         ]
     if not items:
         raise InputError(f"no videos in {args.feature_csv or args.video_path}; give others")

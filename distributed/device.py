@@ -74,6 +74,7 @@ def find_sign_of_gpu() -> str:
 
 
 def describe_cuda_failure() -> str:
+    """Return PyTorch's reason for having no GPU."""
     try:
         torch.cuda.init()
     except Exception as error:  # of several types

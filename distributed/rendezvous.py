@@ -54,7 +54,7 @@ def join_group(launch: Launch, rank: int, backend: str, timeout: float) -> Rende
             launcher_store = store
             prefix = agree_on_prefix(store, rank, launch.world_size, timeout)
         own_store = dist.PrefixStore(prefix, store)
-        if launch.init_method != "env://":  # torchrun has seen to it
+        if launcher_store is None:  # torchrun, which has one, starts the right number itself
             check_nodes_agree(own_store, launch, rank)
         if host:
             pick_gloo_interface(own_store, launch, rank, host)

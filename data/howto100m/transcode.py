@@ -36,7 +36,7 @@ PRESETS = [
 ]
 
 
-def store_filters(fps, multiple, short_side, size):
+def store_filters(fps: int, multiple: int, short_side: int, size: tuple[int, int]) -> str:
     """Make the -vf of the command. size: of the source's pictures, (width, height) or turned.
 
     Taken at `fps` from a whole second on, the store must show the very frames that the source
@@ -55,7 +55,7 @@ def store_filters(fps, multiple, short_side, size):
     )
 
 
-def scale_filters(short_side, short, long):
+def scale_filters(short_side: int, short: int, long: int) -> list[str]:
     """Scale pictures of short x long pixels down, so that their centre square stays the centre's.
 
     Training crops the largest square, and FFmpeg moves a crop by a pixel to an even offset, as a
