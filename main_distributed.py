@@ -514,7 +514,7 @@ def set_damaged_aside(state, context):
 
 
 def prepare_loop(state, context):
-    """Build what the loop needs besides: the step over all ranks, batches, logs."""
+    """Build the rest of what the loop needs: the step over all ranks, batches, logs."""
     args, progress = state.args, state.progress
     state.step = build_step(state, context)
     state.bad = BadSamples(log_path(args, "bad.csv"), context)

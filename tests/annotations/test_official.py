@@ -441,7 +441,7 @@ BAD_SPLITS = {
     "file missing": ({"wave_test_split2.txt": None}, "has no wave_test_split2.txt"),
     "absolute": ({"wave_test_split1.txt": "/etc/a.avi 1"}, "line 1: '/etc/a.avi' leads out"),
     "climbs": ({"wave_test_split1.txt": "../a.avi 1"}, "line 1: '../a.avi' leads out"),
-    "class that climbs": ({".._test_split1.txt": "a.avi 1"}, None),  # a hidden file, passed over
+    "class that climbs": ({".._test_split1.txt": "a.avi 1"}, None),  # a hidden file is skipped
 }
 
 

@@ -142,11 +142,11 @@ def test_each_micro_batch_is_normalised_by_its_own_statistics():
     assert_same_gradients(gradients(together), gradients(alone))
 
 
-# --- steps that are left out ----------------------------------------------------------------------
+# --- steps that are skipped -----------------------------------------------------------------------
 
 
 class Two(torch.nn.Module):
-    """A small network with a BatchNorm: what is left out does not depend on the network."""
+    """A small network with a BatchNorm: which steps are skipped does not depend on the network."""
 
     def __init__(self):
         super().__init__()
