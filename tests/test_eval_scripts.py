@@ -158,7 +158,7 @@ def test_metrics_are_told_also_where_the_page_cannot_be_written(
 @pytest.fixture(scope="module")
 def kept(toy, weights, tmp_path_factory):
     """A run of eval_hmdb.py with --feature_cache over a table of which one clip is broken and one
-    is absent: its folder, flags, metrics and the log line on what was skipped. The videos are gone."""
+    is absent: its folder, flags, metrics and the line on skipped videos. The videos are gone."""
     folder = tmp_path_factory.mktemp("kept")
     shutil.copytree(toy / "hmdb", folder / "hmdb")
     shutil.copy(toy / "hmdb51.csv", folder / "hmdb51.csv")
