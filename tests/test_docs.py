@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README_WORDS = 1300
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "data/README.md", "benchmarks/RESULTS.md")),
+    *sorted(ROOT.glob("*.md")),
+    *(ROOT / name for name in ("data/README.md", "benchmarks/RESULTS.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 INLINE = re.compile(r"\[[^\]]*\]\(<?([^)\s>]+)>?[^)]*\)")  # [text](target), ![text](target)
