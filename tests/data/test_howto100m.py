@@ -447,15 +447,16 @@ def test_captions_of_many_files_are_read_in_parallel_in_order(tmp_path):
     names = [f"{number:03d}" for number in range(3 * caption_source.FILES_PER_TASK + 5)]
     random.Random(1).shuffle(names)
     write_captions(tmp_path, *names)
-    read = list(caption_source.read_folder(str(tmp_path), [(name, name) for name in names], 2))
-    assert [(name, texts) for name, (_, _, texts) in read] == [(name, [name]) for name in names]
+    files = [caption_source.CaptionFiles(name, (f"{name}.csv",)) for name in names]
+    read = list(caption_source.read_folder(str(tmp_path), files, 2, "en"))
+    assert [(name, texts) for name, (_, _, texts), _ in read] == [(name, [name]) for name in names]
 
 
 def kill_before_a_result(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_the_middle_of_a_result(folder, chunks, results):
+def kill_in_the_middle_of_a_result(folder, tasks, language, results):
     os.write(results.fileno(), struct.pack("!i", 1000) + b"not 1000 bytes")
     os.kill(os.getpid(), signal.SIGKILL)
 
