@@ -20,9 +20,10 @@ from utils import one_line, shorten
 
 KEYS = ("start", "end", "text")  # of a caption, in JSON
 # What a line with an arrow has to be, in WebVTT and in SubRip.
-TIMES = re.compile(r"\s*(\d+:)?\d+:\d+[.,]\d+\s*-->\s*(\d+:)?\d+:\d+[.,]\d+(?!\d)")
+TIME = r"(\d+:)?[0-5]?\d:[0-5]?\d[.,]\d+"
+TIMES = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(\s|$)")
 WORD_TIME = re.compile(r"<(\d+:)?\d+:\d+\.\d+>")
-CONTIGUOUS = 0.1  # seconds between two cues, below which the second's lines may be the first's
+PAUSE = 0.1  # seconds between two cues, above which the first is not held by the second
 HOLD = 0.05  # seconds; YouTube holds a line for a cue of 10 ms
 
 
@@ -158,7 +159,7 @@ def unroll(cues: Sequence[Cue], rolls: bool = False) -> list[Cue]:
     before, and one of them adds a line or only holds. Subtitles that do not roll stay as they are:
     what they repeat is repeated in the video.
     """
-    carried = [0, *(count_carried(before, cue) for before, cue in pairwise(cues))]
+    carried = [0] * bool(cues) + [count_carried(*pair) for pair in pairwise(cues)]
     rolls = rolls or (
         2 * sum(map(bool, carried)) >= len(cues) - 1
         and any(
@@ -173,8 +174,10 @@ def unroll(cues: Sequence[Cue], rolls: bool = False) -> list[Cue]:
 
 
 def count_carried(before: Cue, cue: Cue) -> int:
-    """Return how many of the first lines of a cue are the last ones of the cue before."""
-    if cue.start - before.end > CONTIGUOUS:
-        return 0
+    """Return how many of the first lines of a cue are the last ones of the cue before.
+
+    After a pause, a cue that has no other lines repeats what was spoken.
+    """
     longest = min(len(before.lines), len(cue.lines))
-    return next((n for n in range(longest, 0, -1) if before.lines[-n:] == cue.lines[:n]), 0)
+    count = next((n for n in range(longest, 0, -1) if before.lines[-n:] == cue.lines[:n]), 0)
+    return 0 if count == len(cue.lines) and cue.start - before.end > PAUSE else count

@@ -149,7 +149,7 @@ def read_source(root: str, language: str) -> Iterator:
 
 
 def count_words(
-    root: str, language: str, corpus: TextIO | None = None
+    root: str, corpus: TextIO | None = None, language: str = "en"
 ) -> tuple[Counter, list[str]]:
     """Return how often each word occurs in the captions of --caption_root, and notes.
 
@@ -437,7 +437,8 @@ def main(argv=None):
             with input_error("--zip"):
                 unzip(args.zip, folder)
         elif args.train:
-            write_pair(folder, *train_words(args, folder))
+            chosen = args.num_words, args.min_count, args.language
+            write_pair(folder, *train_words(args.caption_root, folder, *chosen))
         else:
             write_pair(folder, *select_words(args))
 
@@ -451,7 +452,7 @@ def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
         with input_error("--vocabulary"):
             words, notes = read_vocabulary(args.vocabulary)
     else:
-        counts, read = count_words(args.caption_root, args.language)
+        counts, read = count_words(args.caption_root, language=args.language)
         frequent, notes = most_frequent(counts, args.num_words, args.min_count)
         words, notes = list(frequent), read + notes
     for note in notes:
@@ -467,17 +468,22 @@ def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
     return [word for word, kind in zip(words, found, strict=True) if kind], vectors[found > 0]
 
 
-def train_words(args: argparse.Namespace, folder: Path) -> tuple[list[str], np.ndarray]:
-    """Return the words and vectors of --train. The folder is for the text, which can be large."""
+def train_words(
+    root: str, folder: Path, num_words: int, min_count: int, language: str = "en"
+) -> tuple[list[str], np.ndarray]:
+    """Return words of the captions in --caption_root, and vectors that are trained on them.
+
+    The folder is for the text, which can be large. See most_frequent for the choice of the words.
+    """
     corpus = folder / "corpus.txt"
     with open(corpus, "w", encoding="utf-8") as file:
-        counts, read = count_words(args.caption_root, args.language, file)
-    frequent, notes = most_frequent(counts, args.num_words, args.min_count)
+        counts, read = count_words(root, file, language)
+    frequent, notes = most_frequent(counts, num_words, min_count)
     for note in read + notes:
         print(note, flush=True)
     if len(frequent) < 2:
         raise InputError(
-            f"--caption_root: {len(frequent)} word occurs {args.min_count} times, too few to train "
+            f"--caption_root: {len(frequent)} word occurs {min_count} times, too few to train "
             "vectors: give more captions, or lower --min_count"
         )
     with open(corpus, encoding="utf-8") as file:
