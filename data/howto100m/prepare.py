@@ -161,15 +161,17 @@ def make_list(options: argparse.Namespace) -> None:
             f": {looked_for} is not among them, {printable(min(names))} is{hint}"
         )
     unpaired = names - pairs.keys()
-    left_out = [
+    left_out = [  # (which, what they are, more about them)
         (without, "videos without captions", hint),
         (unlistable, "videos whose name is not UTF-8 or has a line end in it", ""),
         (unpaired, "captions without a video", ""),
         (found.unusable, "videos whose captions are unusable", ""),
         (found.others, "videos whose captions are in another language", ""),
     ]
-    for path, ids in exclude.items():
-        left_out.append((take_excluded(pairs, ids), f"videos of {printable(path)}", ""))
+    excluded = {path: find_excluded(pairs.values(), ids) for path, ids in exclude.items()}
+    of_evaluations = {video for some in excluded.values() for video in some}
+    pairs = {name: video for name, video in pairs.items() if video not in of_evaluations}
+    left_out += [(some, f"videos of {printable(path)}", "") for path, some in excluded.items()]
     few = [name for name in pairs if found.counts[name] < options.min_captions]
     what = f"videos with fewer than {options.min_captions} captions"
     left_out.append(([pairs.pop(name) for name in few], what, ""))
@@ -184,6 +186,9 @@ def make_list(options: argparse.Namespace) -> None:
     for some, what, more in left_out:
         if some:
             print(f"not in it: {len(some):,} {what}, such as {printable(min(some))}{more}")
+    for path in exclude:
+        if not excluded[path]:
+            print(f"not in it: 0 videos of {printable(path)}")
 
 
 def find_captions(root: str, language: str, count: bool, num_workers: int) -> Found:
@@ -223,8 +228,8 @@ def find_captions(root: str, language: str, count: bool, num_workers: int) -> Fo
     return Found(counts, by_id, unusable, others)
 
 
-def take_excluded(pairs: dict[str, str], ids: set[str]) -> list[str]:
-    """Take the videos of these ids out of the pairs, and return them.
+def find_excluded(videos: Iterable[str], ids: set[str]) -> list[str]:
+    """Return the videos of these ids.
 
     A video's id is its file's name, or the end of it in brackets, as yt-dlp names files.
     """
@@ -234,7 +239,7 @@ def take_excluded(pairs: dict[str, str], ids: set[str]) -> list[str]:
         bracketed = re.search(r"\[([^\[\]]+)\]$", stem)
         return stem in ids or (bracketed is not None and bracketed[1] in ids)
 
-    return [pairs.pop(name) for name in [n for n, video in pairs.items() if is_excluded(video)]]
+    return [video for video in videos if is_excluded(video)]
 
 
 def take_by_duration(

@@ -68,7 +68,7 @@ def prepare(options: argparse.Namespace) -> None:
             pairs, without, unlistable = pair(videos, names, by_id=False)
         left_out = explain(without, packed, options.language)
         left_out += [
-            (video, "the name is not UTF-8, or has a line end in it") for video in unlistable
+            (video, "its name is not UTF-8, or has a line end in it") for video in unlistable
         ]
         left_out += take_unreadable(options.folder, pairs, workers)
         for video, reason in left_out:
@@ -77,7 +77,7 @@ def prepare(options: argparse.Namespace) -> None:
             print(f"left out: the captions of {printable(name)}: there is no such video")
         if not pairs:
             raise InputError(
-                f"FOLDER: none of the {len(videos):,} videos can be trained on; see above"
+                f"FOLDER: none of its {len(videos):,} videos can be trained on; see above"
             )
         with input_error("--out"):
             write_list(partial / LIST, pairs.values())
