@@ -22,6 +22,7 @@ KEYS = ("start", "end", "text")  # of a caption, in JSON
 # What a line with an arrow has to be, in WebVTT and in SubRip.
 TIME = r"(\d+:)?[0-5]?\d:[0-5]?\d[.,]\d+"
 TIMES = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(\s|$)")
+SUBRIP = re.compile(r"\d+\s*\n.*-->|[\d:.,]+\s*-->")  # its beginning; the number may be missing
 WORD_TIME = re.compile(r"<(\d+:)?\d+:\d+\.\d+>")
 PAUSE = 0.1  # seconds between two cues, above which the first is not held by the second
 HOLD = 0.05  # seconds; YouTube holds a line for a cue of 10 ms
@@ -41,15 +42,13 @@ def parse_transcript(source: object, data: bytes) -> Transcript:
         text = data.decode("utf-8-sig").strip()
         if not text:
             raise ValueError("is empty")
-        if "\0" in text:
-            raise ValueError("is not a text file")
         if text.startswith("<"):
             raise ValueError("is HTML or XML, not captions; download it again")
         if text.startswith(("{", "[")):
             return parse_whisper(source, text)
         if text.startswith("WEBVTT"):
             return parse_subtitles(source, text, "vtt")
-        if "-->" in "".join(text.splitlines(keepends=True)[:2]):
+        if SUBRIP.match(text):
             return parse_subtitles(source, text, "srt")
     except UnicodeDecodeError as error:
         raise CaptionError(f"{source}: is not UTF-8 text ({error})") from None

@@ -33,7 +33,7 @@ from captions.readers import (
 from utils import DataError, die_with_parent, find_files, one_line, printable, shorten
 
 JSON_CHUNK = 1 << 20  # characters of a JSON file read at a time
-LARGEST_VIDEO = 1 << 26  # characters of a video's captions in it, which have some ten thousand
+LARGEST_VIDEO = 1 << 26  # characters of a video's captions, which have some ten thousand
 DECODE = json.JSONDecoder().raw_decode
 WHITESPACE = json.decoder.WHITESPACE.match
 FILES_PER_TASK = 64  # caption files that a process reads at a time
@@ -353,6 +353,8 @@ def read_file(name: str, path: str, language: str) -> Outcome:
     try:
         path.encode()
         check_language(path, split_name(path)[1], language)
+        if (size := os.path.getsize(path)) > LARGEST_VIDEO:
+            raise CaptionError(f"{path}: has {size:,} bytes, too many for the captions of a video")
         captions, kind, stated = parse_transcript(path, Path(path).read_bytes())
         check_language(path, stated, language)
         return Outcome(name, captions, kind)

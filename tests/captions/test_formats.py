@@ -127,6 +127,14 @@ def test_whispers_segments_are_the_captions():
     assert parse(json.dumps({"segments": segments}))[2] == ""
 
 
+def test_csv_may_have_arrows_and_brackets_in_its_texts():
+    assert parse("start,end,text\n0,1,a --> b\n1,2,<c>\n") == (
+        [(0, 1, "a --> b"), (1, 2, "<c>")],
+        "CSV",
+        "",
+    )
+
+
 # ---- what is none of them ------------------------------------------------------------------------
 
 VTT = "WEBVTT\n\n00:01.000 --> 00:02.000\nhello\n\n"
@@ -142,6 +150,7 @@ WRONG = {
     f"{VTT}00:03.000 --> 00:0x.000\nthere\n": "line 6: '00:03.000 --> 00:0x.000' is not a cue's",
     f"{VTT}00:03.000 -->\nthere\n": "line 6: '00:03.000 -->' is not a cue's",
     f"{VTT}00:03.000 --> 00:61.000\nthere\n": "line 6: '00:03.000 --> 00:61.000' is not a cue's",
+    "1\n\n": "no column",
     "1\n00:00:01,000 --> 2\nhello\n": "line 2: '00:00:01,000 --> 2' is not a cue's",
     "00:00:01,000 --> 00:00:02,000\nhello\n\n": "Invalid format",
     "{": "is not JSON",
@@ -167,7 +176,3 @@ def test_what_is_no_captions_is_one_line_that_says_why(text, reason):
 @pytest.mark.parametrize("codec", ["latin-1", "utf-16"])
 def test_captions_are_utf_8(codec):
     assert "is not UTF-8" in refusal(f"{VTT}00:03.000 --> 00:04.000\ncafé\n".encode(codec))
-
-
-def test_bytes_of_a_picture_are_no_captions():
-    assert "is not a text file" in refusal(b"GIF89a\0\0\0")

@@ -115,9 +115,11 @@ def test_one_bad_file_costs_only_itself(tmp_path):
     write(tmp_path, {"other.json": [1], "time.vtt": good.replace("00:00:01", "00:00:0x")})
     (tmp_path / "latin.srt").write_bytes(SRT.format("caf\xe9").encode("latin-1"))
     (tmp_path / "secret.srt").symlink_to("/proc/self/mem")
+    with open(tmp_path / "huge.json", "wb") as file:
+        file.truncate(1 << 30)
     found = read(tmp_path)
     assert found.pop("good") == ["good"]
-    assert sorted(found) == ["empty", "html", "latin", "other", "secret", "time"]
+    assert sorted(found) == ["empty", "html", "huge", "latin", "other", "secret", "time"]
     for name, error in found.items():
         assert f"{tmp_path}/{name}." in str(error) and "\n" not in str(error)
 
