@@ -11,9 +11,9 @@ The command writes to --out
     captions/               the caption store
     dict.npy, word2vec.pth  a vocabulary and its vectors, trained on the captions
 
-lists the videos that are not in it and why, and prints the command that trains on the rest. A few
-hours of speech give poor word vectors: better take those of the release (data/README.md) with
---word2vec_path and --token_to_word_path.
+lists the videos that are not in it and why, and prints the command that trains on the rest. To take
+given word vectors, such as those of the release (data/README.md), give --word2vec_path and
+--token_to_word_path.
 """
 
 import argparse
@@ -162,8 +162,8 @@ def train_vectors(folder: Path, min_count: int) -> None:
 def training_command(options: argparse.Namespace, out: Path, num_videos: int) -> list[str]:
     """Return the command that trains on the folder, on this machine.
 
-    A batch has as many clips as the GPUs, or the processor, are likely to hold, but none of a video
-    twice. --crop_only=0 shows all of a large picture, not a corner of it.
+    A batch has at most CLIPS_PER_GPU or CLIPS_ON_CPU clips per process, and no video twice as long
+    as there are as many videos as processes. --crop_only=0 shows all of a large picture, not a corner of it.
     """
     import torch
 
