@@ -162,8 +162,9 @@ def train_vectors(folder: Path, min_count: int) -> None:
 def training_command(options: argparse.Namespace, out: Path, num_videos: int) -> list[str]:
     """Return the command that trains on the folder, on this machine.
 
-    A batch has at most CLIPS_PER_GPU or CLIPS_ON_CPU clips per process, and no video twice as long
-    as there are as many videos as processes. --crop_only=0 shows all of a large picture, not a corner of it.
+    A batch has at most CLIPS_PER_GPU or CLIPS_ON_CPU clips per process, and at least one. It has no
+    video twice unless there are fewer videos than processes. --crop_only=0 shows all of a large
+    picture, not a corner of it.
     """
     import torch
 
