@@ -462,6 +462,7 @@ def log_start(state, context):
         "started by %s; %d videos, %d steps of %d clips",
         *(context, len(state.dataset), state.total_steps, state.batch_size),
     )
+    log.info("captions of %s: %s", state.args.caption_root, state.dataset.captions.origin)
     if state.total_steps <= state.args.warmup_steps:
         log.warning(
             "--warmup_steps %d is not below the %d steps of this run: the learning rate never "

@@ -108,7 +108,10 @@ class HowTo100M(Dataset):
     def check_captions(self) -> None:
         """Raise DataError if none of the videos has captions."""
         if not any(map(self.captions.has, self.names)):
-            reason = "has no captions of the videos of the list; give those that do"
+            reason = (
+                "has no captions of the videos of the list; give others, or pack those that are "
+                "not CSV files (data/howto100m/prepare.py pack)"
+            )
             raise DataError(self.captions.root, reason)
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 import pandas as pd
 
@@ -25,13 +26,13 @@ def data_error(path: AnyPath, line: int | None = None) -> Iterator[None]:
         raise DataError(path, str(error), line) from None
 
 
-def read_cells(path: AnyPath) -> pd.DataFrame:
+def read_cells(file: AnyPath | BinaryIO) -> pd.DataFrame:
     """Read a CSV file as strings; an empty cell is missing, "null" and "NA" are words.
 
     Raises OSError, or ValueError if it is no table: pandas' parser errors and undecodable bytes
     are ValueErrors.
     """
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    table = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[""])
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
         raise ValueError("its rows have more cells than its first line")
     return table

@@ -66,12 +66,16 @@ def write_store(
     videos: Iterable[tuple[str, np.ndarray, np.ndarray, list[str]]],
     *,
     by_id: bool = False,
+    origin: dict | None = None,
 ) -> tuple[int, int]:
     """Write a caption store into a new folder, whole or not at all.
 
     videos: (name, starts, ends, texts) of each video, as read_captions returns them; no name
-    twice. by_id: see readers.lookup_keys. Returns the numbers of videos and captions. Raises
-    DataError if the folder exists or cannot be written, ValueError without videos.
+    twice. by_id: see readers.lookup_keys. origin: what the manifest records of the source of the
+    captions, {"source": path, "formats": {format: number of videos}, "language": tag}; it is read
+    after the videos, so that their iterator may count them in it. Returns the numbers of videos
+    and captions. Raises DataError if the folder exists or cannot be written, ValueError without
+    videos.
     """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}{PARTIAL}")
@@ -85,7 +89,7 @@ def write_store(
     except OSError as error:
         raise DataError(folder, f"cannot be written: {error.strerror}") from None
     try:
-        counts = write_arrays(partial, videos, by_id)
+        counts = write_arrays(partial, videos, by_id, origin)
         sync_folder(partial)
         partial.rename(folder)
         sync_folder(partial.parent)
@@ -96,7 +100,9 @@ def write_store(
     return counts
 
 
-def write_arrays(folder: Path, videos: Iterable, by_id: bool) -> tuple[int, int]:
+def write_arrays(
+    folder: Path, videos: Iterable, by_id: bool, origin: dict | None
+) -> tuple[int, int]:
     """Write the files of a store. Returns the numbers of videos and captions."""
     with ExitStack() as stack:
         arrays = {
@@ -128,6 +134,7 @@ def write_arrays(folder: Path, videos: Iterable, by_id: bool) -> tuple[int, int]
         about = {
             "format": FORMAT,
             "version": VERSION,
+            "origin": origin,
             "videos": len(names),
             "captions": arrays["starts"].length,
             "by_id": by_id,

@@ -1,10 +1,10 @@
 """Read the captions of a video, from a folder of CSV files or from a caption store.
 
-Both return the same captions for a video_path: a store is packed with the folder's reader. A store
-is a folder of memory-mapped arrays. All processes share them, and each has one open file per array,
-however many videos there are.
+Both return the same captions for a video_path: a store is packed of what the folder's reader reads,
+and of other formats (captions/formats.py). A store is a folder of memory-mapped arrays. All
+processes share them, and each has one open file per array, however many videos there are.
 
-    caption_store.json             format, version, counts, by_id, sizes and sums of the files
+    caption_store.json             format, version, origin, counts, by_id, files' sizes and sums
     names.npy, name_ends.npy       the videos' names, sorted, as PackedStrings
     firsts.npy, counts.npy         [videos] a video's first caption, and its number of captions
     checksums.npy                  [videos] the CRC-32 of a video's captions
@@ -14,6 +14,7 @@ however many videos there are.
 data/howto100m/prepare.py writes it.
 """
 
+import io
 import json
 import os
 import zlib
@@ -45,20 +46,29 @@ class CaptionError(Exception):
 
 
 def read_captions(path: str | os.PathLike[str]) -> Captions:
-    """Read a caption file: starts and ends in seconds (float arrays [C]) and a list of texts.
+    """Read a CSV file of captions, see parse_csv. Raises CaptionError also if it is absent."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise CaptionError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return parse_csv(path, data)
 
-    An empty cell is an empty text. Rows without usable times are skipped. Raises CaptionError if
-    the file is absent, is not a table of captions or has no caption.
+
+def parse_csv(source: object, data: bytes) -> Captions:
+    """Parse a caption file: starts and ends in seconds (float arrays [C]) and a list of texts.
+
+    An empty cell is an empty text. Rows without usable times are skipped. source: the file's name,
+    for messages. Raises CaptionError if it is not a table of captions or has no caption.
     """
     try:
-        table = read_cells(path)
+        table = read_cells(io.BytesIO(data))
         # Parse as a JSON reader does: older versions of pandas do not round to the nearest number.
         starts, ends = table["start"].to_numpy(float), table["end"].to_numpy(float)
         texts = table["text"].fillna("").tolist()
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
-        raise CaptionError(f"{path}: {reason}") from None
-    return usable_captions(starts, ends, texts, path)
+        raise CaptionError(f"{source}: {reason}") from None
+    return usable_captions(starts, ends, texts, source)
 
 
 def usable_captions(
@@ -115,12 +125,26 @@ def is_store(root: str | os.PathLike[str]) -> bool:
     return any(os.path.isfile(Path(root, name)) for name in (ABOUT, *map(file_name, CAPTIONS)))
 
 
+def describe_origin(origin: dict | None) -> str:
+    """Describe what a store's manifest has of its source, see packing.write_store."""
+    if origin is None:
+        return "a store that does not record its origin"
+    formats = [f"{count:,} {name}" for name, count in origin["formats"].items()]
+    return f"packed from {origin['source']}: {', '.join(formats)}; language {origin['language']}"
+
+
 def file_name(array: str) -> str:
     return f"{array}.npy"
 
 
 class CaptionFolder:
-    """A folder with a caption file per video, `<video_path without extension>.csv`."""
+    """A folder with a CSV file per video, `<video_path without extension>.csv`.
+
+    Captions of other formats are packed into a store: which file of a video is meant, and whether
+    it is in the right language, is found out once.
+    """
+
+    origin = "CSV files, one per video"
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
@@ -158,6 +182,7 @@ class CaptionStore:
                     f"{VERSION}; make it again (data/howto100m/prepare.py pack)",
                 )
             self.by_id = about["by_id"]
+            self.origin = describe_origin(about.get("origin"))
             arrays = {name: self.open_array(name, about) for name in (*INDEX, *CAPTIONS)}
         except FileNotFoundError as error:
             raise self.damage(f"{Path(error.filename).name} is missing") from None

@@ -1,72 +1,98 @@
 """Read all captions of a source, video by video.
 
-A source is a folder of CSV files, a caption store, or the JSON file in which the authors of
-HowTo100M also publish the captions.
+A source is a folder of caption files, of the formats in captions/formats.py, a caption store, or a
+file with the captions of all videos. Such a file is JSON, as HowTo100M's own and the sentencified
+one, or HTM-AA's CSV.
 """
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
+from itertools import groupby, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import PurePosixPath
-from typing import TextIO
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TextIO
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
+from annotations.tables import read_table, require_non_empty
+from captions.formats import parse_columns, parse_transcript
 from captions.readers import (
     CaptionError,
     Captions,
     CaptionStore,
     check_root,
     is_store,
-    read_captions,
     usable_captions,
 )
-from utils import DataError, die_with_parent, find_files, one_line, printable
+from utils import DataError, die_with_parent, find_files, one_line, printable, shorten
 
 JSON_CHUNK = 1 << 20  # characters of a JSON file read at a time
-LARGEST_VIDEO = 1 << 26  # characters of a video's captions in it, which have some ten thousand
+LARGEST_VIDEO = 1 << 26  # characters of a video's captions, which have some ten thousand
 DECODE = json.JSONDecoder().raw_decode
 WHITESPACE = json.decoder.WHITESPACE.match
 FILES_PER_TASK = 64  # caption files that a process reads at a time
 
-Outcome = tuple[str, Captions | CaptionError]  # a video's name and captions
+SUFFIXES = (".csv", ".json", ".vtt", ".srt")  # of caption files; of a video's, the first counts
+NOT_CAPTIONS = (".info.json", ".live_chat.json")  # which yt-dlp also leaves beside videos
+LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")  # as in `<video>.en-US.vtt`
+HTM_AA = ["vid", "timestamp", "text"]  # the columns of its CSV file
 
 
-def iter_captions(root: str, num_workers: int, *, by_id: bool = False) -> Iterator[Outcome]:
-    """Yield (name, captions or a CaptionError) of each video of a source.
+class OtherLanguage(CaptionError):
+    """The captions of a video are in another language than the one that is read."""
+
+    def __init__(self, message: str, language: str = ""):
+        super().__init__(message)
+        self.language = language
+
+
+class Outcome(NamedTuple):
+    """A video's name, its captions or why there are none, and their format."""
+
+    name: str
+    captions: Captions | CaptionError
+    format: str = ""
+
+
+def iter_captions(
+    root: str, num_workers: int, *, by_id: bool = False, language: str = "en"
+) -> Iterator[Outcome]:
+    """Yield the Outcome of each video of a source.
 
     root: the source. num_workers: the processes that read a folder. by_id: name the videos of a
-    folder by the names of their caption files alone. Raises DataError or OSError if the source as a
-    whole cannot be used.
+    folder by the names of their caption files alone. language: that of the captions to read, where
+    a file or its name states one; others are an OtherLanguage. Raises DataError or OSError if the
+    source as a whole cannot be used.
     """
     if os.path.isfile(root):
-        return read_caption_json(root)
+        return read_caption_table(root) if is_caption_table(root) else read_caption_json(root)
     if is_store(root):
         return read_store(CaptionStore(root))
-    paths = find_caption_files(root)
-    files = name_by_id(root, paths) if by_id else [(path, path) for path in paths]
-    return read_folder(root, files, num_workers)
+    files = find_caption_files(root, language)
+    return read_folder(root, name_by_id(root, files) if by_id else files, num_workers, language)
 
 
 def read_store(store: CaptionStore) -> Iterator[Outcome]:
-    """Yield (name, captions or a CaptionError) of each video of a caption store."""
+    """Yield the Outcome of each video of a caption store."""
     for place in tqdm(range(len(store)), unit="video", disable=None):
         name = store.names[place]
         try:
-            yield name, store.read_at(place)
+            yield Outcome(name, store.read_at(place), "store")
         except CaptionError as error:
-            yield name, error
+            yield Outcome(name, error)
 
 
 # ---- the JSON file -------------------------------------------------------------------------------
 
 
 def read_caption_json(path: str) -> Iterator[Outcome]:
-    """Yield (video id, captions or a CaptionError), with one video in memory at a time.
+    """Yield the Outcome of each video id, with one video in memory at a time.
 
     Raises DataError if this is not a whole JSON file of captions.
     """
@@ -80,18 +106,20 @@ def read_caption_json(path: str) -> Iterator[Outcome]:
                 if name in seen:
                     raise ValueError(f"video {name!r} is duplicated")
                 seen.add(name)
-                starts, ends, texts = parse_captions(name, value)
+                name.encode()  # half of a surrogate pair is a ValueError
+                captions = parse_columns(f"video {name!r}", value)
                 try:
-                    yield name, usable_captions(starts, ends, texts, f"{path}, video {name!r}")
+                    captions = usable_captions(*captions, f"{path}, video {name!r}")
+                    yield Outcome(name, captions, "JSON by video")
                 except CaptionError as error:
-                    yield name, error
+                    yield Outcome(name, error)
                 progress.update(file.buffer.tell() - progress.n)
     except ValueError as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
         raise DataError(
             path,
             f"is not a JSON file of captions ({reason}); give an intact file of "
-            '{video id: {"start": [...], "end": [...], "text": [...]}}',
+            '{video id: {"start": [...], "end": [...], "text": [...]}}, or HTM-AA\'s CSV file',
         ) from None
 
 
@@ -152,64 +180,117 @@ def next_member(text: str, at: int, separator: str) -> tuple[tuple | None, str, 
     return (key, value), ",", end
 
 
-def parse_captions(name: str, value: object) -> Captions:
-    """Return starts and ends (float arrays) and texts of a video of the JSON file.
+# ---- HTM-AA's CSV file ---------------------------------------------------------------------------
 
-    null and NaN are a missing time, or an empty text. Raises ValueError unless they are three lists
-    of the same length.
+
+def is_caption_table(path: str) -> bool:
+    """Whether this is a CSV file of HTM-AA: its first line has the columns."""
+    with open(path, "rb") as file:
+        line = file.readline(1000).decode("utf-8-sig", "replace")
+    return {*HTM_AA} <= {cell.strip().strip('"') for cell in line.split(",")}
+
+
+def read_caption_table(path: str) -> Iterator[Outcome]:
+    """Yield the Outcome of each video id of HTM-AA's CSV file, in their order in it.
+
+    A sentence is at an instant, which is its start and its end: a training widens it to --min_time
+    as it does a short caption. Raises DataError if this is not such a table.
     """
-    name.encode()  # half of a surrogate pair is a ValueError
-    columns = [value.get(key) for key in ("start", "end", "text")] if type(value) is dict else [0]
-    if any(type(column) is not list for column in columns):
-        raise ValueError(f"video {name!r} lacks the lists start, end and text")
-    if len(set(map(len, columns))) > 1:
-        lengths = ", ".join(str(len(column)) for column in columns)
-        raise ValueError(f"the lists start, end and text of video {name!r} are {lengths} long")
-    try:
-        starts, ends = (np.array(column, float) for column in columns[:2])
-        if starts.ndim != 1 or ends.ndim != 1:
-            raise TypeError
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"a time of video {name!r} is not a number") from None
-    texts = ["" if text is None or text != text else text for text in columns[2]]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a text of video {name!r} is not a string")
-    # Half of a surrogate pair is no part of a word.
-    return starts, ends, [text.encode(errors="replace").decode() for text in texts]
+    table = require_non_empty(read_table(path, HTM_AA), ["vid"], path)
+    times = pd.to_numeric(table["timestamp"], errors="coerce").to_numpy(float)
+    wrong = np.isnan(times) & table["timestamp"].notna().to_numpy()
+    videos, names = pd.factorize(table["vid"])
+    order = np.lexsort((times, videos))  # stable; a missing time is the last
+    texts = table["text"].fillna("").to_numpy()
+    bounds = [0, *np.flatnonzero(np.diff(videos[order])) + 1, len(order)]
+    for first, last in tqdm(pairwise(bounds), total=len(names), unit="video", disable=None):
+        rows = order[first:last]
+        name = names[videos[rows[0]]]
+        source = f"{path}, video {name!r}"
+        try:
+            for row in rows[wrong[rows]][:1]:
+                time = shorten(table["timestamp"][row])
+                raise CaptionError(f"{source}: the timestamp {time} is not a number")
+            captions = usable_captions(times[rows], times[rows], texts[rows].tolist(), source)
+            yield Outcome(name, captions, "HTM-AA CSV")
+        except CaptionError as error:
+            yield Outcome(name, error)
 
 
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def find_caption_files(folder: str) -> list[str]:
-    """Return the caption files below a folder, sorted: their paths in it without `.csv`."""
+class CaptionFiles(NamedTuple):
+    """A video's name in a folder, and the paths of its caption files, the preferred one first."""
+
+    name: str
+    paths: tuple[str, ...]
+
+
+def split_name(path: str) -> tuple[str, str, str]:
+    """Return the video's name, the language and the suffix in the path of a caption file.
+
+    Only names of subtitles have a language, and not all: `talk.en.vtt`, `talk.vtt`.
+    """
+    name, suffix = os.path.splitext(path)
+    if suffix in (".vtt", ".srt"):
+        video, _, tag = name.rpartition(".")
+        if PurePosixPath(video).name and LANGUAGE_TAG.fullmatch(tag):
+            return video, tag, suffix
+    return name, "", suffix
+
+
+def is_language(tag: str, language: str) -> bool:
+    """Whether a tag names the language, or a variety of it: en-GB and en-orig are en."""
+    return f"{tag.lower()}-".startswith(f"{language.lower()}-")
+
+
+def check_language(path: str, stated: str, language: str) -> None:
+    """Raise OtherLanguage if a language is stated, and it is another one."""
+    if stated and not is_language(stated, language):
+        raise OtherLanguage(f"{path}: its language is {shorten(stated)}, not {language}", stated)
+
+
+def rank(path: str, language: str) -> tuple:
+    """Return the sort key of a caption file: by video, and among a video's by preference."""
+    name, tag, suffix = split_name(path)
+    variety = tag != language, tag != ""  # the language itself, none, a variety
+    return name, tag != "" and not is_language(tag, language), SUFFIXES.index(suffix), variety, path
+
+
+def find_caption_files(folder: str, language: str = "en") -> list[CaptionFiles]:
+    """Return the caption files below a folder, sorted by the names of their videos."""
     check_root(folder)
-    files = tqdm(find_files(folder, {".csv"}), "caption files", unit="file", disable=None)
-    paths = [file.removesuffix(".csv") for file in sorted(files) if file.endswith(".csv")]
+    found = tqdm(find_files(folder, SUFFIXES), "caption files", unit="file", disable=None)
+    paths = [path for path in found if path.endswith(SUFFIXES) and not path.endswith(NOT_CAPTIONS)]
     if not paths:
-        raise DataError(folder, "has no caption file (.csv); give the folder of the captions")
-    return paths
+        raise DataError(
+            folder,
+            f"has no caption file ({', '.join(SUFFIXES)}); give the folder of the captions",
+        )
+    paths.sort(key=lambda path: rank(path, language))
+    groups = groupby(paths, key=lambda path: split_name(path)[0])
+    return [CaptionFiles(name, tuple(paths)) for name, paths in groups]
 
 
-def name_by_id(folder: str, paths: list[str]) -> list[tuple[str, str]]:
-    """Return (file name, path) of caption files. Raises DataError if two have the same name."""
-    files = {}
-    for path in paths:
-        other = files.setdefault(PurePosixPath(path).name, path)
-        if other != path:
+def name_by_id(folder: str, files: list[CaptionFiles]) -> list[CaptionFiles]:
+    """Name the videos by their file names alone. Raises DataError if two have the same name."""
+    by_id = {}
+    for video in files:
+        other = by_id.setdefault(PurePosixPath(video.name).name, video)
+        if other is not video:
             raise DataError(
                 folder,
-                f"{printable(other)}.csv and {printable(path)}.csv are captions of the same id; "
-                "remove one, or look captions up by path",
+                f"{printable(other.paths[0])} and {printable(video.paths[0])} are captions of the "
+                "same id; remove one, or look captions up by path",
             )
-    return list(files.items())
+    return [CaptionFiles(name, video.paths) for name, video in by_id.items()]
 
 
-def read_folder(folder: str, files: list[tuple[str, str]], num_workers: int) -> Iterator[Outcome]:
-    """Yield (name, captions or a CaptionError) in the order of the files.
-
-    files: (name, path in the folder without `.csv`) of each.
-    """
+def read_folder(
+    folder: str, files: list[CaptionFiles], num_workers: int, language: str
+) -> Iterator[Outcome]:
+    """Yield the Outcome of each video, in the order of the files."""
     tasks = [files[i : i + FILES_PER_TASK] for i in range(0, len(files), FILES_PER_TASK)]
     context = get_context("fork")
     readers = []
@@ -218,7 +299,9 @@ def read_folder(folder: str, files: list[tuple[str, str]], num_workers: int) -> 
             # Each has its own pipe. Only it has the other end, so the pipe breaks when it dies.
             results, end = context.Pipe(duplex=False)
             own = tasks[number::num_workers]
-            process = context.Process(target=read_files, args=(folder, own, end), daemon=True)
+            process = context.Process(
+                target=read_files, args=(folder, own, language, end), daemon=True
+            )
             process.start()
             end.close()
             readers.append((process, results))
@@ -241,23 +324,46 @@ def read_folder(folder: str, files: list[tuple[str, str]], num_workers: int) -> 
             results.close()
 
 
-def read_files(folder: str, tasks: list[list[tuple[str, str]]], results: Connection) -> None:
+def read_files(
+    folder: str, tasks: list[list[CaptionFiles]], language: str, results: Connection
+) -> None:
     """Run a reading process. It waits for its results to be received."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for files in tasks:
-        results.send([(name, read_file(f"{folder}/{path}.csv")) for name, path in files])
+        results.send([read_video(folder, video, language) for video in files])
 
 
-def read_file(path: str) -> Captions | CaptionError:
-    """Return the captions of a file, or the error as a CaptionError."""
+def read_video(folder: str, video: CaptionFiles, language: str) -> Outcome:
+    """Return the Outcome of a video: of the first of its files that is usable.
+
+    If none is, of the first that is at fault for another reason than its language.
+    """
+    outcomes = []
+    for path in video.paths:
+        outcomes.append(read_file(video.name, f"{folder}/{path}", language))
+        if not isinstance(outcomes[-1].captions, CaptionError):
+            return outcomes[-1]
+    return min(outcomes, key=lambda outcome: isinstance(outcome.captions, OtherLanguage))
+
+
+def read_file(name: str, path: str, language: str) -> Outcome:
+    """Return the Outcome of one caption file; any error is a CaptionError."""
     try:
         path.encode()
-        return read_captions(path)
+        check_language(path, split_name(path)[1], language)
+        if (size := os.path.getsize(path)) > LARGEST_VIDEO:
+            raise CaptionError(f"{path}: has {size:,} bytes, too many for the captions of a video")
+        captions, kind, stated = parse_transcript(path, Path(path).read_bytes())
+        check_language(path, stated, language)
+        return Outcome(name, captions, kind)
     except UnicodeEncodeError:
-        return CaptionError(f"{printable(path)}: the file's name is not UTF-8")
-    except CaptionError as error:
-        return error
-    except Exception as error:  # one strange file of a million must not end a run
-        return CaptionError(f"{printable(path)}: unexpected {type(error).__name__}: {error}")
+        error = CaptionError(f"{printable(path)}: the file's name is not UTF-8")
+    except OSError as fault:
+        error = CaptionError(f"{path}: {fault.strerror}")
+    except CaptionError as fault:
+        error = fault
+    except Exception as fault:  # one strange file of a million must not end a run
+        error = CaptionError(f"{printable(path)}: unexpected {type(fault).__name__}: {fault}")
+    return Outcome(name, error)

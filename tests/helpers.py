@@ -139,6 +139,30 @@ def write_csv(path, *rows):
         csv.writer(file).writerows(rows)
 
 
+def vtt_time(seconds):
+    minutes, seconds = divmod(seconds, 60)
+    return f"{int(minutes) // 60:02d}:{int(minutes) % 60:02d}:{seconds:06.3f}"
+
+
+def rolling_vtt(lines):
+    """WebVTT as YouTube makes it of speech: two lines that roll, words with times, cues of 10 ms.
+
+    lines: (start, end, text) of each line that is spoken, in seconds.
+    """
+    cues, before = [], " "
+    for start, end, text in lines:
+        first, *words = text.split(" ")
+        step = (end - start) / (len(words) + 1)
+        times = (vtt_time(start + step * number) for number in range(1, len(words) + 1))
+        spoken = "".join(f"<{at}><c> {word}</c>" for at, word in zip(times, words, strict=True))
+        cues.append((start, end - 0.01, f"{before}\n{first}{spoken}"))
+        cues.append((end - 0.01, end, f"{text}\n "))
+        before = text
+    style = "align:start position:0%"
+    blocks = (f"{vtt_time(a)} --> {vtt_time(b)} {style}\n{text}\n\n" for a, b, text in cues)
+    return "WEBVTT\nKind: captions\nLanguage: en\n\n" + "".join(blocks)
+
+
 def make_video(path, seconds, *options):
     """A small moving picture, 96x64 at 10 frames a second."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,13 @@
 --zip takes the pair that the HowTo100M authors publish, which may also be unzipped into --out.
 --vectors picks words out of a file in word2vec's format, text or binary, also gzipped, such as
 GoogleNews-vectors-negative300.bin.gz: those of a list (a text file with a word per line, or a .npy
-vocabulary), or the --num_words most frequent ones of the captions (a folder of caption files, a
-caption store or the published JSON file). Sentences are lower-cased before words are looked up, so
-a word takes the vector of the entry without capitals or, if there is none, of the first entry that
-differs by capitals only. Words without a vector are skipped. --train trains vectors on the captions
-instead (skip-gram; a video's captions, in order, are one text). --check only checks that the two
-files in --out fit together. An existing pair is never overwritten: weights are of no use without
-their vocabulary.
+vocabulary), or the --num_words most frequent ones of the captions (a caption store, or any source
+that data/howto100m/prepare.py packs into one). Sentences are lower-cased before words are looked
+up, so a word takes the vector of the entry without capitals or, if there is none, of the first
+entry that differs by capitals only. Words without a vector are skipped. --train trains vectors on
+the captions instead (skip-gram; a video's captions, in order, are one text). --check only checks
+that the two files in --out fit together. An existing pair is never overwritten: weights are of no
+use without their vocabulary.
 """
 
 import argparse
@@ -47,7 +47,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sources.add_argument("--check", action="store_true", help="check the pair in --out")
     parser.add_argument("--vocabulary", help="the words, for --vectors: a list, .txt or .npy")
     parser.add_argument(
-        "--caption_root", help="captions, for --vectors or --train: folder, store or JSON file"
+        "--caption_root", help="captions, for --vectors or --train: folder, store or file"
+    )
+    parser.add_argument(
+        "--language", default="en", help="of the captions, where stated (default %(default)s)"
     )
     parser.add_argument(
         "--num_words",
@@ -78,7 +81,7 @@ import torch
 from tqdm import tqdm
 
 from captions.readers import CaptionError
-from captions.sources import iter_captions
+from captions.sources import OtherLanguage, iter_captions
 from s3dg import (
     WORD_DIM,
     check_vocabulary,
@@ -139,19 +142,24 @@ def read_vocabulary(path: str) -> tuple[list[str], list[str]]:
     return words, notes
 
 
-def read_source(root: str) -> Iterator:
+def read_source(root: str, language: str) -> Iterator:
     """Yield what iter_captions yields of --caption_root."""
     with input_error("--caption_root"):
-        yield from iter_captions(root, len(os.sched_getaffinity(0)))
+        yield from iter_captions(root, len(os.sched_getaffinity(0)), language=language)
 
 
-def count_words(root: str, corpus: TextIO | None = None) -> tuple[Counter, list[str]]:
+def count_words(
+    root: str, corpus: TextIO | None = None, language: str = "en"
+) -> tuple[Counter, list[str]]:
     """Return how often each word occurs in the captions of --caption_root, and notes.
 
     Also writes each video's words to `corpus`, on a line of its own.
     """
-    counts, videos, faults = Counter(), 0, []
-    for _, captions in read_source(root):
+    counts, videos, others, faults = Counter(), 0, 0, []
+    for _, captions, _ in read_source(root, language):
+        if isinstance(captions, OtherLanguage):
+            others += 1
+            continue
         if isinstance(captions, CaptionError):
             faults.append(str(captions))
             continue
@@ -166,6 +174,8 @@ def count_words(root: str, corpus: TextIO | None = None) -> tuple[Counter, list[
     notes = [f"read the captions of {videos} videos, {counts.total()} words"]
     if faults:
         notes.append(f"skipped: {len(faults)} videos without usable captions ({faults[0]})")
+    if others:
+        notes.append(f"skipped: {others} videos whose captions are in another language")
     return counts, notes
 
 
@@ -427,7 +437,8 @@ def main(argv=None):
             with input_error("--zip"):
                 unzip(args.zip, folder)
         elif args.train:
-            write_pair(folder, *train_words(args, folder))
+            chosen = args.num_words, args.min_count, args.language
+            write_pair(folder, *train_words(args.caption_root, folder, *chosen))
         else:
             write_pair(folder, *select_words(args))
 
@@ -441,7 +452,7 @@ def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
         with input_error("--vocabulary"):
             words, notes = read_vocabulary(args.vocabulary)
     else:
-        counts, read = count_words(args.caption_root)
+        counts, read = count_words(args.caption_root, language=args.language)
         frequent, notes = most_frequent(counts, args.num_words, args.min_count)
         words, notes = list(frequent), read + notes
     for note in notes:
@@ -457,17 +468,22 @@ def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
     return [word for word, kind in zip(words, found, strict=True) if kind], vectors[found > 0]
 
 
-def train_words(args: argparse.Namespace, folder: Path) -> tuple[list[str], np.ndarray]:
-    """Return the words and vectors of --train. The folder is for the text, which can be large."""
+def train_words(
+    root: str, folder: Path, num_words: int, min_count: int, language: str = "en"
+) -> tuple[list[str], np.ndarray]:
+    """Return words of the captions in --caption_root, and vectors that are trained on them.
+
+    The folder is for the text, which can be large. See most_frequent for the choice of the words.
+    """
     corpus = folder / "corpus.txt"
     with open(corpus, "w", encoding="utf-8") as file:
-        counts, read = count_words(args.caption_root, file)
-    frequent, notes = most_frequent(counts, args.num_words, args.min_count)
+        counts, read = count_words(root, file, language)
+    frequent, notes = most_frequent(counts, num_words, min_count)
     for note in read + notes:
         print(note, flush=True)
     if len(frequent) < 2:
         raise InputError(
-            f"--caption_root: {len(frequent)} word occurs {args.min_count} times, too few to train "
+            f"--caption_root: {len(frequent)} word occurs {min_count} times, too few to train "
             "vectors: give more captions, or lower --min_count"
         )
     with open(corpus, encoding="utf-8") as file:

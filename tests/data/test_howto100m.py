@@ -17,7 +17,7 @@ import pytest
 from annotations.tables import read_table
 from captions import sources as caption_source
 from captions.readers import CaptionFolder, CaptionStore, open_captions
-from tests.helpers import ROOT, write_csv
+from tests.helpers import ROOT, make_video, write_csv
 from utils import InputError, run_script
 
 SCRIPT = ROOT / "data" / "howto100m" / "prepare.py"
@@ -67,10 +67,9 @@ def pack(source, out, *more):
     return CaptionStore(out)
 
 
-def list_videos(videos, captions, out):
-    prepare.main(
-        ["list", "--video_path", str(videos), "--caption_root", str(captions), "--out", str(out)]
-    )
+def list_videos(videos, captions, out, *more):
+    flags = ["--video_path", videos, "--caption_root", captions, "--out", out, *more]
+    prepare.main(["list", *map(str, flags)])
     return read_table(out, ["video_path"])["video_path"].tolist()
 
 
@@ -144,6 +143,47 @@ def test_unreadable_caption_files_are_reported_and_skipped(captions, capsys):
     for named in ("latin.csv", "empty.csv", "none.csv", r"caf\xe9.csv"):
         assert named in printed.err
     assert printed.err.count("skipped: ") == 4
+
+
+WHISPER = {"segments": [{"start": 1, "end": 2, "text": "hi"}]}
+
+
+def test_a_store_records_its_origin_and_what_is_left_out_is_counted(tmp_path, capsys):
+    write_captions(tmp_path / "in", "csv")
+    for name, language in {"a": "en", "b": "en", "c": "de", "d": "ja", "e": "de"}.items():
+        content = json.dumps({**WHISPER, "language": language})
+        (tmp_path / "in" / f"{name}.json").write_text(content)
+    (tmp_path / "in" / "f.en.vtt").write_text("<html>")
+    store = pack(tmp_path / "in", tmp_path / "store", "--num_workers", "1")
+    assert sorted(store.names) == ["a", "b", "csv"]
+    origin = json.loads((tmp_path / "store" / "caption_store.json").read_text())["origin"]
+    formats = {"Whisper JSON": 2, "CSV": 1}
+    assert origin == {"source": str(tmp_path / "in"), "formats": formats, "language": "en"}
+    assert store.origin == f"packed from {tmp_path}/in: 2 Whisper JSON, 1 CSV; language en"
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        f"{tmp_path}/store: 3 captions of 3 videos; 1 videos have no usable caption",
+        "not in it: 3 videos in other languages (de 2, ja 1)",
+    ]
+    assert printed.err.count("skipped: ") == 1 and "f.en.vtt: is HTML" in printed.err
+    assert len(pack(tmp_path / "in", tmp_path / "german", "--language", "de")) == 3  # and the CSV
+
+
+def test_a_source_without_captions_in_the_language_is_one_line(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_text(json.dumps({**WHISPER, "language": "de"}))
+    with pytest.raises(
+        InputError, match=r"--caption_root: .*a\.json: its language is 'de', not en"
+    ):
+        pack(tmp_path / "in", tmp_path / "store")
+    assert written(tmp_path) == ["in"]
+
+
+def test_htm_aas_file_is_packed_by_id(tmp_path):
+    rows = [("a", 4.5, "x"), ("b", 1, "y"), ("a", 2, "z")]
+    write_csv(tmp_path / "htm_aa.csv", ("vid", "timestamp", "text"), *rows)
+    store = pack(tmp_path / "htm_aa.csv", tmp_path / "store")
+    assert lists(store.read("some/folder/a.mp4")) == ([2, 4.5], [2, 4.5], ["z", "x"])
 
 
 def test_file_names_may_have_any_characters(tmp_path):
@@ -372,6 +412,66 @@ def test_two_videos_of_the_same_captions_are_refused_and_named(tmp_path, capsys)
     assert not (tmp_path / "list.csv").exists()
 
 
+def not_in_it(printed):
+    lines = printed.out.splitlines()
+    return [line.removeprefix("not in it: ") for line in lines if line.startswith("not in it: ")]
+
+
+def test_videos_of_evaluations_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
+    videos = ["a-1.mp4", "x/_b.webm", "How to [c_3].mp4", "d [of c_3] e.mp4", "e.mp4"]
+    touch(tmp_path / "videos", *videos)
+    write_captions(tmp_path / "csv", *(os.path.splitext(video)[0] for video in videos))
+    (tmp_path / "align.json").write_text('{"a-1": [], "c_3": [], "elsewhere": []}')
+    (tmp_path / "videos_val.csv").write_text("1,_b,https://host\n1,a-1,https://host\n")
+    (tmp_path / "none.txt").write_text("E\n")
+    files = [tmp_path / name for name in ("align.json", "videos_val.csv", "none.txt")]
+    listed = list_videos(
+        tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv", "--exclude", *files
+    )
+    assert listed == ["d [of c_3] e.mp4", "e.mp4"]
+    assert not_in_it(capsys.readouterr()) == [
+        f"2 videos of {tmp_path}/align.json, such as How to [c_3].mp4",
+        f"2 videos of {tmp_path}/videos_val.csv, such as a-1.mp4",
+        f"0 videos of {tmp_path}/none.txt",
+    ]
+
+
+@pytest.mark.parametrize("source", ["csv", "store", "all.json"])
+def test_videos_with_few_captions_can_be_left_out(captions, capsys, source):
+    touch(captions / "videos", "v-1.mp4", "_B2.mp4", "none.mp4")
+    pack(captions / "csv", captions / "store")
+    capsys.readouterr()
+    found = captions / "videos", captions / source
+    listed = list_videos(*found, captions / "list.csv", "--min_captions", 3)
+    assert listed == ["v-1.mp4"]
+    assert "1 videos with fewer than 3 captions, such as _B2.mp4" in not_in_it(capsys.readouterr())
+    with pytest.raises(InputError, match=r"no video is left for the list: .*2 videos with fewer"):
+        list_videos(*found, captions / "other.csv", "--min_captions", 4)
+    assert not (captions / "other.csv").exists()
+
+
+def test_videos_that_are_too_short_or_long_can_be_left_out(tmp_path, capsys):
+    for seconds in (1, 2, 3):
+        make_video(tmp_path / "videos" / f"{seconds}.mp4", seconds)
+    touch(tmp_path / "videos", "empty.mp4")
+    write_captions(tmp_path / "csv", "1", "2", "3", "empty")
+    limits = ["--min_duration", 1.5, "--max_duration", 2.5]
+    listed = list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv", *limits)
+    assert listed == ["2.mp4"]
+    short, long, unknown = not_in_it(capsys.readouterr())
+    assert short == "1 videos shorter than 1.5 s, such as 1.mp4"
+    assert long == "1 videos longer than 2.5 s, such as 3.mp4"
+    assert unknown.startswith("1 videos whose duration cannot be read, such as empty.mp4 (")
+
+
+def test_the_list_of_a_folder_counts_subtitles_in_other_languages(tmp_path, capsys):
+    touch(tmp_path, "a.mp4", "a.en.vtt", "b.mp4", "b.de.vtt", "b.fr.vtt", "c.mp4", "c.json")
+    assert list_videos(tmp_path, tmp_path, tmp_path / "list.csv") == ["a.mp4", "c.mp4"]
+    assert "1 videos whose captions are in another language, such as b" in not_in_it(
+        capsys.readouterr()
+    )
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 PACK, LIST = ["pack", "--caption_root", "{pairs}/csv"], ["list", "--video_path", "{pairs}/videos"]
@@ -410,6 +510,14 @@ WRONG_CALLS = {
         [*LIST, "--caption_root", "{pairs}/csv", "--out", "{pairs}/csv"],
         "--out",
     ),
+    "a shortest duration above the longest": (
+        [*LIST, "--caption_root", "{pairs}/csv", "--min_duration", "9", "--max_duration", "8"],
+        "--min_duration is above --max_duration",
+    ),
+    "ids that are not there": (
+        [*LIST, "--caption_root", "{pairs}/csv", "--exclude", "no.json"],
+        "--exclude: no.json: No such file",
+    ),
     "a list in no folder": (
         [*LIST, "--caption_root", "{pairs}/csv", "--out", "no/l.csv"],
         "--out: ",
@@ -447,15 +555,16 @@ def test_captions_of_many_files_are_read_in_parallel_in_order(tmp_path):
     names = [f"{number:03d}" for number in range(3 * caption_source.FILES_PER_TASK + 5)]
     random.Random(1).shuffle(names)
     write_captions(tmp_path, *names)
-    read = list(caption_source.read_folder(str(tmp_path), [(name, name) for name in names], 2))
-    assert [(name, texts) for name, (_, _, texts) in read] == [(name, [name]) for name in names]
+    files = [caption_source.CaptionFiles(name, (f"{name}.csv",)) for name in names]
+    read = list(caption_source.read_folder(str(tmp_path), files, 2, "en"))
+    assert [(name, texts) for name, (_, _, texts), _ in read] == [(name, [name]) for name in names]
 
 
 def kill_before_a_result(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_the_middle_of_a_result(folder, chunks, results):
+def kill_in_the_middle_of_a_result(folder, tasks, language, results):
     os.write(results.fileno(), struct.pack("!i", 1000) + b"not 1000 bytes")
     os.kill(os.getpid(), signal.SIGKILL)
 

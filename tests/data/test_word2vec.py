@@ -14,7 +14,7 @@ from gensim.models import KeyedVectors
 from captions.packing import write_store
 from captions.readers import read_captions
 from s3dg import S3D, VOCABULARY_ROWS, load_word_vectors, load_words
-from tests.helpers import ROOT, run_python, write_csv
+from tests.helpers import ROOT, rolling_vtt, run_python, write_csv
 from utils import InputError
 
 SCRIPT = ROOT / "data" / "word2vec" / "prepare.py"
@@ -214,6 +214,16 @@ def test_folder_store_and_json_file_of_captions_have_the_same_words(prepare, cap
     counts.append(prepare.count_words(tmp_path / "linked"))
     assert counts[0][0]["the"] == 5 and counts[0][1] == ["read the captions of 2 videos, 17 words"]
     assert counts == counts[:1] * 4
+
+
+def test_words_are_read_from_subtitles_in_one_language(prepare, tmp_path):
+    spoken = [(0, 1, "stir it"), (1, 2, "stir it again")]
+    for name, text in {"a.en": "", "b.de": " ja"}.items():
+        lines = [(start, end, line + text) for start, end, line in spoken]
+        (tmp_path / f"{name}.vtt").write_text(rolling_vtt(lines))
+    counts, notes = prepare.count_words(tmp_path)
+    assert counts == {"stir": 2, "it": 2, "again": 1}
+    assert notes[1] == "skipped: 1 videos whose captions are in another language"
 
 
 def test_vectors_are_trained_on_captions(prepare, tmp_path, capsys):

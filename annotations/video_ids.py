@@ -1,0 +1,57 @@
+"""The ids of an evaluation's videos, which must not be trained on, from its annotations."""
+
+import csv
+
+from annotations.official import is_json, read_json, read_lines
+from annotations.tables import AnyPath, data_error, read_table
+from utils import DataError, shorten
+
+ID_COLUMNS = ("video_id", "vid")
+
+
+def read_video_ids(path: AnyPath) -> set[str]:
+    """Return the ids of all videos that a file of annotations names.
+
+    path: JSON of the form {video id: annotations}, as HTM-Align's, or with that as its "database",
+    as YouCook2's official one; a CSV table with a column video_id or vid; CrossTask's videos.csv or
+    videos_val.csv, whose lines are task,video id,URL; or a list with an id per line. Raises
+    DataError or OSError.
+    """
+    ids = parse_json_ids(path) if is_json(path) else parse_line_ids(path)
+    if not ids:
+        raise DataError(path, "has no video ids; give annotations, or a list with an id per line")
+    return ids
+
+
+def parse_json_ids(path: AnyPath) -> set[str]:
+    content = read_json(path)
+    if isinstance(content, dict):
+        content = content.get("database", content)
+    if not isinstance(content, dict):
+        raise DataError(path, "is not an object of annotations by video id; give one")
+    for key, value in content.items():
+        if not isinstance(value, dict | list):
+            raise DataError(path, f"has {shorten(value)} as annotations of {shorten(key)}; fix it")
+    return set(content)
+
+
+def parse_line_ids(path: AnyPath) -> set[str]:
+    lines = read_lines(path)
+    header = next(csv.reader(lines[:1]), [])
+    for column in ID_COLUMNS:
+        if column in header:
+            return set(read_table(path, [column])[column].dropna())
+    ids = set()
+    for number, cells in enumerate(csv.reader(lines), 1):
+        cells = [cell.strip() for cell in cells]
+        with data_error(path, number):
+            if len(cells) > 2 and cells[2].startswith("http"):
+                ids.add(cells[1])
+            elif len(cells) == 1 and len(cells[0].split()) == 1:
+                ids.add(cells[0])
+            elif any(cells):
+                raise ValueError(
+                    f"{shorten(','.join(cells))} is no video id, and no column of the first line "
+                    f"is called {' or '.join(ID_COLUMNS)}; give a list with an id per line"
+                )
+    return ids
