@@ -7,7 +7,6 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import closing
-from itertools import count
 
 import psutil
 import pytest
@@ -107,10 +106,10 @@ def test_batches_stay_as_they_are_while_later_ones_are_read(workers):
     assert [batch["number"].tolist() for batch in batches] == keys
 
 
-def test_prefetch_batches_are_read_while_one_is_used():
+def test_prefetch_items_are_read_while_one_is_used():
     numbers = Numbers()
     keys = batches_of(4, 40)
-    with closing(sample_batches(numbers, keys, workers=2, timeout=PATIENCE, prefetch=2)) as batches:
+    with closing(sample_batches(numbers, keys, workers=2, timeout=PATIENCE, prefetch=8)) as batches:
         for done, _ in enumerate(batches, start=1):
             await_(lambda done=done: numbers.read.value >= min(4 * (done + 2), 40))
             assert numbers.read.value == min(4 * (done + 2), 40)
@@ -174,16 +173,20 @@ def test_an_item_that_hangs_costs_itself_only(workers):
 def test_an_item_is_not_late_because_the_job_was_suspended(monkeypatch):
     """The clock leaps during the wait for an item, which is done as soon as it is looked for."""
     resumed, wait, clock = FORK.Event(), workers.wait, time.monotonic
-    waits = count()
+    select = workers.selectors.DefaultSelector.select
 
-    def suspended_wait(channels, timeout):
-        if next(waits) == 0:
-            monkeypatch.setattr(workers.time, "monotonic", lambda: clock() + 1000)
-            return []
+    def suspended_select(selector, timeout):
+        if resumed.is_set():
+            return select(selector, timeout)
+        monkeypatch.setattr(workers.time, "monotonic", lambda: clock() + 1000)
+        return []
+
+    def wait_again(channels, timeout):
         resumed.set()
         return wait(channels, PATIENCE)
 
-    monkeypatch.setattr(workers, "wait", suspended_wait)
+    monkeypatch.setattr(workers.selectors.DefaultSelector, "select", suspended_select)
+    monkeypatch.setattr(workers, "wait", wait_again)
     numbers = Numbers({0: lambda: resumed.wait(PATIENCE) and None})
     assert read(numbers, [[0], [1]], workers=1) == [([0], [None]), ([1], [None])]
     assert resumed.is_set()

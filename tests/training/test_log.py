@@ -104,12 +104,12 @@ def report_epochs(folder, first, last, *, loss=2.5, validated=False, tensorboard
     )
     for epoch in range(first, last):
         with logger.show_epoch(epoch + 1, 0, 10):
-            meter = ThroughputMeter()
+            meter = ThroughputMeter(torch.device("cpu"))
             for _ in range(10):
                 progress.step += 1
-                meter.count_step(4, waited=0)
+                meter.count_step(4)
                 logger.bar.update()
-                logger.log_training(progress, meter, loss, 0.001, total_steps=30)
+                logger.log_training(progress, meter, 0.0, loss, 0.001, total_steps=30)
         progress.epoch += 1
         if validated:
             logger.log_validation(progress, {"R1": 0.25, "MR": 7.0})
