@@ -22,8 +22,9 @@ import argparse
 import os
 import sys
 import time
+from collections import deque
 from contextlib import closing
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,11 +67,12 @@ class Collected(NamedTuple):
 
 
 def collect(way, workers, clips, options):
-    """Collect so many clips in batches. The first batches, which touch the memory, do not count."""
-    number, unmeasured = -(-clips // options.batch), 4
-    keys = (
-        [(epoch, index) for index in range(options.batch)] for epoch in range(number + unmeasured)
-    )
+    """Collect so many clips in batches.
+
+    Neither the first batches count, which touch the memory, nor the end, which frees it.
+    """
+    number, unmeasured = -(-clips // options.batch), 6
+    keys = ([(epoch, index) for index in range(options.batch)] for epoch in count())
     batches = sample_batches(
         ReadyClips(way.frames, way.size),
         keys,
@@ -80,10 +82,9 @@ def collect(way, workers, clips, options):
         pin_memory=options.pin,
     )
     with closing(batches):
-        for _ in islice(batches, unmeasured):
-            pass
+        deque(islice(batches, unmeasured), maxlen=0)  # which keeps none of them
         began, spent = time.perf_counter(), time.process_time()
-        for batch in batches:
+        for batch in islice(batches, number):
             if way.copied:
                 for name in ("video", "text"):
                     batch[name] = copy(batch[name], options.pin)
