@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import os
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
 from distributed.process import start
-from distributed.workers import prefetch_depth
+from distributed.workers import training_prefetch
 from evaluation.features import video_features
 from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scores
 from s3dg import S3D, Tokenizer, fuse_for_inference
@@ -135,16 +134,15 @@ def train_one_epoch(state, context, last_step):
     """Run the steps that are left of an epoch. A signal ends the process, after a checkpoint."""
     args, progress = state.args, state.progress
     state.step.network.train()
-    meter = ThroughputMeter()
+    meter = ThroughputMeter(context.device)
     while progress.step < last_step:
         context.enter_stage(f"waiting for the data of step {progress.step + 1}")
-        began = time.perf_counter()
+        meter.start_wait()
         micro_batches = [next(state.batches) for _ in range(args.accum_steps)]
-        waited = round((time.perf_counter() - began) * 1e6)
+        state.step.to_device.arrival = meter.end_wait()
         bad = [faults for batch in micro_batches for faults in batch["bad"]]
         # The ranks exchange these while they compute.
-        wait_for_sum = context.start_sum(len(bad))
-        wait_for_max = context.start_max(context.signal is not None, waited)
+        wait_for_sums = context.start_sum(len(bad), context.signal is not None)
 
         loss = state.step(micro_batches)
         del micro_batches  # up to gigabytes, which the next step's must not add to
@@ -152,9 +150,9 @@ def train_one_epoch(state, context, last_step):
         state.scheduler.step()
         progress.step += 1
         context.enter_stage(f"the counts of step {progress.step}")
-        count_bad_samples(state, bad, *wait_for_sum())
-        stop_requested, waited = wait_for_max()
-        meter.count_step(state.batch_size, waited / 1e6)
+        replaced, stop_requested = wait_for_sums()
+        count_bad_samples(state, bad, replaced)
+        meter.count_step(state.batch_size)
         state.logger.bar.update()
 
         too_many_bad = progress.bad_in_epoch > args.max_bad_fraction * len(state.dataset)
@@ -173,7 +171,8 @@ def train_one_epoch(state, context, last_step):
                 f"than {args.max_bad_fraction:g} of them: see {state.bad.path}"
             )
         if log_due:
-            state.logger.log_training(progress, meter, loss.item(), lr, state.total_steps)
+            waited = sum(context.start_max(*meter.list_waits())()) / 1e6
+            state.logger.log_training(progress, meter, waited, loss.item(), lr, state.total_steps)
             meter = meter.restart()
         if stop_requested or (save_due and progress.step < last_step):
             save(state, context, within_epoch=True)
@@ -533,8 +532,16 @@ def prepare_loop(state, context):
         state.dataset,
         sampler,
         workers=workers,
-        # The next step's micro-batches are read while this one's are computed.
-        prefetch=max(args.accum_steps, prefetch_depth(sampler.share, workers)),
+        prefetch=training_prefetch(
+            state.dataset.item_spec,
+            sampler.share,
+            workers,
+            wanted=args.prefetch,
+            # The next step's micro-batches are read while this one's are computed.
+            step=sampler.share * args.accum_steps,
+            processes=context.nproc_per_node,
+        ),
+        lend=args.accum_steps + 1,  # a step's, and the last one that is being copied to the GPU
         timeout=args.sample_timeout,
         quarantined=state.bad.quarantined,
         pin_memory=context.device.type == "cuda",

@@ -744,6 +744,7 @@ def measure_feed(
         StepSampler(length, clips, steps),
         quarantined=set(),
         workers=workers,
+        prefetch=3 * clips,
         timeout=60,
         pin_memory=bench.gpu,
     )
@@ -781,6 +782,7 @@ def check_faults(bench: Bench) -> dict[str, Any]:
     """Kill a worker, stop and resume a training, and let one run out of memory."""
     flags = ["--num_frames=4", "--video_size=32", "--crop_only=0", "--batch_size=2"]
     flags += ["--warmup_steps=2", "--num_thread_reader=2", "--n_display=1", "--epochs=100000"]
+    flags += ["--prefetch=6"]
     flags += ["--nproc_per_node=1", "--checkpoint_every=0", "--checkpoint_dir=run", "--resume"]
     flags += ["--max_bad_fraction=1", f"--log_root={bench.folder}/log", *make_toy(bench)]
     flags += [f"--checkpoint_root={bench.folder}/checkpoint", f"--device={bench.device.type}"]
@@ -834,15 +836,21 @@ def stop_training(bench: Bench, flags: list[str], kill: bool) -> dict[str, Any]:
         process.kill()
         process.wait()
     saved = [step for (_, step), _ in list_checkpoints(checkpoints)]
-    steps = [r["step"] for r in read_records(records) if "loss" in r]
+    logged = [r for r in read_records(records) if "loss" in r]
+    steps = [r["step"] for r in logged]
+    # The new worker was forked when the clips' memory was page-locked already. If it cannot write
+    # there, its samples are replaced.
+    replaced = logged[-1]["bad_samples"]
     return {
         "exit status": status,
         "steps": f"{before + 1} to {steps[-1]}",
+        "replaced samples": replaced,
         "checkpoint of step": saved[-1] if saved else None,
         "passed": status == os.EX_TEMPFAIL
         and saved[-1:] == [steps[-1]]
         and steps == list(range(1, steps[-1] + 1))
-        and steps[-1] >= reached,
+        and steps[-1] >= reached
+        and replaced == 0,
     }
 
 

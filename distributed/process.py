@@ -236,8 +236,8 @@ def run_rank(
     own_device = pick_rank_device(device, gpu, local_gpu)
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)
-    else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.nproc_per_node))
+    # Also with a GPU: what the ranks do on the CPU would take all cores, which are the workers'.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.nproc_per_node))
     rendezvous = Rendezvous(dist.HashStore())
     if launch.world_size > 1:
         backend = backend if own_device.type == "cuda" else "gloo"

@@ -5,13 +5,21 @@ that all processes share, so neither pixels nor file handles pass through pipes.
 in contrast, ends the run when a worker dies.
 """
 
+import contextlib
 import gc
+import heapq
 import math
 import mmap
 import multiprocessing
+import os
+import pickle
+import selectors
 import signal
+import struct
+import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -19,11 +27,15 @@ from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from utils import STOP_SIGNALS, die_with_parent
+from utils import STOP_SIGNALS, die_with_parent, log
 
-MAX_QUEUED = 500  # tasks that wait at a worker: they fit into its pipe, so sending never blocks
+DEFAULT_PREFETCH = 1000  # items
+MEMORY_SHARE = 8  # of a machine's memory, its processes may fill an eighth by reading ahead
+LENGTH = struct.Struct("i")  # of the text in a worker's result, see worker_main
+LONGEST_WAIT = 1e6  # seconds; epoll's limit is near
 
 
 class ItemDataset(Protocol):
@@ -39,25 +51,22 @@ class WorkerFailure(str):
 
 
 class Task(NamedTuple):
-    slot: int  # where in the shared memory its item goes
+    slot: tuple[int, int]  # its item's: a place of BatchMemory, and the number in that batch
     key: Any
 
 
 class Result(NamedTuple):
-    slot: int
+    slot: tuple[int, int]
     key: Any
     error: str | None
 
 
 class PendingBatch:
-    """A batch whose items are being read into the slots from `start` on."""
+    """A batch whose items are being read into its place of a BatchMemory."""
 
-    def __init__(self, start: int, size: int):
-        self.start, self.remaining = start, size
+    def __init__(self, place: int, size: int):
+        self.place, self.remaining = place, size
         self.errors: list[str | None] = [None] * size
-
-    def covers(self, slot: int) -> bool:
-        return self.start <= slot < self.start + len(self.errors)
 
 
 def sample_batches(
@@ -67,6 +76,7 @@ def sample_batches(
     workers: int,
     timeout: float,
     prefetch: int | None = None,
+    lend: int = 2,
     pin_memory: bool = False,
     retry: Callable[[Any, str], Any] = lambda key, error: None,
     on_sample: Callable[[], None] = lambda: None,
@@ -79,8 +89,12 @@ def sample_batches(
 
     The first batch is the largest. retry(key, error) returns another key to take the item's place,
     or None to keep the error; the item's tensors are then undefined. on_sample is called after each
-    item. `prefetch` batches are read while the caller uses one. With 0 workers everything happens
-    in this process, crashes included.
+    item. `prefetch` items, in whole batches, are read while the caller uses a batch; see
+    prefetch_items. With 0 workers everything happens in this process, crashes included.
+
+    lend: how many batches the caller keeps at a time, the newest included. They are where the
+    workers wrote them; that memory is used again when no tensor of the batch, nor a view of one, is
+    left. While a caller keeps more, it gets copies.
     """
     batches = iter(batches)
     first = next(batches, None)
@@ -88,55 +102,77 @@ def sample_batches(
         return
     batches = chain([first], batches)
     size = len(first)
-    if not workers:
-        prefetch = 0
-    elif prefetch is None:
-        prefetch = prefetch_depth(size, workers)
-    slots = max(1, prefetch) * size
-    memory = {name: allocate_shared((slots, *s), t) for name, (s, t) in dataset.item_spec.items()}
-    pool = Pool(dataset, memory, workers, timeout) if workers else SerialPool(dataset, memory)
-    pending: deque[PendingBatch] = deque()
-    start = 0  # the first slot of the next batch; the slots are a ring
+    if prefetch is None:
+        prefetch = prefetch_items(size, workers)
+    depth = math.ceil(prefetch / size) if workers else 0
+    memory = BatchMemory(dataset.item_spec, size, max(1, depth) + lend)
+    locked = pin_memory and memory.page_lock()
+    pool = (
+        Pool(dataset, memory.batches, workers, timeout)
+        if workers
+        else SerialPool(dataset, memory.batches)
+    )
+    pending: dict[int, PendingBatch] = {}  # by place, the oldest first
 
     def submit(depth):
-        nonlocal start
         while len(pending) < depth and (keys := next(batches, None)):
-            pending.append(PendingBatch(start, len(keys)))
-            for slot, key in enumerate(keys, start):
-                pool.submit(Task(slot, key))
-            start = (start + size) % slots
+            place = memory.free.pop()
+            pending[place] = PendingBatch(place, len(keys))
+            pool.submit([Task((place, number), key) for number, key in enumerate(keys)])
 
     try:
         while True:
-            submit(max(1, prefetch))
+            submit(max(1, depth))
             if not pending:
                 return
-            while pending[0].remaining:
+            batch = next(iter(pending.values()))
+            while batch.remaining:
                 for slot, key, error in pool.collect():
                     on_sample()
                     other = retry(key, error) if error else None
                     if other is not None:
-                        pool.submit(Task(slot, other))
+                        pool.submit([Task(slot, other)])
                         continue
-                    batch = next(b for b in pending if b.covers(slot))
-                    batch.errors[slot - batch.start] = error
-                    batch.remaining -= 1
-            batch = pending.popleft()
-            items = slice(batch.start, batch.start + len(batch.errors))
-            tensors = {
-                name: tensor[items].pin_memory() if pin_memory else tensor[items].clone()
-                for name, tensor in memory.items()
-            }
-            submit(prefetch)
+                    place, number = slot
+                    pending[place].errors[number] = error
+                    pending[place].remaining -= 1
+            del pending[batch.place]
+            # Enough places stay free to read ahead, whatever the caller keeps.
+            lent = len(memory.free) >= max(1, depth) - len(pending) and locked == pin_memory
+            tensors = memory.lend(batch.place, len(batch.errors))
+            if not lent:
+                tensors = {
+                    name: torch.empty_like(tensor, pin_memory=pin_memory).copy_(tensor)
+                    for name, tensor in tensors.items()
+                }
+            submit(depth)
             yield {**tensors, "errors": batch.errors}
             del tensors  # their memory is the caller's to free
     finally:
         pool.close()
+        memory.unlock()
 
 
-def prefetch_depth(size: int, workers: int) -> int:
-    """How many batches to prefetch: two items per worker, but three batches of several items."""
-    return max(3, math.ceil(2 * workers / size)) if size > 1 else 2 * workers
+def prefetch_items(size: int, workers: int) -> int:
+    """How many items have to be read ahead: two per worker, and at least a batch."""
+    return max(size, 2 * workers)
+
+
+def training_prefetch(
+    item_spec: dict, size: int, workers: int, *, wanted: int | None, step: int, processes: int
+) -> int:
+    """Choose how many items of a training a process reads ahead.
+
+    What decodes slowly in one process, for a while, then does not hold up the others. wanted: the
+    user's choice; otherwise DEFAULT_PREFETCH, or the items of a step if they are more, unless the
+    node's processes would fill more than 1/MEMORY_SHARE of its memory. In any case those of
+    prefetch_items.
+    """
+    if wanted is None:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        item = sum(math.prod(shape) * dtype.itemsize for shape, dtype in item_spec.values())
+        wanted = min(max(DEFAULT_PREFETCH, step), machine // MEMORY_SHARE // processes // item)
+    return max(wanted, prefetch_items(size, workers))
 
 
 def describe_error(error: str, path: Any) -> str:
@@ -144,37 +180,99 @@ def describe_error(error: str, path: Any) -> str:
     return f"{path}: it {error}" if isinstance(error, WorkerFailure) else error
 
 
-def allocate_shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Allocate a tensor that forked processes share. Unlike torch's it takes no /dev/shm."""
-    count = math.prod(shape)
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
+class BatchMemory:
+    """Memory of batches of `size` items that forked processes share. It takes no /dev/shm.
+
+    batches: for each place, {name: tensor [size, ...]}, for who fills it. free: the places that
+    neither are being filled nor lent.
+    """
+
+    def __init__(self, item_spec: dict, size: int, places: int):
+        self.item_spec, self.offsets, end = item_spec, {}, 0
+        for name, (shape, dtype) in item_spec.items():
+            self.offsets[name] = end
+            end += math.ceil(size * math.prod(shape) * dtype.itemsize / 64) * 64  # aligned
+        self.place_bytes = max(1, math.ceil(end / mmap.PAGESIZE)) * mmap.PAGESIZE
+        self.memory = np.frombuffer(mmap.mmap(-1, places * self.place_bytes), np.uint8)
+        self.locked_for: int | None = None  # the GPU
+        self.batches = [self.tensors(self.part(place), size) for place in range(places)]
+        self.free = list(range(places))[::-1]
+
+    def part(self, place: int) -> np.ndarray:
+        return self.memory[place * self.place_bytes : (place + 1) * self.place_bytes]
+
+    def tensors(self, part: np.ndarray, size: int) -> dict[str, torch.Tensor]:
+        """Make the tensors of `size` items. The storage of each keeps the array `part` alive."""
+        return {
+            name: torch.frombuffer(
+                part, dtype=dtype, count=size * math.prod(shape), offset=self.offsets[name]
+            ).view(size, *shape)
+            for name, (shape, dtype) in self.item_spec.items()
+        }
+
+    def lend(self, place: int, size: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of a place that is free again when they and their views are gone."""
+        part = self.part(place)
+        weakref.finalize(part, self.free.append, place).atexit = False
+        return self.tensors(part, size)
+
+    def page_lock(self) -> bool:
+        """Lock the memory, so that the GPU copies from it by itself. Logs why it cannot be."""
+        start, size = self.memory.ctypes.data, self.memory.nbytes
+        if code := int(torch.cuda.cudart().cudaHostRegister(start, size, 0)):
+            log.warning(
+                "could not page-lock the %.1f GiB that clips are read into: CUDA error %d. This "
+                "costs a copy of each clip",
+                *(size / 2**30, code),
+            )
+            # The runtime would report the error again, as that of the next kernel.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda")
+            return False
+        self.locked_for = torch.cuda.current_device()
+        return True
+
+    def unlock(self) -> None:
+        """Unlock the memory once the GPU is done with it.
+
+        A thread waits for that: after a failure the GPU may wait for other ranks, for ever.
+        """
+        if self.locked_for is not None:
+            threading.Thread(target=self.unregister, daemon=True).start()
+
+    def unregister(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the GPU has failed, and the process ends
+            torch.cuda.set_device(self.locked_for)  # of this thread
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self.memory.ctypes.data)
 
 
 def read_item(
-    dataset: ItemDataset, key: Any, memory: dict[str, torch.Tensor], slot: int
+    dataset: ItemDataset, key: Any, batches: list[dict[str, torch.Tensor]], slot: tuple[int, int]
 ) -> str | None:
     """Read an item into its slot and return its error, if any."""
     item = dataset[key]
     if "error" in item:
         return item["error"]
-    for name, tensor in memory.items():
-        tensor[slot] = item[name]
+    place, number = slot
+    for name, tensor in batches[place].items():
+        tensor[number] = item[name]
     return None
 
 
 class SerialPool:
     """Has the interface of Pool, without processes."""
 
-    def __init__(self, dataset: ItemDataset, memory: dict[str, torch.Tensor]):
-        self.dataset, self.memory = dataset, memory
+    def __init__(self, dataset: ItemDataset, batches: list[dict[str, torch.Tensor]]):
+        self.dataset, self.batches = dataset, batches
         self.tasks: deque[Task] = deque()
 
-    def submit(self, task: Task) -> None:
-        self.tasks.append(task)
+    def submit(self, tasks: list[Task]) -> None:
+        self.tasks.extend(tasks)
 
     def collect(self) -> list[Result]:
         slot, key = self.tasks.popleft()
-        return [Result(slot, key, read_item(self.dataset, key, self.memory, slot))]
+        return [Result(slot, key, read_item(self.dataset, key, self.batches, slot))]
 
     def close(self) -> None:
         pass
@@ -184,81 +282,127 @@ class Pool:
     """Worker processes. A task costs at most `timeout` seconds, and no other task its result."""
 
     def __init__(
-        self, dataset: ItemDataset, memory: dict[str, torch.Tensor], workers: int, timeout: float
+        self,
+        dataset: ItemDataset,
+        batches: list[dict[str, torch.Tensor]],
+        workers: int,
+        timeout: float,
     ):
-        self.dataset, self.memory, self.timeout = dataset, memory, timeout
+        self.dataset, self.batches, self.timeout = dataset, batches, timeout
         self.queue: deque[Task] = deque()  # that no worker has yet
         self.retried: list[Task] = []  # their worker was killed; keys may be unhashable
         self.workers: list[Worker] = []
+        self.selector = selectors.DefaultSelector()  # of the workers' pipes
+        self.check_at = math.inf  # no worker is late before
         # At the program's exit multiprocessing would send the workers a SIGTERM, which they ignore,
         # and wait for them.
-        self.close = Finalize(self, kill_workers, (self.workers,), exitpriority=0)
+        self.close = Finalize(self, close_pool, (self.workers, self.selector), exitpriority=0)
         for _ in range(workers):
-            self.workers.append(Worker(dataset, memory))
+            self.workers.append(Worker(dataset, batches, self.selector))
 
-    def submit(self, task: Task) -> None:
-        self.queue.append(task)
+    def submit(self, tasks: list[Task]) -> None:
+        self.queue.extend(tasks)
         self.dispatch()
 
     def dispatch(self) -> None:
-        while self.queue:
-            worker = min(self.workers, key=lambda worker: len(worker.tasks))
-            if len(worker.tasks) == MAX_QUEUED or not worker.send(self.queue[0]):
-                return
-            self.queue.popleft()
+        """Give each task to the worker that has the fewest."""
+        if not self.queue:
+            return
+        loads = [(len(worker.tasks), place) for place, worker in enumerate(self.workers)]
+        heapq.heapify(loads)
+        shares = [[] for _ in self.workers]
+        for task in self.queue:
+            load, place = loads[0]
+            shares[place].append(task)
+            heapq.heapreplace(loads, (load + 1, place))
+        self.queue.clear()
+        for worker, tasks in zip(self.workers, shares, strict=True):
+            if tasks and not worker.send(tasks):
+                self.queue.extend(tasks)
+            elif tasks:
+                self.check_at = min(self.check_at, worker.since + self.timeout)
 
     def collect(self) -> list[Result]:
         """Wait for something to happen and return what is done since. Replaces lost workers."""
-        now = time.monotonic()
-        late = min((w.since + self.timeout for w in self.workers if w.tasks), default=math.inf)
-        channels = [end for w in self.workers for end in (w.results, w.process.sentinel)]
-        wait(channels, None if late == math.inf else max(0, late - now))
+        left = max(0, self.check_at - time.monotonic())
         done = []
-        for place, worker in enumerate(self.workers):
-            alive = worker.receive(done)
-            if alive and worker.is_late(self.timeout):
-                # The whole job may have been suspended: look again.
-                wait([worker.results], 1)
-                alive = worker.receive(done)
-            if alive and worker.is_late(self.timeout):
-                worker.process.kill()
-                reason = f"took its data worker more than {self.timeout:g} s"
-            elif not alive:
-                reason = f"crashed its data worker ({worker.describe_exit()})"
-            else:
-                continue
-            killed = reason.endswith("(SIGKILL)")
-            if worker.tasks and killed and worker.tasks[0] not in self.retried:
-                # From outside, usually by the OOM killer: not the task's fault the first time.
-                self.retried.append(worker.tasks[0])
-            elif worker.tasks:
-                done.append(Result(*worker.tasks.popleft(), WorkerFailure(reason)))
-            self.queue.extendleft(reversed(worker.tasks))
-            self.workers[place] = Worker(self.dataset, self.memory)
-            worker.close()
+        events = self.selector.select(None if left == math.inf else min(left, LONGEST_WAIT))
+        for key, ready in events:
+            if ready & selectors.EVENT_WRITE:
+                key.data.flush()
+        for key, ready in events:
+            if ready & selectors.EVENT_READ and not key.data.receive(done):
+                self.replace(key.data, done)
+        if time.monotonic() >= self.check_at:
+            self.replace_late_workers(done)
         self.dispatch()
         return done
 
+    def replace_late_workers(self, done: list[Result]) -> None:
+        for worker in list(self.workers):
+            if worker.is_late(self.timeout):
+                # The whole job may have been suspended: look again.
+                wait([worker.results], 1)
+                alive = worker.receive(done)
+                if not alive:
+                    self.replace(worker, done)
+                elif worker.is_late(self.timeout):
+                    worker.process.kill()
+                    reason = f"took its data worker more than {self.timeout:g} s"
+                    self.replace(worker, done, reason)
+        self.check_at = min(
+            (w.since + self.timeout for w in self.workers if w.tasks), default=math.inf
+        )
 
-def kill_workers(workers: list["Worker"]) -> None:
+    def replace(self, worker: "Worker", done: list[Result], late: str = "") -> None:
+        """Replace a worker that has crashed or been killed, and queue its tasks again.
+
+        late: why it was killed. The task in work has failed, with that reason.
+        """
+        status = worker.describe_exit()
+        if (
+            worker.tasks
+            and status == "SIGKILL"
+            and not late
+            and worker.tasks[0] not in self.retried
+        ):
+            # From outside, usually by the OOM killer: not the task's fault the first time.
+            self.retried.append(worker.tasks[0])
+        elif worker.tasks:
+            reason = late or f"crashed its data worker ({status})"
+            done.append(Result(*worker.tasks.popleft(), WorkerFailure(reason)))
+        self.queue.extendleft(reversed(worker.tasks))
+        place = self.workers.index(worker)
+        self.workers[place] = Worker(self.dataset, self.batches, self.selector)
+        worker.close()
+
+
+def close_pool(workers: list["Worker"], selector: selectors.BaseSelector) -> None:
     for worker in workers:
         worker.process.kill()
     for worker in workers:
         worker.close()
+    selector.close()
 
 
 class Worker:
     """A process and the tasks that it was sent.
 
-    tasks: the first one is in work, since the time `since`.
+    tasks: the first one is in work, since the time `since`. Neither end waits for the other to
+    read: what does not fit into the pipe is sent when selector reports that there is room.
     """
 
-    def __init__(self, dataset: ItemDataset, memory: dict[str, torch.Tensor]):
+    def __init__(
+        self,
+        dataset: ItemDataset,
+        batches: list[dict[str, torch.Tensor]],
+        selector: selectors.BaseSelector,
+    ):
+        inbox, self.outbox = os.pipe()
+        self.results, answers = os.pipe()
         context = multiprocessing.get_context("fork")  # shares the data set and the memory
-        tasks, self.outbox = context.Pipe(duplex=False)
-        self.results, results = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=worker_main, args=(dataset, memory, tasks, results), daemon=True
+            target=worker_main, args=(dataset, batches, inbox, answers), daemon=True
         )
         gc.freeze()  # a collection in the worker would touch, and so copy, all that it shares
         # Python drops a KeyboardInterrupt that arrives within a fork.
@@ -266,34 +410,63 @@ class Worker:
         self.process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         gc.unfreeze()
-        tasks.close()
-        results.close()
+        os.close(inbox)
+        os.close(answers)
         self.tasks: deque[Task] = deque()
         self.since = 0.0
+        self.unsent = self.unread = b""
+        self.selector = selector
+        for end in (self.outbox, self.results):
+            os.set_blocking(end, False)
+        selector.register(self.results, selectors.EVENT_READ, self)
 
-    def send(self, task: Task) -> bool:
-        """Return False if the process is dead, as Pool.collect will find; the task is unsent."""
-        try:
-            self.outbox.send(tuple(task))  # fewer bytes: without the name of the class
-        except BrokenPipeError:
+    def send(self, tasks: list[Task]) -> bool:
+        """Return False if the process is dead, as Pool.collect will find; the tasks are unsent."""
+        # Plain tuples are fewer bytes: without the name of the class.
+        self.unsent += pickle.dumps([tuple(task) for task in tasks])
+        if not self.flush():
             return False
         if not self.tasks:
             self.since = time.monotonic()
-        self.tasks.append(task)
+        self.tasks.extend(tasks)
         return True
+
+    def flush(self) -> bool:
+        """Send what there is room for. Return False if the process is dead."""
+        alive, waited = True, self.outbox in self.selector.get_map()
+        try:
+            self.unsent = self.unsent[os.write(self.outbox, self.unsent) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            alive, self.unsent = False, b""
+        if self.unsent and not waited:
+            self.selector.register(self.outbox, selectors.EVENT_WRITE, self)
+        elif waited and not self.unsent:
+            self.selector.unregister(self.outbox)
+        return alive
 
     def receive(self, done: list[Result]) -> bool:
         """Append the results so far to `done`. Return False if the process is dead."""
         try:
-            while self.results.poll():
-                error, failure = self.results.recv()
-                if failure:
-                    raise RuntimeError(f"a data worker failed\n{failure}")
-                done.append(Result(*self.tasks.popleft(), error))
-                self.since = time.monotonic()
-        except (EOFError, OSError):
-            return False
-        return True
+            read = os.read(self.results, 1 << 16)
+        except BlockingIOError:
+            return True
+        data, start = self.unread + read, 0
+        while len(data) >= start + LENGTH.size:
+            [length] = LENGTH.unpack_from(data, start)
+            end = start + LENGTH.size + abs(length)
+            if len(data) < end:
+                break
+            text = data[start + LENGTH.size : end].decode(errors="surrogatepass")
+            if length < 0:
+                raise RuntimeError(f"a data worker failed\n{text}")
+            done.append(Result(*self.tasks.popleft(), text or None))
+            start = end
+        if start:
+            self.since = time.monotonic()
+        self.unread = data[start:]
+        return bool(read)
 
     def is_late(self, timeout: float) -> bool:
         return bool(self.tasks) and time.monotonic() > self.since + timeout
@@ -304,25 +477,35 @@ class Worker:
         return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
     def close(self) -> None:
-        self.outbox.close()
-        self.results.close()
+        for end in (self.outbox, self.results):
+            if end in self.selector.get_map():
+                self.selector.unregister(end)
+            os.close(end)
         self.process.join(5)  # longer if it hangs in the kernel, on a file system that is gone
         if self.process.exitcode is not None:
             self.process.close()
 
 
-def worker_main(dataset, memory, tasks, results) -> None:
-    """Read the items of a worker's tasks until the parent ends it."""
+def worker_main(dataset, batches, inbox: int, answers: int) -> None:
+    """Read the items of a worker's tasks until the parent ends it.
+
+    A task's result is the length of a text and the text, which is the item's error or empty. With a
+    negative length it is the traceback of a bug.
+    """
     die_with_parent()
     for number in STOP_SIGNALS:  # the parent handles them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)
-    while True:
-        slot, key = tasks.recv()
-        error = failure = None
-        try:
-            error = read_item(dataset, key, memory, slot)
-        except Exception:
-            failure = traceback.format_exc()
-        results.send((error, failure))
+    with open(inbox, "rb") as tasks, open(answers, "wb", buffering=0) as results:
+        while True:
+            for slot, key in pickle.load(tasks):
+                sign = 1
+                try:
+                    text = read_item(dataset, key, batches, slot) or ""
+                except Exception:
+                    sign, text = -1, traceback.format_exc()
+                text = text.encode(errors="surrogatepass")
+                answer = LENGTH.pack(sign * len(text)) + text
+                while answer:  # the pipe takes a long one in pieces
+                    answer = answer[results.write(answer) :]

@@ -73,6 +73,7 @@ def toy_flags(toy):
         "--batch_size=4",
         "--warmup_steps=2",
         "--num_thread_reader=2",
+        "--prefetch=12",
         "--n_display=1",
     ]
 

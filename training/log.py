@@ -22,23 +22,49 @@ from video_loader import QUARANTINE
 
 
 class ThroughputMeter:
-    """Count clips and time from one log line to the next."""
+    """Count clips and time from one log line to the next.
 
-    def __init__(self, began: float | None = None, steps: int = 0):
+    The wait for a step's data, from start_wait to end_wait, is the host's on a CPU. On a GPU it is
+    the GPU's: from the end of the work that it was given before to the arrival of the batch.
+    """
+
+    def __init__(self, device: torch.device, began: float | None = None, steps: int = 0):
+        self.device = device
         self.since = time.perf_counter()
         self.began = began or self.since  # of the epoch's first meter in this process
         self.steps = steps  # since then
-        self.clips, self.waited = 0, 0.0
+        self.clips = 0
+        self.starts, self.ends = [], []  # of the waits: seconds, or events of the GPU
 
     def restart(self) -> "ThroughputMeter":
         """Make the meter of the next log line."""
-        return ThroughputMeter(self.began, self.steps)
+        return ThroughputMeter(self.device, self.began, self.steps)
 
-    def count_step(self, clips: int, waited: float) -> None:
-        """Count a step, and the seconds that it waited for its data."""
+    def start_wait(self) -> None:
+        if self.device.type == "cuda":
+            self.starts.append(torch.cuda.Event(enable_timing=True))
+            self.starts[-1].record()
+        else:
+            self.starts.append(time.perf_counter())
+
+    def end_wait(self) -> torch.cuda.Event | None:
+        """Note that the host has the data. Return what is to be recorded when a GPU has it."""
+        if self.device.type == "cuda":
+            self.ends.append(torch.cuda.Event(enable_timing=True))
+            return self.ends[-1]
+        self.ends.append(time.perf_counter())
+        return None
+
+    def count_step(self, clips: int) -> None:
         self.clips += clips
-        self.waited += waited
         self.steps += 1
+
+    def list_waits(self) -> list[int]:
+        """List the microseconds that each step waited. The GPU has to be done with the steps."""
+        waits = zip(self.starts, self.ends, strict=True)
+        if self.device.type == "cuda":
+            return [round(1e3 * start.elapsed_time(end)) for start, end in waits]
+        return [round(1e6 * (end - start)) for start, end in waits]
 
 
 class MetricLogger:
@@ -89,9 +115,18 @@ class MetricLogger:
             yield
 
     def log_training(
-        self, progress: Progress, meter: ThroughputMeter, loss: float, lr: float, total_steps: int
+        self,
+        progress: Progress,
+        meter: ThroughputMeter,
+        waited: float,
+        loss: float,
+        lr: float,
+        total_steps: int,
     ) -> None:
-        """Log the steps since the last line; `loss` is a number, so the device has done them."""
+        """Log the steps since the last line; `loss` is a number, so the device has done them.
+
+        waited: for how many seconds the process that was last, in each step, waited for its data.
+        """
         now = time.perf_counter()
         elapsed = now - meter.since
         record = {
@@ -100,7 +135,7 @@ class MetricLogger:
             "loss": loss,
             "lr": lr,
             "clips_per_second": meter.clips / elapsed,
-            "data_wait": meter.waited / elapsed,
+            "data_wait": waited / elapsed,
             "seconds_left": (now - meter.began) / meter.steps * (total_steps - progress.step),
             "bad_samples": progress.bad_samples,
             "skipped_steps": progress.skipped_steps,

@@ -198,6 +198,9 @@ class HostToDevice:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.launched = None  # an event: the work on the batch before the previous one is done
+        self.copied = None  # an event: the previous batch has arrived
+        self.held = ()  # that batch
+        self.arrival = None  # an event to record when the next batch has arrived, if anyone asks
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.stream is None:
@@ -207,10 +210,18 @@ class HostToDevice:
             # The GPU has the previous batch to do meanwhile. A host that never waited would run
             # ahead and fill the memory with batches.
             self.launched.synchronize()
+            # PyTorch keeps the memory of a tensor that it has page-locked until it is copied, but
+            # knows nothing of workers.BatchMemory, which reads the next clips into it.
+            self.copied.synchronize()
+        self.held = tensors
         self.launched = computing.record_event(torch.cuda.Event(blocking=True))
         with torch.cuda.stream(self.stream):
             moved = tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
-        computing.wait_stream(self.stream)
+        self.copied = self.stream.record_event(torch.cuda.Event(blocking=True))
+        computing.wait_event(self.copied)
+        if self.arrival:
+            self.arrival.record(computing)
+            self.arrival = None
         for tensor in moved:
             tensor.record_stream(computing)  # keeps its memory until that stream is past it
         return moved

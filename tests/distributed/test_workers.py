@@ -1,4 +1,6 @@
 import faulthandler
+import itertools
+import mmap
 import multiprocessing
 import os
 import signal
@@ -7,14 +9,13 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import closing
-from itertools import count
 
 import psutil
 import pytest
 import torch
 
 from distributed import workers
-from distributed.workers import WorkerFailure, sample_batches
+from distributed.workers import WorkerFailure, sample_batches, training_prefetch
 from tests.helpers import ROOT
 from utils import STOP_SIGNALS
 
@@ -95,7 +96,7 @@ def test_without_batches_there_is_nothing(workers):
 def test_an_item_that_takes_longer_than_later_ones_keeps_its_place():
     later = FORK.Event()
     numbers = Numbers({0: lambda: later.wait(PATIENCE) and None, 5: later.set})
-    found = read(numbers, batches_of(2, 12), workers=2)
+    found = read(numbers, batches_of(2, 12), workers=2, prefetch=6)
     assert later.is_set()
     assert [batch.numbers for batch in found] == batches_of(2, 12)
 
@@ -107,10 +108,142 @@ def test_batches_stay_as_they_are_while_later_ones_are_read(workers):
     assert [batch["number"].tolist() for batch in batches] == keys
 
 
-def test_prefetch_batches_are_read_while_one_is_used():
+# --- whose memory it is ---------------------------------------------------------------------------
+
+
+def address(batch):
+    return batch["row"].data_ptr()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_where_the_workers_wrote_it_and_dropped_it_is_used_again(workers):
+    seen = []
+    settings = {"workers": workers, "timeout": PATIENCE, "prefetch": 8}
+    with closing(sample_batches(Numbers(), batches_of(4, 80), **settings)) as batches:
+        for batch in batches:
+            seen.append(address(batch))
+            del batch
+    assert len(seen) == 20 and len(set(seen)) <= 4  # two are read, and two may be lent
+
+
+def test_the_memory_of_a_batch_is_kept_by_any_view_of_it():
+    keys, views = batches_of(4, 80), []
+    settings = {"workers": 2, "timeout": PATIENCE, "prefetch": 8, "lend": 3}
+    with closing(sample_batches(Numbers(), keys, **settings)) as batches:
+        for number, batch in enumerate(batches):
+            if number in (0, 7):
+                views.append((number, batch["number"][1:3].view(2, 1)[-1]))
+            del batch
+        assert [(number, view.tolist()) for number, view in views] == [(0, [2]), (7, [30])]
+    assert [(number, view.tolist()) for number, view in views] == [(0, [2]), (7, [30])]  # closed
+
+
+def test_a_caller_that_keeps_more_batches_than_it_asked_for_gets_copies():
+    settings = {"workers": 2, "timeout": PATIENCE, "prefetch": 4, "lend": 2}
+    with closing(sample_batches(Numbers(), batches_of(4, 80), **settings)) as batches:
+        kept = [next(batches) for _ in range(6)]
+        starts = [address(batch) for batch in kept]
+        apart = [abs(a - b) % mmap.PAGESIZE for a, b in itertools.pairwise(starts)]
+        assert apart[0] == 0 and len(set(starts)) == 6  # two places, then copies
+        assert any(apart[1:])
+        kept = kept[2:]  # the lent ones are returned
+        assert {address(next(batches)) for _ in range(2)} & set(starts[:2])
+    assert [batch["number"].tolist() for batch in kept] == batches_of(4, 80)[2:6]
+
+
+class Runtime:
+    """What of the CUDA runtime is asked for."""
+
+    def __init__(self, code):
+        self.code, self.registered, self.unregistered = code, [], FORK.Event()
+
+    def cudaHostRegister(self, start, size, flags):
+        self.registered.append((start, start + size))
+        return self.code
+
+    def cudaHostUnregister(self, start):
+        assert start == self.registered[0][0]
+        self.unregistered.set()
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """A function that puts a runtime in place whose registering returns that code."""
+
+    def put(code):
+        made = Runtime(code)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: device == 3 or 1 / 0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        return made
+
+    return put
+
+
+def test_all_that_is_lent_is_registered_until_the_batches_are_closed(runtime):
+    """A mock: what a GPU makes of it, it cannot show."""
+    made = runtime(0)
+    settings = {"workers": 2, "timeout": PATIENCE, "pin_memory": True}
+    with closing(sample_batches(Numbers(), batches_of(4, 40), **settings)) as batches:
+        for batch in batches:
+            [(start, end)] = made.registered
+            assert start <= address(batch) and address(batch) + batch["row"].nbytes <= end
+            assert not made.unregistered.is_set()
+            del batch
+    assert made.unregistered.wait(PATIENCE) and len(made.registered) == 1
+
+
+def test_memory_that_cannot_be_registered_is_reported_and_batches_are_copied(
+    runtime, monkeypatch, milnce_log
+):
+    made, empty_like, pinned = runtime(2), torch.empty_like, []
+
+    def page_locked(tensor, *, pin_memory):
+        pinned.append(pin_memory)
+        return empty_like(tensor)
+
+    def launch_kernel(size, *, device):  # which reports, and so clears, the runtime's last error
+        made.code = device
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty_like", page_locked)
+    monkeypatch.setattr(torch, "ones", launch_kernel)
+    assert read(Numbers(), batches_of(4, 12), workers=2, pin_memory=True) == [
+        (keys, [None] * 4) for keys in batches_of(4, 12)
+    ]
+    assert pinned == [True] * 6  # two tensors per batch
+    assert milnce_log.text.count("could not page-lock") == 1 and "CUDA error 2" in milnce_log.text
+    assert made.code == "cuda" and not made.unregistered.wait(0.1)
+
+
+def test_a_training_reads_ahead_a_thousand_items_or_a_share_of_the_memory(monkeypatch):
+    items = {"video": ((3, 10, 100, 100), torch.uint8), "text": ((5,), torch.int64)}  # 300,040 B
+
+    def choose(batch, workers, *, wanted=None, step=0, processes=1, memory=10**6):
+        sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory * 10**6}
+        monkeypatch.setattr(os, "sysconf", sizes.get)
+        settings = {"wanted": wanted, "step": step or batch, "processes": processes}
+        return training_prefetch(items, batch, workers, **settings)
+
+    assert choose(256, 20) == 1000
+    assert choose(256, 20, step=4096) == 4096
+    assert choose(256, 20, step=4096, memory=3000) == 1249  # of 375 MB
+    assert choose(64, 20, step=4096, memory=3000, processes=8) == 156
+    assert choose(64, 100, memory=3000, processes=8) == 200  # two per worker
+    assert choose(256, 20, memory=3000, processes=8) == 256  # a batch
+    assert choose(256, 20, wanted=5000, memory=3000) == 5000
+    assert choose(256, 20, wanted=1) == 256 and choose(4, 20, wanted=1) == 40
+
+
+# --- the order of reading -------------------------------------------------------------------------
+
+
+def test_prefetch_items_are_read_while_one_is_used():
     numbers = Numbers()
     keys = batches_of(4, 40)
-    with closing(sample_batches(numbers, keys, workers=2, timeout=PATIENCE, prefetch=2)) as batches:
+    with closing(sample_batches(numbers, keys, workers=2, timeout=PATIENCE, prefetch=8)) as batches:
         for done, _ in enumerate(batches, start=1):
             await_(lambda done=done: numbers.read.value >= min(4 * (done + 2), 40))
             assert numbers.read.value == min(4 * (done + 2), 40)
@@ -162,6 +295,24 @@ def test_a_crash_loses_none_of_the_hundreds_of_tasks_that_wait_behind_it():
     assert numbers == [None if k in acts else k for k in range(1800)]
 
 
+def test_keys_and_errors_larger_than_a_pipe_pass_through_it():
+    """Neither end waits for the other to read, which would be for ever."""
+
+    class Texts(Numbers):
+        def __getitem__(self, key):
+            if len(key[1]) == 300_001:
+                raise ValueError(key[1])
+            return {"error": key[1]} if key[1] else super().__getitem__(key[0])
+
+    text = "\udcff" + 299_999 * "x"  # a path that is not UTF-8
+    keys = [[(k, text if k % 2 else "") for k in range(start, start + 10)] for start in (0, 10)]
+    found = read(Texts(), keys, workers=1, timeout=PATIENCE)
+    errors = [error for batch in found for error in batch.errors]
+    assert errors == [text if k % 2 else None for k in range(20)]
+    with pytest.raises(RuntimeError, match=r"ValueError: .x{300000}"):
+        read(Texts(), [[(0, text + "x")]], workers=1)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_item_that_hangs_costs_itself_only(workers):
     found = read(Numbers({3: signal.pause}), batches_of(2, 10), workers=workers, timeout=1)
@@ -174,16 +325,20 @@ def test_an_item_that_hangs_costs_itself_only(workers):
 def test_an_item_is_not_late_because_the_job_was_suspended(monkeypatch):
     """The clock leaps during the wait for an item, which is done as soon as it is looked for."""
     resumed, wait, clock = FORK.Event(), workers.wait, time.monotonic
-    waits = count()
+    select = workers.selectors.DefaultSelector.select
 
-    def suspended_wait(channels, timeout):
-        if next(waits) == 0:
-            monkeypatch.setattr(workers.time, "monotonic", lambda: clock() + 1000)
-            return []
+    def suspended_select(selector, timeout):
+        if resumed.is_set():
+            return select(selector, timeout)
+        monkeypatch.setattr(workers.time, "monotonic", lambda: clock() + 1000)
+        return []
+
+    def wait_again(channels, timeout):
         resumed.set()
         return wait(channels, PATIENCE)
 
-    monkeypatch.setattr(workers, "wait", suspended_wait)
+    monkeypatch.setattr(workers.selectors.DefaultSelector, "select", suspended_select)
+    monkeypatch.setattr(workers, "wait", wait_again)
     numbers = Numbers({0: lambda: resumed.wait(PATIENCE) and None})
     assert read(numbers, [[0], [1]], workers=1) == [([0], [None]), ([1], [None])]
     assert resumed.is_set()

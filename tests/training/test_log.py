@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, run_at_terminal, scalars
+from training import log as log_module
 from training.checkpoint import Progress
 from training.log import BadSamples, MetricLogger, ThroughputMeter, append_record, read_records
 from utils import append
@@ -104,16 +105,57 @@ def report_epochs(folder, first, last, *, loss=2.5, validated=False, tensorboard
     )
     for epoch in range(first, last):
         with logger.show_epoch(epoch + 1, 0, 10):
-            meter = ThroughputMeter()
+            meter = ThroughputMeter(torch.device("cpu"))
             for _ in range(10):
                 progress.step += 1
-                meter.count_step(4, waited=0)
+                meter.count_step(4)
                 logger.bar.update()
-                logger.log_training(progress, meter, loss, 0.001, total_steps=30)
+                logger.log_training(progress, meter, 0.0, loss, 0.001, total_steps=30)
         progress.epoch += 1
         if validated:
             logger.log_validation(progress, {"R1": 0.25, "MR": 7.0})
     logger.close()
+
+
+class Event:
+    """A GPU's timing event (a mock): at which millisecond the GPU comes to it."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_on_a_gpu_a_step_waits_from_the_end_of_the_last_one_to_the_arrival_of_its_batch(
+    monkeypatch,
+):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = ThroughputMeter(torch.device("cuda"))
+    for done, arrived in ((0, 250), (900, 900), (1500, 1507.25)):
+        Event.now = done
+        meter.start_wait()
+        arrival = meter.end_wait()
+        Event.now = arrived
+        arrival.record()
+        meter.count_step(4)
+    assert meter.list_waits() == [250_000, 0, 7250]
+    assert meter.restart().list_waits() == []
+
+
+def test_on_a_cpu_a_step_waits_as_long_as_its_host(monkeypatch):
+    clock = iter([0.0, 1.0, 3.5, 10.0, 10.25])
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: next(clock))
+    meter = ThroughputMeter(torch.device("cpu"))
+    for _ in range(2):
+        meter.start_wait()
+        assert meter.end_wait() is None
+    assert meter.list_waits() == [2_500_000, 250_000]
 
 
 def report_script(folder, **flags):

@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import os
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from loss import MILNCELoss
 from s3dg import S3D, to_unit_range
 from tests.helpers import golden_weight
 from training.optimizer import build_optimizer, resume_optimizer
-from training.step import BatchNormBuffers, TrainingStep
+from training.step import BatchNormBuffers, HostToDevice, TrainingStep
 
 CPU = torch.device("cpu")
 BATCH, CANDIDATES = 4, 2
@@ -323,6 +325,91 @@ def test_averages_are_read_and_written_back():
     averages.count(torch.tensor(2))
     assert torch.equal(network.bn1.running_mean, torch.zeros(5))
     assert network.bn1.num_batches_tracked == 2
+
+
+# --- batches on their way to a GPU ----------------------------------------------------------------
+
+
+class Gpu:
+    """A mock of what HostToDevice uses of torch.cuda. It notes the order of what is asked of it."""
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self, "copying"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda d: Stream(self, "computing"))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking: Event(self))
+
+
+class Stream:
+    def __init__(self, gpu, name):
+        self.gpu, self.name = gpu, name
+
+    def record_event(self, event):
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        self.gpu.asked.append(f"{self.name} waits for {event.name}")
+
+
+class Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self, stream):
+        self.name = f"{stream.name} at {len(self.gpu.asked)}"
+        self.gpu.asked.append(f"event {self.name}")
+
+    def synchronize(self):
+        self.gpu.asked.append(f"host waits for {self.name}")
+
+
+class HostTensor:
+    def __init__(self, gpu, name):
+        self.gpu, self.name = gpu, name
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        self.gpu.asked.append(f"copy {self.name}")
+        return self
+
+    def record_stream(self, stream):
+        pass
+
+
+def test_a_batch_is_held_until_its_copy_to_the_gpu_is_done(monkeypatch):
+    """Workers write into its memory as soon as nothing holds it (a mock, in place of a GPU)."""
+    gpu = Gpu(monkeypatch)
+    to_device = HostToDevice(torch.device("cuda"))
+    freed = {}
+    for name in "abc":
+        batch = HostTensor(gpu, name)
+        weakref.finalize(batch, lambda name=name: freed.update({name: len(gpu.asked)}))
+        to_device(batch)
+        del batch
+    assert freed.keys() == {"a", "b"}
+    for name, later in zip("ab", "bc", strict=True):
+        copied = gpu.asked[gpu.asked.index(f"copy {name}") + 1].removeprefix("event ")
+        assert copied.startswith("copying")
+        assert gpu.asked.index(f"computing waits for {copied}") < gpu.asked.index(f"copy {later}")
+        assert gpu.asked.index(f"host waits for {copied}") < freed[name]
+
+
+def test_the_arrival_of_a_batch_is_recorded_once_behind_its_copy(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    to_device = HostToDevice(torch.device("cuda"))
+    to_device.arrival = arrival = Event(gpu)
+    for name in "ab":
+        to_device(HostTensor(gpu, name))
+    behind = gpu.asked[gpu.asked.index("copy a") : gpu.asked.index("copy b")]
+    assert [what.split(" at ")[0] for what in behind[1:4]] == [
+        "event copying",
+        "computing waits for copying",
+        "event computing",
+    ]
+    assert behind[3] == f"event {arrival.name}"
+    assert "computing waits for" in gpu.asked[-1]  # nothing is recorded behind the second copy
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
