@@ -21,7 +21,8 @@ from utils import FilePath, InputError, find_files, input_error
 # release's command lines share, are accepted and ignored.
 TRAINING = frozenset({"main_distributed"})
 RETRIEVAL = frozenset({"eval_youcook", "eval_msrvtt"})
-EVALUATION = RETRIEVAL | {"eval_hmdb"}
+RECOGNITION = frozenset({"eval_hmdb", "eval_ucf"})
+EVALUATION = RETRIEVAL | RECOGNITION
 EXTRACTION = frozenset({"extract_features"})
 ALL = TRAINING | EVALUATION | EXTRACTION | {"search"}
 
@@ -128,7 +129,7 @@ FLAGS = {
         flag(ALL, "--num_frames", type=positive(int), default=16, help="Frames per clip."),
         flag(ALL, "--video_size", type=positive(int), default=224,
              help="Height and width, in pixels."),
-        flag(ALL - {"eval_hmdb"}, "--fps", type=positive(int), default=5,
+        flag(ALL - RECOGNITION, "--fps", type=positive(int), default=5,
              help="Frames per second."),
         flag(ALL, "--decoder", choices=BACKENDS, default="pyav",
              help="Decoder backend. Both give the same pixels; pyav is faster."),
@@ -227,7 +228,7 @@ FLAGS = {
              help="Write the metrics to this JSON file."),
         flag(EVALUATION, "--html_report", default="",
              help="Write the results as a page, index.html, to this folder."),
-        flag({"eval_hmdb"}, "--feature_cache", default="",
+        flag(RECOGNITION, "--feature_cache", default="",
              help="Keep the features in this .npz file, or read them there if it exists."),
         flag(TRAINING | EVALUATION | EXTRACTION, "--verbose", **SWITCH, default=1,
              help="1 logs to the terminal, too."),
@@ -476,19 +477,28 @@ def inference_model(args: argparse.Namespace, device, weights: str = "pretrain_c
     return model
 
 
-def retrieval_set(args: argparse.Namespace, data_set, read_table, default_csv: str, words):
-    """Build a retrieval data set, YouCook2 or MSRVTT, of the table and the videos of the flags.
+def evaluation_table(args: argparse.Namespace, read_table, default_csv: str):
+    """Read --eval_csv, a table or an official file, and log its notes: (path, table).
 
-    read_table: of the table or official file, see annotations. words: the vocabulary.
+    read_table: the data set's reader, see annotations.
     """
     from annotations.tables import log_notes
-    from retrieval_loader import RETRIEVAL_WORDS
-    from s3dg import Tokenizer
 
     csv = args.eval_csv or default_csv
     with input_error("--eval_csv"):
         table, notes = read_table(csv)
     log_notes(csv, notes)
+    return csv, table
+
+
+def retrieval_set(args: argparse.Namespace, data_set, table, words):
+    """Build a retrieval data set, YouCook2 or MSRVTT, of a table and the videos of the flags.
+
+    words: the vocabulary.
+    """
+    from retrieval_loader import RETRIEVAL_WORDS
+    from s3dg import Tokenizer
+
     check_folder(args.eval_video_root, "eval_video_root")
     tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
     with input_error("--eval_video_root"):

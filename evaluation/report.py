@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from annotations.hmdb import SPLITS
+from annotations.clips import SPLITS
 from distributed.device import inference_amp
+from evaluation.recognition import Predictions
+from evaluation.results import Results, describe_metric, format_metric
 from evaluation.retrieval import ground_truth_ranks, top_k_videos
 from evaluation.thumbnails import encode_thumbnail
 from retrieval_loader import Pair
-from utils import DataError, atomic_write, format_metric, one_line
+from utils import DataError, atomic_write, one_line
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = "{{ data }}"
@@ -38,16 +40,19 @@ def page_path(folder: AnyPath) -> Path:
 def write_page(
     folder: AnyPath,
     title: str,
-    metrics: dict[str, int | float],
+    results: Results,
     settings: Sequence[tuple[str, str]],
     data: dict,
 ) -> Path:
     """Write the page, replacing an older one, and return its path.
 
-    settings: (name, value) pairs, see describe_settings. data: of retrieval_data or hmdb_data.
-    Raises DataError if it cannot be written.
+    settings: (name, value) pairs, see describe_settings. data: of retrieval_data, recognition_data
+    or summary_data. Raises DataError if it cannot be written.
     """
-    formatted = [(name, format_metric(value)) for name, value in metrics.items()]
+    formatted = [
+        (name, format_metric(name, value), describe_metric(results, name))
+        for name, value in results.metrics.items()
+    ]
     data = {"title": title, "metrics": formatted, "settings": settings, **data}
     # Without a literal "<", no sentence can end the element that contains the JSON.
     content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
@@ -133,19 +138,19 @@ def rank_histogram(ranks: np.ndarray) -> list[tuple[str, int]]:
     ]
 
 
-def hmdb_data(predictions: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
+def recognition_data(predictions: Sequence[Predictions]) -> dict:
     """Build the page's data on an action recognition.
 
-    predictions: of linear_probe.predict_splits, (labels, predicted labels) for each split.
+    predictions: of linear_probe.predict_splits.
 
     "classes": a row per class with test videos, the worst first: its name, its top-1 in each split
     (None without test videos there) and the mean of these. "confusion": how many videos, of all
     splits, of each of "names" were predicted as each of them. "confused": the most frequent
     confusions as (class, predicted class, count, videos of the class).
     """
-    names = sorted({str(name) for split in predictions for labels in split for name in labels})
+    names = sorted({str(name) for _, *pair in predictions for labels in pair for name in labels})
     counts = np.zeros((len(SPLITS), len(names), len(names)), dtype=int)
-    for split, pair in enumerate(predictions):
+    for split, (_, *pair) in enumerate(predictions):
         np.add.at(counts[split], tuple(np.searchsorted(names, labels) for labels in pair), 1)
     total, right = counts.sum(axis=2), np.diagonal(counts, axis1=1, axis2=2)
     classes = []
