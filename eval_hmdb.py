@@ -36,8 +36,16 @@ def main() -> None:
     results = top1_results(predictions, found)
     report_results(args, "HMDB-51", results, checksum)
     if args.html_report:
-        data, features = recognition_data(predictions), args.feature_cache
-        report_page(args, "HMDB-51", results, checksum, data, table=csv, features=features)
+        report_page(
+            args,
+            "HMDB-51",
+            results,
+            checksum,
+            recognition_data(predictions),
+            table=csv,
+            features=args.feature_cache,
+            num_windows_test=args.num_windows_test,
+        )
 
 
 if __name__ == "__main__":

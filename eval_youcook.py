@@ -50,7 +50,8 @@ def main() -> None:
     if args.html_report:
         pairs = [dataset.pairs[index] for index in videos]
         data = retrieval_data(pairs, args.eval_video_root, list(thumbnails.values()), scores)
-        report_page(args, "YouCook2", results, weights, data, table=csv, fps=args.fps)
+        flags = {"num_windows_test": args.num_windows_test, "fps": args.fps}
+        report_page(args, "YouCook2", results, weights, data, table=csv, **flags)
 
 
 if __name__ == "__main__":

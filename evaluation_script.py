@@ -156,7 +156,6 @@ def report_page(
         table,
         args.pretrain_cnn_path,
         features,
-        num_windows_test=args.num_windows_test,
         num_frames=args.num_frames,
         video_size=args.video_size,
         **flags,

@@ -17,7 +17,7 @@ import torch
 from annotations.clips import SPLITS
 from distributed.device import inference_amp
 from evaluation.recognition import Predictions
-from evaluation.results import Results, describe_metric, format_metric
+from evaluation.results import Results, list_metrics
 from evaluation.retrieval import ground_truth_ranks, top_k_videos
 from evaluation.thumbnails import encode_thumbnail
 from retrieval_loader import Pair
@@ -49,11 +49,7 @@ def write_page(
     settings: (name, value) pairs, see describe_settings. data: of retrieval_data, recognition_data
     or summary_data. Raises DataError if it cannot be written.
     """
-    formatted = [
-        (name, format_metric(name, value), describe_metric(results, name))
-        for name, value in results.metrics.items()
-    ]
-    data = {"title": title, "metrics": formatted, "settings": settings, **data}
+    data = {"title": title, "metrics": list_metrics(results), "settings": settings, **data}
     # Without a literal "<", no sentence can end the element that contains the JSON.
     content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace(SLOT, content)

@@ -17,7 +17,9 @@ MEDIAN_RANK = "MR"  # all other metrics that are not counts are fractions
 class Results(NamedTuple):
     """The metrics of an evaluation and, by their names, what is behind them."""
 
-    metrics: Mapping[str, float | int | None]  # fractions, the median rank, counts; None: undefined
+    # Fractions, the median rank and counts; None if undefined. Those of parts, such as tasks, are
+    # dicts, which the JSON file has and nothing else shows.
+    metrics: Mapping[str, float | int | dict | None]
     counts: Mapping[str, tuple[int, int]] = {}
     intervals: Mapping[str, tuple[float, float]] = {}
 
@@ -42,10 +44,19 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def list_metrics(results: Results) -> list[tuple[str, str, str]]:
+    """List the metrics for display: (name, value, what is behind it)."""
+    return [
+        (name, format_metric(name, value), describe_metric(results, name))
+        for name, value in results.metrics.items()
+        if not isinstance(value, dict)
+    ]
+
+
 def format_metric(name: str, value: float | int | None) -> str:
     """Format a metric for display: a fraction in per cent."""
     if value is None:
-        return "undefined"
+        return "–"  # noqa: RUF001
     if isinstance(value, int):
         return str(value)
     return f"{value:.4g}" if name == MEDIAN_RANK else f"{100 * value:.1f}%"
@@ -64,9 +75,8 @@ def describe_metric(results: Results, name: str) -> str:
 
 def print_results(title: str, results: Results) -> None:
     """Print an evaluation's metrics, a line each."""
-    for name, value in results.metrics.items():
-        details = describe_metric(results, name)
-        print(f"{title} {name}: {format_metric(name, value)}{f' ({details})' * bool(details)}")
+    for name, value, details in list_metrics(results):
+        print(f"{title} {name}: {value}{f' ({details})' * bool(details)}")
 
 
 def write_results(path: FilePath, results: Results, **provenance: object) -> None:

@@ -20,16 +20,13 @@ def test_an_interval_is_that_of_the_binomial_distribution():
     hits = np.arange(400) < 100
     width = 1.96 * np.sqrt(0.25 * 0.75 / 400)
     low, high = bootstrap_interval(hits, resamples=4000)
-    assert (low, high) == (
-        pytest.approx(0.25 - width, abs=6e-3),
-        pytest.approx(0.25 + width, abs=6e-3),
-    )
+    assert [low, high] == pytest.approx([0.25 - width, 0.25 + width], abs=6e-3)
 
 
 def test_the_same_units_give_the_same_interval_and_another_seed_another():
-    hits = np.arange(50) < 20
-    assert bootstrap_interval(hits) == bootstrap_interval(hits)
-    assert bootstrap_interval(hits) != bootstrap_interval(hits, seed=1)
+    values = np.random.default_rng(0).random(50)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
 
 
 def test_units_may_be_rows_with_a_statistic_of_their_own():
@@ -45,7 +42,7 @@ def test_units_may_be_rows_with_a_statistic_of_their_own():
 
 
 RESULTS = Results(
-    {"R1": 0.125, "AUC": None, "MR": 9.5, "num_videos": 24},
+    {"R1": 0.125, "AUC": None, "MR": 9.5, "num_videos": 24, "tasks": {"1": {"recall": 0.5}}},
     {"R1": (3, 24)},
     {"R1": (0.04, 0.25), "MR": (7.0, 12.0)},
 )
@@ -55,7 +52,7 @@ def test_the_terminal_shows_per_cent_with_counts_and_intervals(capsys):
     print_results("Toy", RESULTS)
     assert capsys.readouterr().out.splitlines() == [
         "Toy R1: 12.5% (3 of 24, 95% interval 4.0% to 25.0%)",
-        "Toy AUC: undefined",
+        "Toy AUC: –",  # noqa: RUF001
         "Toy MR: 9.5 (95% interval 7 to 12)",
         "Toy num_videos: 24",
     ]
