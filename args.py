@@ -314,6 +314,56 @@ def get_args(
     return parser.parse_args(normalize_flags(argv))
 
 
+# The flags that evaluate_all.py sets itself, for each evaluation.
+PER_EVALUATION = {"--eval_csv", "--eval_video_root", "--metrics_json", "--html_report"}
+PER_EVALUATION |= {"--feature_cache"}
+
+
+def get_all_args(
+    description: str, data_sets: dict[str, str], argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Parse the command line of evaluate_all.py. data_sets: {name: title}."""
+    parser = Parser(
+        usage="%(prog)s [flags]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    section = parser.add_argument_group("data sets and results")
+    for name, title in data_sets.items():
+        section.add_argument(
+            f"--{name}_root", default="", metavar="DIR", help=f"Evaluate {title}, of these videos."
+        )
+        section.add_argument(
+            f"--{name}_csv",
+            default="",
+            metavar="FILE",
+            help=f"Annotations of {title} (default: that of eval_{name}.py).",
+        )
+    section.add_argument("--out", default="evaluations", metavar="DIR", help="The results.")
+    for group, flags in FLAGS.items():
+        section = parser.add_argument_group(group)
+        for scripts, names, options in flags:
+            if not EVALUATION.isdisjoint(scripts) and names[0] not in PER_EVALUATION:
+                section.add_argument(*names, **options)
+    return parser.parse_args(normalize_flags(argv))
+
+
+def changed_flags(args: argparse.Namespace, script: str) -> dict[str, object]:
+    """Return those of a script's flags that differ from their defaults, {name: value}.
+
+    args: of get_all_args.
+    """
+    own = (
+        (names[0], options.get("default", False))
+        for flags in FLAGS.values()
+        for scripts, names, options in flags
+        if script in scripts and names[0] not in PER_EVALUATION
+    )
+    values = {name[2:]: (getattr(args, name[2:]), default) for name, default in own}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
 def port(text: str) -> int:
     """Parse a TCP port, 0 for any that is free: an argparse type."""
     number = not_negative(int)(text)

@@ -172,3 +172,13 @@ def recognition_data(predictions: Sequence[Predictions]) -> dict:
         "confusion": confusion.tolist(),
         "confused": confused,
     }
+
+
+def summary_data(rows: Sequence[dict]) -> dict:
+    """Build the page's data on several evaluations.
+
+    rows: each with "title"; "link", the path of its page or ""; "status", "done" or the reason why
+    there are no results; "missing", the count of missing videos or ""; and "metrics", a list of
+    (caption, [(published figure, source), ..], our value, what is behind it).
+    """
+    return {"summary": list(rows)}

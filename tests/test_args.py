@@ -186,7 +186,8 @@ def test_every_script_takes_every_flag_of_the_release(script):
 
 
 DATA_SCRIPTS = ["howto100m/prepare", "howto100m/transcode", "word2vec/prepare"]
-OTHER_SCRIPTS = ["search", "scripts/plot_training", *(f"data/{name}" for name in DATA_SCRIPTS)]
+OTHER_SCRIPTS = ["search", "evaluate_all", "scripts/plot_training"]
+OTHER_SCRIPTS += [f"data/{name}" for name in DATA_SCRIPTS]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *OTHER_SCRIPTS])
