@@ -14,6 +14,7 @@ from evaluation.report import (
     rank_histogram,
     recognition_data,
     retrieval_data,
+    summary_data,
     write_page,
 )
 from evaluation.results import Results
@@ -335,4 +336,27 @@ def test_the_page_of_hmdb_has_classes_matrix_and_pairs(browser, tmp_path):
     )
     assert browser.find_element("id", "cell").text == "<b>b → <b>a: 2 of 5"
     assert not browser.find_element("id", "retrieval").is_displayed()
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_all_evaluations_has_sources_figures_and_links(browser, tmp_path):
+    done = {"title": "<b>UCF", "link": "ucf/index.html", "status": "done", "missing": "1 of 9"}
+    done["metrics"] = [("top-1", [("82.7", "paper"), ("82.1", "others")], "50.0%", "4 of 8")]
+    failed = {"title": "MSR-VTT", "link": "", "status": "failed: no table", "missing": ""}
+    failed["metrics"] = [("R@1", [("9.9", "paper")], "-", ""), ("R@5", [("24", "paper")], "-", "")]
+    write_page(tmp_path, "All", Results({}), [("x", "y")], summary_data([done, failed]))
+    open_page(browser, (tmp_path / "index.html").as_uri())
+    cells = [
+        [cell.text for cell in row.find_elements("tag name", "td")]
+        for row in browser.find_elements("css selector", "#summary tbody tr")
+    ]
+    assert cells == [
+        ["<b>UCF", "top-1", "82.7: paper\n82.1: others", "50.0%", "4 of 8", "1 of 9"],
+        ["MSR-VTT", "R@1", "9.9: paper", "-", "failed: no table", ""],
+        ["", "R@5", "24: paper", "-", "", ""],
+    ]
+    [link] = browser.find_elements("css selector", "#summary a")
+    assert link.get_attribute("href") == (tmp_path / "ucf/index.html").as_uri()
+    assert not browser.find_element("id", "recognition").is_displayed()
     assert page_errors(browser) == []
