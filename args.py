@@ -21,7 +21,8 @@ from utils import FilePath, InputError, find_files, input_error
 # release's command lines share, are accepted and ignored.
 TRAINING = frozenset({"main_distributed"})
 RETRIEVAL = frozenset({"eval_youcook", "eval_msrvtt"})
-EVALUATION = RETRIEVAL | {"eval_hmdb"}
+RECOGNITION = frozenset({"eval_hmdb", "eval_ucf"})
+EVALUATION = RETRIEVAL | RECOGNITION
 EXTRACTION = frozenset({"extract_features"})
 ALL = TRAINING | EVALUATION | EXTRACTION | {"search"}
 
@@ -132,7 +133,7 @@ FLAGS = {
         flag(ALL, "--num_frames", type=positive(int), default=16, help="Frames per clip."),
         flag(ALL, "--video_size", type=positive(int), default=224,
              help="Height and width, in pixels."),
-        flag(ALL - {"eval_hmdb"}, "--fps", type=positive(int), default=5,
+        flag(ALL - RECOGNITION, "--fps", type=positive(int), default=5,
              help="Frames per second."),
         flag(ALL, "--decoder", choices=BACKENDS, default="pyav",
              help="Decoder backend. Both give the same pixels; pyav is faster."),
@@ -231,7 +232,7 @@ FLAGS = {
              help="Write the metrics to this JSON file."),
         flag(EVALUATION, "--html_report", default="",
              help="Write the results as a page, index.html, to this folder."),
-        flag({"eval_hmdb"}, "--feature_cache", default="",
+        flag(RECOGNITION, "--feature_cache", default="",
              help="Keep the features in this .npz file, or read them there if it exists."),
         flag(TRAINING | EVALUATION | EXTRACTION, "--verbose", **SWITCH, default=1,
              help="1 logs to the terminal, too."),
@@ -315,6 +316,56 @@ def get_args(
     )
     add_flags(parser, script)
     return parser.parse_args(normalize_flags(argv))
+
+
+# The flags that evaluate_all.py sets itself, for each evaluation.
+PER_EVALUATION = {"--eval_csv", "--eval_video_root", "--metrics_json", "--html_report"}
+PER_EVALUATION |= {"--feature_cache"}
+
+
+def get_all_args(
+    description: str, data_sets: dict[str, str], argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Parse the command line of evaluate_all.py. data_sets: {name: title}."""
+    parser = Parser(
+        usage="%(prog)s [flags]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    section = parser.add_argument_group("data sets and results")
+    for name, title in data_sets.items():
+        section.add_argument(
+            f"--{name}_root", default="", metavar="DIR", help=f"Evaluate {title}, of these videos."
+        )
+        section.add_argument(
+            f"--{name}_csv",
+            default="",
+            metavar="FILE",
+            help=f"Annotations of {title} (default: that of eval_{name}.py).",
+        )
+    section.add_argument("--out", default="evaluations", metavar="DIR", help="The results.")
+    for group, flags in FLAGS.items():
+        section = parser.add_argument_group(group)
+        for scripts, names, options in flags:
+            if not EVALUATION.isdisjoint(scripts) and names[0] not in PER_EVALUATION:
+                section.add_argument(*names, **options)
+    return parser.parse_args(normalize_flags(argv))
+
+
+def changed_flags(args: argparse.Namespace, script: str) -> dict[str, object]:
+    """Return those of a script's flags that differ from their defaults, {name: value}.
+
+    args: of get_all_args.
+    """
+    own = (
+        (names[0], options.get("default", False))
+        for flags in FLAGS.values()
+        for scripts, names, options in flags
+        if script in scripts and names[0] not in PER_EVALUATION
+    )
+    values = {name[2:]: (getattr(args, name[2:]), default) for name, default in own}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def port(text: str) -> int:
@@ -480,19 +531,28 @@ def inference_model(args: argparse.Namespace, device, weights: str = "pretrain_c
     return model
 
 
-def retrieval_set(args: argparse.Namespace, data_set, read_table, default_csv: str, words):
-    """Build a retrieval data set, YouCook2 or MSRVTT, of the table and the videos of the flags.
+def evaluation_table(args: argparse.Namespace, read_table, default_csv: str):
+    """Read --eval_csv, a table or an official file, and log its notes: (path, table).
 
-    read_table: of the table or official file, see annotations. words: the vocabulary.
+    read_table: the data set's reader, see annotations.
     """
     from annotations.tables import log_notes
-    from retrieval_loader import RETRIEVAL_WORDS
-    from s3dg import Tokenizer
 
     csv = args.eval_csv or default_csv
     with input_error("--eval_csv"):
         table, notes = read_table(csv)
     log_notes(csv, notes)
+    return csv, table
+
+
+def retrieval_set(args: argparse.Namespace, data_set, table, words):
+    """Build a retrieval data set, YouCook2 or MSRVTT, of a table and the videos of the flags.
+
+    words: the vocabulary.
+    """
+    from retrieval_loader import RETRIEVAL_WORDS
+    from s3dg import Tokenizer
+
     check_folder(args.eval_video_root, "eval_video_root")
     tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
     with input_error("--eval_video_root"):

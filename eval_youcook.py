@@ -6,16 +6,15 @@ if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "eval_youcook")
 
 from annotations.youcook import youcook_table
-from args import check_decoder, check_evaluation_outputs, inference_model, retrieval_set
+from args import check_decoder, check_evaluation_outputs, evaluation_table, retrieval_set
 from distributed.device import pick_device
+from evaluation.feature_file import checksum
 from evaluation.features import video_features
-from evaluation.report import animate_middle_window, describe_settings, retrieval_data, write_page
-from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scores
-from s3dg import check_vocabulary, load_words
-from utils import input_error, print_metrics, run_script, setup_logging
+from evaluation.report import animate_middle_window, retrieval_data
+from evaluation.retrieval import count_videos, retrieval_results, retrieval_scores
+from evaluation_script import decoding_options, report_page, report_results, text_video_model
+from utils import input_error, run_script, setup_logging
 from youcook_loader import YouCook2
-
-TABLE = "data/validation_youcook.csv"
 
 
 def main() -> None:
@@ -25,15 +24,12 @@ def main() -> None:
         device = pick_device(args.device, args.gpu)
     check_evaluation_outputs(args)
     check_decoder(args)
-
-    # The model, and the vocabulary that belongs to its weights.
-    model = inference_model(args, device)
-    with input_error("--token_to_word_path"):
-        words = load_words(args.token_to_word_path)
-        check_vocabulary(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
+    model, words = text_video_model(args, device)
+    weights = checksum(args.pretrain_cnn_path)
 
     # The sentences of the validation segments, and the segments whose videos are present.
-    dataset = retrieval_set(args, YouCook2, youcook_table, TABLE, words)
+    csv, table = evaluation_table(args, youcook_table, "data/validation_youcook.csv")
+    dataset = retrieval_set(args, YouCook2, table, words)
 
     # A segment is embedded as the mean of evenly spaced windows, all of them in `videos`.
     thumbnails = {}
@@ -43,36 +39,19 @@ def main() -> None:
             thumbnails[index] = animate_middle_window(windows)
 
     videos = video_features(
-        model,
-        dataset,
-        device,
-        batch_size=args.batch_size_val,
-        workers=args.num_thread_reader,
-        sample_timeout=args.sample_timeout,
-        on_windows=add_thumbnail,
+        model, dataset, device, **decoding_options(args), on_windows=add_thumbnail
     )
 
     # Each sentence ranks all segments by the dot product with its own embedding.
     with input_error("--eval_video_root"):
         scores = retrieval_scores(model, dataset, videos, device)
-    metrics = {**retrieval_metrics(scores), **count_videos(dataset, videos)}
-    print_metrics("YouCook2", metrics, args.metrics_json)
-
+    results = retrieval_results(scores, count_videos(dataset, videos))
+    report_results(args, "YouCook2", results, weights)
     if args.html_report:
-        settings = describe_settings(
-            args.eval_csv or TABLE,
-            args.pretrain_cnn_path,
-            num_windows_test=args.num_windows_test,
-            num_frames=args.num_frames,
-            video_size=args.video_size,
-            fps=args.fps,
-            amp=args.amp,
-        )
         pairs = [dataset.pairs[index] for index in videos]
         data = retrieval_data(pairs, args.eval_video_root, list(thumbnails.values()), scores)
-        with input_error("--html_report"):
-            page = write_page(args.html_report, "YouCook2", metrics, settings, data)
-        print(f"report: {page}")
+        flags = {"num_windows_test": args.num_windows_test, "fps": args.fps}
+        report_page(args, "YouCook2", results, weights, data, table=csv, **flags)
 
 
 if __name__ == "__main__":

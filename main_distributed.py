@@ -26,7 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import s3dg
 from annotations.youcook import youcook_table
-from args import check_decoder, check_file, check_folder, clip_spec, make_folder, retrieval_set
+from args import (
+    check_decoder,
+    check_file,
+    check_folder,
+    clip_spec,
+    evaluation_table,
+    make_folder,
+    retrieval_set,
+)
 from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
@@ -310,8 +318,8 @@ def setup(args, ranks, device, resume):
         )
     validation = None
     if args.evaluate:
-        table = "data/validation_youcook.csv"
-        validation = retrieval_set(args, YouCook2, youcook_table, table, words)
+        _, table = evaluation_table(args, youcook_table, "data/validation_youcook.csv")
+        validation = retrieval_set(args, YouCook2, table, words)
     resumed, damaged = find_checkpoint(args, resume)
     model = build_model(args, words, resumed).to(device)
     if args.channels_last:

@@ -1,11 +1,12 @@
 """Data sets of text-to-video retrieval: texts, and evenly spaced windows of their videos."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
@@ -30,7 +31,7 @@ def window_starts(start: float, end: float, *, clip: ClipSpec, num_windows: int)
 
 
 class Retrieval(Dataset):
-    """Texts and the stretches of video that they describe.
+    """Texts and the stretches of video that they describe. A subclass defines `list_pairs`.
 
     `pairs` are those whose video exists; `num_missing` counts the others. An item has "video",
     uint8 [num_windows, 3, num_frames, size, size], or "error", a line, if it cannot be decoded. Its
@@ -39,14 +40,15 @@ class Retrieval(Dataset):
 
     def __init__(
         self,
-        pairs: Iterable[Pair],
+        table: pd.DataFrame,
         video_root: str | Path,
         tokenizer: Callable[[str], torch.Tensor],
-        clip: ClipSpec,
-        num_windows: int,
+        clip: ClipSpec = ClipSpec(),
+        *,
+        num_windows: int = 4,
     ):
-        """pairs: of all rows of the table. Raises DataError if all of their videos are absent."""
-        pairs = list(pairs)
+        """Raise DataError if all videos of the table are absent."""
+        pairs = self.list_pairs(table, video_root)
         present = {path for path in {pair.path for pair in pairs} if isfile(path)}
         self.pairs = [pair for pair in pairs if pair.path in present]
         self.num_missing = len(pairs) - len(self.pairs)
@@ -54,6 +56,11 @@ class Retrieval(Dataset):
             raise DataError(video_root, "has no video of the table; give their folder")
         self.tokenizer, self.clip, self.num_windows = tokenizer, clip, num_windows
         self.item_spec = {"video": ((num_windows, *clip.shape), torch.uint8)}
+
+    @staticmethod
+    def list_pairs(table: pd.DataFrame, video_root: str | Path) -> list[Pair]:
+        """Return the pair of each row of a table, whether or not its video exists."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import errno
-import json
 import logging
 import multiprocessing
 import os
@@ -204,16 +203,3 @@ def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
                     folders.append((name, above))
                 elif os.path.splitext(name)[1].lower() in extensions and found.is_file():
                     yield name
-
-
-def format_metric(value: float) -> str:
-    """Format a metric, or a count, for display."""
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def print_metrics(title: str, metrics: dict[str, float], path: FilePath = "") -> None:
-    """Print an evaluation's metrics and, if a path is given, write them to that JSON file."""
-    formatted = (f"{name} {format_metric(value)}" for name, value in metrics.items())
-    print(f"{title}: {'  '.join(formatted)}")
-    if path:
-        Path(path).write_text(json.dumps(metrics, indent=2) + "\n")

@@ -1,14 +1,11 @@
 """YouCook2 for text-to-video retrieval: segments of cooking videos and their sentences."""
 
-from collections.abc import Callable
 from os.path import isfile
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from retrieval_loader import Pair, Retrieval
-from video_decoder import ClipSpec
 
 SUFFIXES = (".mp4", ".mkv", ".webm")  # of the files, in order of preference
 
@@ -19,23 +16,14 @@ class YouCook2(Retrieval):
     Files: <video_root>/validation/<task>/<video_id>.{mp4,mkv,webm}.
     """
 
-    def __init__(
-        self,
-        table: pd.DataFrame,
-        video_root: str | Path,
-        tokenizer: Callable[[str], torch.Tensor],
-        clip: ClipSpec = ClipSpec(),
-        *,
-        num_windows: int = 4,
-    ):
-        """Raise DataError if all videos are absent."""
+    @staticmethod
+    def list_pairs(table: pd.DataFrame, video_root: str | Path) -> list[Pair]:
         videos = set(zip(table["task"], table["video_id"], strict=True))
         paths = {(task, name): find_video(video_root, task, name) for task, name in videos}
-        pairs = [
+        return [
             Pair(paths[row.task, row.video_id], row.start, row.end, row.text)
             for row in table.itertuples()
         ]
-        super().__init__(pairs, video_root, tokenizer, clip, num_windows)
 
 
 def find_video(video_root: str | Path, task: str, name: str) -> Path:

@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from annotations.clips import COLUMNS, read_clips
 from annotations.official import parse_name, read_lines
-from annotations.tables import (
-    AnyPath,
-    check_names,
-    data_error,
-    make_table,
-    read_annotations,
-    require_non_empty,
-    require_unique,
-)
+from annotations.tables import AnyPath, data_error, make_table
 from utils import DataError, shorten
 
-SPLITS = ["split1", "split2", "split3"]
-COLUMNS = ["video_id", "label", *SPLITS]
-UNUSED, TRAIN, TEST = 0, 1, 2  # the part of a split that a clip belongs to
+SUFFIX = "_test"  # of a class, in the tables and in the names of the split files
 SPLIT_FILE = re.compile(r"(?!\.)(.+)_test_split([123])\.txt")  # macOS archives add hidden files
 SPLIT_LINE = re.compile(r"\s*(\S.*?)\s+([012])\s*")
 
@@ -35,14 +26,7 @@ def hmdb_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
     """
     if os.path.isdir(path):
         return make_table(read_split_files(Path(path)), COLUMNS), []
-    table = read_annotations(path, COLUMNS, ["video_id", "label"], numbers=SPLITS)
-    # A class is a folder's name: neither ".._test" nor "_test" may become a path.
-    classes = table.assign(label=table["label"].str.removesuffix("_test").replace("", None))
-    check_names(classes, ["label"], path)
-    require_non_empty(classes, ["label"], path)
-    if not table[SPLITS].isin((UNUSED, TRAIN, TEST)).all(axis=None):
-        raise DataError(path, "splits are 0 (unused), 1 (train) or 2 (test); fix the others")
-    return require_unique(table, ["label", "video_id"], path), []
+    return read_clips(path, SUFFIX), []
 
 
 def read_split_files(folder: Path) -> list[tuple]:
@@ -67,7 +51,7 @@ def read_split_files(folder: Path) -> list[tuple]:
         parts = {split: read_split(file) for split, file in files.items()}
         check_same_clips(parts, files)
         for name in sorted(parts[1]):
-            rows.append((name, f"{label}_test", *(parts[split][name] for split in (1, 2, 3))))
+            rows.append((name, label + SUFFIX, *(parts[split][name] for split in (1, 2, 3))))
     return rows
 
 

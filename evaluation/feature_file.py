@@ -88,6 +88,12 @@ def write_features(path: AnyPath, settings: dict, stored: FeatureSet) -> None:
     log.info("features of %d videos written to %s", len(stored.features), path)
 
 
+def read_settings(path: AnyPath) -> dict:
+    """Read the settings that a file of features was made with. The file has to be valid."""
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(file["settings"].item())
+
+
 def read_features(path: AnyPath, settings: dict, names: Iterable[str]) -> FeatureSet:
     """Read the features of these videos.
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from annotations.hmdb import SPLITS
+from annotations.clips import SPLITS
 from distributed.device import inference_amp
+from evaluation.recognition import Predictions
+from evaluation.results import Results, list_metrics
 from evaluation.retrieval import ground_truth_ranks, top_k_videos
 from evaluation.thumbnails import encode_thumbnail
 from retrieval_loader import Pair
-from utils import DataError, atomic_write, format_metric, one_line
+from utils import DataError, atomic_write, one_line
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = "{{ data }}"
@@ -38,17 +40,16 @@ def page_path(folder: AnyPath) -> Path:
 def write_page(
     folder: AnyPath,
     title: str,
-    metrics: dict[str, int | float],
+    results: Results,
     settings: Sequence[tuple[str, str]],
     data: dict,
 ) -> Path:
     """Write the page, replacing an older one, and return its path.
 
-    settings: (name, value) pairs, see describe_settings. data: of retrieval_data or hmdb_data.
-    Raises DataError if it cannot be written.
+    settings: (name, value) pairs, see describe_settings. data: of retrieval_data, recognition_data
+    or summary_data. Raises DataError if it cannot be written.
     """
-    formatted = [(name, format_metric(value)) for name, value in metrics.items()]
-    data = {"title": title, "metrics": formatted, "settings": settings, **data}
+    data = {"title": title, "metrics": list_metrics(results), "settings": settings, **data}
     # Without a literal "<", no sentence can end the element that contains the JSON.
     content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace(SLOT, content)
@@ -133,19 +134,19 @@ def rank_histogram(ranks: np.ndarray) -> list[tuple[str, int]]:
     ]
 
 
-def hmdb_data(predictions: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
+def recognition_data(predictions: Sequence[Predictions]) -> dict:
     """Build the page's data on an action recognition.
 
-    predictions: of linear_probe.predict_splits, (labels, predicted labels) for each split.
+    predictions: of linear_probe.predict_splits.
 
     "classes": a row per class with test videos, the worst first: its name, its top-1 in each split
     (None without test videos there) and the mean of these. "confusion": how many videos, of all
     splits, of each of "names" were predicted as each of them. "confused": the most frequent
     confusions as (class, predicted class, count, videos of the class).
     """
-    names = sorted({str(name) for split in predictions for labels in split for name in labels})
+    names = sorted({str(name) for _, *pair in predictions for labels in pair for name in labels})
     counts = np.zeros((len(SPLITS), len(names), len(names)), dtype=int)
-    for split, pair in enumerate(predictions):
+    for split, (_, *pair) in enumerate(predictions):
         np.add.at(counts[split], tuple(np.searchsorted(names, labels) for labels in pair), 1)
     total, right = counts.sum(axis=2), np.diagonal(counts, axis1=1, axis2=2)
     classes = []
@@ -171,3 +172,13 @@ def hmdb_data(predictions: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
         "confusion": confusion.tolist(),
         "confused": confused,
     }
+
+
+def summary_data(rows: Sequence[dict]) -> dict:
+    """Build the page's data on several evaluations.
+
+    rows: each with "title"; "link", the path of its page or ""; "status", "done" or the reason why
+    there are no results; "missing", the count of missing videos or ""; and "metrics", a list of
+    (caption, [(published figure, source), ..], our value, what is behind it).
+    """
+    return {"summary": list(rows)}

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from evaluation.results import Results, bootstrap_interval
 from retrieval_loader import Retrieval
+
+RECALLS = (1, 5, 10)  # k of R@k
 
 
 @torch.inference_mode()
@@ -68,12 +71,21 @@ def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
     scores: [N, N].
     """
     ranks = ground_truth_ranks(scores)
-    return {
-        "R1": float(np.mean(ranks <= 1)),
-        "R5": float(np.mean(ranks <= 5)),
-        "R10": float(np.mean(ranks <= 10)),
-        "MR": float(np.median(ranks)),
-    }
+    recalls = {f"R{k}": float(np.mean(ranks <= k)) for k in RECALLS}
+    return {**recalls, "MR": float(np.median(ranks))}
+
+
+def retrieval_results(scores: np.ndarray, videos: dict[str, int]) -> Results:
+    """Compute retrieval_metrics with their counts and intervals over the queries.
+
+    scores: [N, N]. videos: of count_videos.
+    """
+    ranks = ground_truth_ranks(scores)
+    hits = {f"R{k}": ranks <= k for k in RECALLS}
+    counts = {name: (int(hit.sum()), len(hit)) for name, hit in hits.items()}
+    intervals = {name: bootstrap_interval(hit) for name, hit in hits.items()}
+    intervals["MR"] = bootstrap_interval(ranks, np.median)
+    return Results({**retrieval_metrics(scores), **videos}, counts, intervals)
 
 
 def count_videos(dataset: Retrieval, videos: dict[int, np.ndarray]) -> dict[str, int]:

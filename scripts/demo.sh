@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From an empty clone to figures: toy data, a training with two processes, three evaluations, a
+# From an empty clone to figures: toy data, a training with two processes, the evaluations, a
 # table, and a page of results each. About ten minutes on two cores besides the install; --quick:
 # about four. What an earlier run left in data/toy, checkpoint/ and log/ is used again.
 set -euo pipefail
@@ -22,13 +22,12 @@ python main_distributed.py --nproc_per_node=2 --resume --checkpoint_dir=$name --
     --lr=0.0005 --warmup_steps=50  # at the default rate a batch this small is a lottery
 
 weights=$(ls checkpoint/$name/epoch*.pth.tar | tail -n 1)
-evaluate="--pretrain_cnn_path=$weights --token_to_word_path=$data/dict.npy $clips --verbose=0"
-python eval_youcook.py $evaluate --eval_csv=$data/validation_youcook.csv \
-    --eval_video_root=$data/youcook --metrics_json=log/$name.youcook.json --html_report=log/$name.youcook
-python eval_msrvtt.py $evaluate --eval_csv=$data/msrvtt_test.csv \
-    --eval_video_root=$data/msrvtt --metrics_json=log/$name.msrvtt.json --html_report=log/$name.msrvtt
-python eval_hmdb.py $evaluate --eval_csv=$data/hmdb51.csv \
-    --eval_video_root=$data/hmdb --metrics_json=log/$name.hmdb.json --html_report=log/$name.hmdb
+python evaluate_all.py --pretrain_cnn_path="$weights" --token_to_word_path=$data/dict.npy $clips \
+    --verbose=0 --out=log/$name.evaluations \
+    --youcook_root=$data/youcook --youcook_csv=$data/validation_youcook.csv \
+    --msrvtt_root=$data/msrvtt --msrvtt_csv=$data/msrvtt_test.csv \
+    --hmdb_root=$data/hmdb --hmdb_csv=$data/hmdb51.csv \
+    --ucf_root=$data/ucf --ucf_csv=$data/ucfTrainTestlist
 
 python - $name $data "$weights" <<'PYTHON'
 import json
@@ -37,18 +36,19 @@ import sys
 import pandas as pd
 
 name, data, weights = sys.argv[1:]
-classes = pd.read_csv(f"{data}/hmdb51.csv")["label"].nunique()
+with open(f"log/{name}.evaluations/results.json") as file:
+    found = {task: row["results"] for task, row in json.load(file)["evaluations"].items()}
+classes = {"hmdb": pd.read_csv(f"{data}/hmdb51.csv")["label"].nunique()}
+with open(f"{data}/ucfTrainTestlist/classInd.txt") as file:
+    classes["ucf"] = len(file.readlines())
 print(f"\n{'toy data set and metric':<28}{'ours':>8}{'chance':>8}")
 for task, title in (("youcook", "YouCook2-like"), ("msrvtt", "MSR-VTT-like")):
-    with open(f"log/{name}.{task}.json") as file:
-        figures = json.load(file)
-    videos = figures["num_videos"]
+    videos = found[task]["num_videos"]
     for metric, k in (("R1", 1), ("R5", 5), ("R10", 10)):
-        print(f"{title + ' ' + metric:<28}{figures[metric]:>8.3f}{k / videos:>8.3f}")
-    print(f"{title + ' median rank':<28}{figures['MR']:>8.1f}{(videos + 1) / 2:>8.1f}")
-with open(f"log/{name}.hmdb.json") as file:
-    print(f"{'HMDB-51-like top-1':<28}{json.load(file)['mean']:>8.3f}{1 / classes:>8.3f}")
+        print(f"{title + ' ' + metric:<28}{found[task][metric]:>8.1%}{k / videos:>8.1%}")
+    print(f"{title + ' median rank':<28}{found[task]['MR']:>8.1f}{(videos + 1) / 2:>8.1f}")
+for task, title in (("hmdb", "HMDB-51-like"), ("ucf", "UCF-101-like")):
+    print(f"{title + ' top-1':<28}{found[task]['mean']:>8.1%}{1 / classes[task]:>8.1%}")
 print(f"\ncheckpoint: {weights}\nlog:        log/{name}.txt, log/{name}.jsonl")
-for task in ("youcook", "msrvtt", "hmdb"):
-    print(f"report:     log/{name}.{task}/index.html")
+print(f"report:     log/{name}.evaluations/index.html, with links to the page of each data set")
 PYTHON

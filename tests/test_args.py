@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import args
+import evaluation_script
 import video_decoder
 from args import get_args
 from distributed.device import PRECISIONS
@@ -137,15 +138,30 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
 
 # --- the help -------------------------------------------------------------------------------------
 
-SCRIPTS = ["main_distributed", "eval_youcook", "eval_msrvtt", "eval_hmdb", "extract_features"]
+EVALUATIONS = ["eval_youcook", "eval_msrvtt", "eval_hmdb", "eval_ucf"]
+SCRIPTS = ["main_distributed", *EVALUATIONS, "extract_features"]
+SHARED = [Path(module.__file__).read_text() for module in (args, evaluation_script)]
 
 
-def flags_read(source, functions=None):
-    """The attributes of `args` that a program reads, in all of it or in some of its functions."""
-    tree = ast.parse(source)
-    nodes = [n for n in tree.body if functions is None or getattr(n, "name", "") in functions]
-    parts = (part for node in nodes for part in ast.walk(node) if isinstance(part, ast.Attribute))
-    return {p.attr for p in parts if ast.unparse(p.value) in ("args", "state.args")}
+def flags_read(source):
+    """The attributes of `args` that a program reads, also in functions that it calls."""
+    functions = {
+        node.name: node
+        for module in SHARED
+        for node in ast.parse(module).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    read, nodes, seen = set(), [ast.parse(source)], set()
+    while nodes:
+        tree = nodes.pop()
+        parts = [part for part in ast.walk(tree) if isinstance(part, ast.Attribute)]
+        read |= {p.attr for p in parts if ast.unparse(p.value) in ("args", "state.args")}
+        called = set(re.findall(r"\b(\w+)\(args\b", ast.unparse(tree))) & functions.keys() - seen
+        seen |= called
+        nodes += [functions[name] for name in called]
+    if "inference_model" in seen:
+        read.add("pretrain_cnn_path")
+    return read
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -154,13 +170,10 @@ def test_the_help_shows_the_flags_that_the_script_reads(script):
     args.add_flags(parser, script, others=False)
     shown = {action.dest for action in parser._actions}
     source = (ROOT / f"{script}.py").read_text()
-    shared = [name for name in vars(args) if re.search(rf"\b{name}\(args\b", source)]
-    read = flags_read(source) | flags_read(Path(args.__file__).read_text(), shared)
-    if "inference_model" in shared:
-        read.add("pretrain_cnn_path")
+    read = flags_read(source)
     if script == "main_distributed":
         read |= {"pin_memory", "multiprocessing_distributed"}  # named as without effect
-    if script == "eval_hmdb":
+    if script in args.RECOGNITION:
         read.remove("fps")  # it decodes at the videos' own rate
     assert shown == read
 
@@ -173,7 +186,8 @@ def test_every_script_takes_every_flag_of_the_release(script):
 
 
 DATA_SCRIPTS = ["howto100m/prepare", "howto100m/transcode", "word2vec/prepare"]
-OTHER_SCRIPTS = ["search", "scripts/plot_training", *(f"data/{name}" for name in DATA_SCRIPTS)]
+OTHER_SCRIPTS = ["search", "evaluate_all", "scripts/plot_training"]
+OTHER_SCRIPTS += [f"data/{name}" for name in DATA_SCRIPTS]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *OTHER_SCRIPTS])

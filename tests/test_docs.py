@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.published import PUBLISHED
+
 ROOT = Path(__file__).resolve().parents[1]
 README_WORDS = 1300
 DOCUMENTS = [
@@ -77,6 +79,16 @@ def test_every_page_is_linked_from_the_readme():
     linked = set(INLINE.findall(prose(ROOT / "README.md")))
     pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")}
     assert pages - linked == set()
+
+
+def test_the_readme_has_every_published_figure_that_evaluate_all_shows():
+    readme = (ROOT / "README.md").read_text().partition("**Published**")[2]
+    shown = set(re.findall(r"[\d.]+", readme.partition("**Ours**")[0]))
+    for sources in PUBLISHED.values():
+        for source in sources:
+            for name, figure in source.figures.items():
+                text = f"{figure:g}" if name == "MR" else f"{figure:.1f}"
+                assert text in shown, (source, name)
 
 
 def test_the_readme_is_short():

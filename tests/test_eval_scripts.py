@@ -1,10 +1,13 @@
-"""The three evaluation scripts, run as a user runs them."""
+"""The evaluation scripts, run as a user runs them."""
 
 import contextlib
+import hashlib
 import importlib
 import json
+import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,13 @@ def small(weights, toy):
     ]
 
 
+DETAILS = ["counts", "intervals", "command", "weights_checksum"]  # after the metrics
+
+
+def without_command(metrics):
+    return {name: value for name, value in metrics.items() if name != "command"}
+
+
 def evaluate(script, tmp_path, *flags):
     run_python(script, *flags, f"--metrics_json={tmp_path}/out.json")
     return json.loads((tmp_path / "out.json").read_text())
@@ -31,7 +41,11 @@ TABLES = {
     "eval_youcook.py": ("youcook", "validation_youcook.csv"),
     "eval_msrvtt.py": ("msrvtt", "msrvtt_test.csv"),
     "eval_hmdb.py": ("hmdb", "hmdb51.csv"),
+    "eval_ucf.py": ("ucf", "ucfTrainTestlist"),
 }
+
+
+RECOGNITION = ["eval_hmdb.py", "eval_ucf.py"]
 
 
 def toy_set(script, toy):
@@ -42,25 +56,45 @@ def toy_set(script, toy):
 @pytest.mark.parametrize("script", ["eval_youcook.py", "eval_msrvtt.py"])
 def test_retrieval_metrics_are_written(script, toy, weights, tmp_path):
     metrics = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
-    assert list(metrics) == ["R1", "R5", "R10", "MR", "num_videos", "num_missing"]
+    names = ["R1", "R5", "R10", "MR", "num_videos", "num_missing"]
+    assert list(metrics) == [*names, *DETAILS]
     rows = len((toy / TABLES[script][1]).read_text().splitlines()) - 1
     assert (metrics["num_videos"], metrics["num_missing"]) == (rows, 0)
     assert 0 <= metrics["R1"] <= metrics["R5"] <= metrics["R10"] <= 1
 
 
-def test_hmdb_metrics_are_written(toy, weights, tmp_path):
-    script = "eval_hmdb.py"
+@pytest.mark.parametrize("script", RECOGNITION)
+def test_recognition_metrics_are_written(script, toy, weights, tmp_path):
     metrics = evaluate(script, tmp_path, *small(weights, toy), *toy_set(script, toy))
-    assert list(metrics) == ["split1", "split2", "split3", "mean"]
+    names = ["split1", "split2", "split3", "mean", "num_videos", "num_missing"]
+    assert list(metrics) == [*names, *DETAILS]
     splits = [metrics[f"split{k}"] for k in (1, 2, 3)]
     assert metrics["mean"] == pytest.approx(sum(splits) / 3)
+    assert splits == [hits / of for hits, of in metrics["counts"].values()]
+    assert metrics["num_videos"] == len(list((toy / TABLES[script][0]).glob("*/*"))) // (
+        3 if script == "eval_hmdb.py" else 1  # of whose table the fixture keeps a third
+    )
+
+
+def test_the_command_and_the_checksum_of_the_weights_are_written(toy, weights, tmp_path):
+    flags = [*small(weights, toy), *toy_set("eval_ucf.py", toy), f"--html_report={tmp_path}"]
+    metrics = evaluate("eval_ucf.py", tmp_path, *flags)
+    python, script, *given = shlex.split(metrics["command"])
+    assert (python, Path(script).name) == ("python", "eval_ucf.py")
+    assert given == [*flags, f"--metrics_json={tmp_path}/out.json"]
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert metrics["weights_checksum"] == f"sha256:{digest}"
+    settings = dict(page_data(tmp_path)["settings"])
+    assert settings["command"] == metrics["command"]
+    assert settings["weights checksum"] == metrics["weights_checksum"]
 
 
 @pytest.mark.slow
 def test_the_ffmpeg_backend_gives_the_same_metrics(toy, weights, tmp_path):
     flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy)]
     ours = evaluate("eval_msrvtt.py", tmp_path, *flags)
-    assert ours == evaluate("eval_msrvtt.py", tmp_path, *flags, "--decoder=ffmpeg")
+    theirs = evaluate("eval_msrvtt.py", tmp_path, *flags, "--decoder=ffmpeg")
+    assert without_command(ours) == without_command(theirs)
 
 
 def test_the_shared_clips_evaluate_and_what_is_absent_or_broken_is_counted(
@@ -105,7 +139,8 @@ def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
         f"--eval_csv={tmp_path}/table.csv",
         f"--eval_video_root={tmp_path}",
     )
-    assert metrics == {"split1": 1, "split2": 1, "split3": 1, "mean": 1}  # trained on the same clip
+    top1 = {name: metrics[name] for name in ("split1", "split2", "split3", "mean")}
+    assert set(top1.values()) == {1}  # trained on the same clip
 
 
 def page_data(folder):
@@ -133,7 +168,11 @@ def test_the_page_of_a_retrieval_agrees_with_the_metrics(toy, weights, tmp_path)
     assert in_page == ranks[ranks <= 5].tolist()
     assert len({video["picture"] for video in data["videos"]}) > len(ranks) / 2
     assert dict(data["settings"])["weights"] == weights.name
-    assert str(tmp_path) not in (tmp_path / "a/page/index.html").read_text()
+    page = (tmp_path / "a/page/index.html").read_text()
+    command = json.dumps(metrics["command"])[1:-1].replace("<", "\\u003c")
+    assert page.count(command) == 1
+    assert str(tmp_path) not in page.replace(command, "")  # the only paths are the command's
+    assert dict((name, value) for name, value, _ in data["metrics"])["MR"] == f"{metrics['MR']:.4g}"
 
 
 def test_metrics_are_told_also_where_the_page_cannot_be_written(
@@ -151,7 +190,7 @@ def test_metrics_are_told_also_where_the_page_cannot_be_written(
     told = capsys.readouterr()
     assert stopped.value.code == 2 and told.err.count("\n") == 1
     assert "--html_report" in told.err and "No space left" in told.err
-    assert told.out.splitlines()[-1].startswith("MSRVTT: R1 ")
+    assert told.out.splitlines()[0].startswith("MSRVTT R1: ")
     assert json.loads((tmp_path / "out.json").read_text())["num_videos"] > 0
 
 
@@ -194,7 +233,8 @@ def test_a_second_run_needs_neither_videos_nor_weights(kept, tmp_path, monkeypat
     assert told == "1 absent videos, 1 undecodable"
     for argv in (flags, [*flags, "--eval_video_root=", "--pretrain_cnn_path="]):
         run_main("eval_hmdb.py", [*argv, f"--metrics_json={tmp_path}/out.json"], monkeypatch)
-        assert json.loads((tmp_path / "out.json").read_text()) == metrics
+        again = json.loads((tmp_path / "out.json").read_text())
+        assert without_command(again) == without_command(metrics)
         assert left_out(capsys.readouterr().out) == told
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["features.npz", "hmdb51.csv", "out.json"]  # and no half of a file
@@ -213,7 +253,7 @@ def test_a_second_run_scores_the_tables_splits(kept, tmp_path, monkeypatch):
     output = f"--metrics_json={tmp_path}/out.json"
     run_main("eval_hmdb.py", [*flags, f"--eval_csv={tmp_path}/table.csv", output], monkeypatch)
     metrics = json.loads((tmp_path / "out.json").read_text())
-    assert set(metrics.values()) <= {0, 1}  # one video is tested
+    assert {metrics[f"split{k}"] for k in (1, 2, 3)} <= {0, 1}  # one video is tested
 
 
 def test_the_page_of_hmdb_agrees_with_the_metrics_and_needs_no_video(kept, tmp_path, monkeypatch):
@@ -223,7 +263,7 @@ def test_the_page_of_hmdb_agrees_with_the_metrics_and_needs_no_video(kept, tmp_p
     )
     data = page_data(tmp_path)
     assert dict(data["settings"])["features"] == "features.npz"
-    assert dict(data["metrics"])["num_missing"] == "2"
+    assert ["num_missing", "2", ""] in data["metrics"]
     confusion = np.array(data["confusion"])
     assert sorted(row[0] for row in data["classes"]) == data["names"]
     # The toy set's splits test nearly as many videos each: the mean of all is near that of splits.
@@ -239,16 +279,17 @@ def test_metrics_are_reported_even_if_the_features_cannot_be_written(
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eval_hmdb.inference_model", lambda args, device: None)
+    monkeypatch.setattr("evaluation_script.inference_model", lambda args, device: None)
     monkeypatch.setattr(
-        "eval_hmdb.hmdb_features",
+        "evaluation_script.clip_features",
         lambda model, dataset, device, **decoding: read_features(stored, {}, dataset.names),
     )
-    monkeypatch.setattr("eval_hmdb.write_features", full)
+    monkeypatch.setattr("evaluation_script.write_features", full)
     more = [f"--feature_cache={tmp_path}/new.npz", f"--metrics_json={tmp_path}/out.json"]
     run_main("eval_hmdb.py", [*flags, f"--eval_video_root={toy}/hmdb", *more], monkeypatch)
     assert "No space left on device" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text()) == metrics
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert without_command(written) == without_command(metrics)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +336,7 @@ BAD_TEXT_INPUTS = {
 @pytest.mark.parametrize("script", TABLES)
 def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "short.npy", np.array(["cut"]))
-    faults = BAD_INPUTS if script == "eval_hmdb.py" else {**BAD_INPUTS, **BAD_TEXT_INPUTS}
+    faults = BAD_INPUTS if script in RECOGNITION else {**BAD_INPUTS, **BAD_TEXT_INPUTS}
     for fault, (flags, named) in faults.items():
         flags = [flag.format(toy=toy, short=tmp_path / "short.npy") for flag in flags]
         with pytest.raises(SystemExit) as stopped:

@@ -15,11 +15,14 @@ LAYERS = [  # each may import itself and those before it
         "retrieval_loader",
         "youcook_loader",
         "msrvtt_loader",
+        "recognition_loader",
         "hmdb_loader",
+        "ucf_loader",
     },
     {"training", "evaluation"},
     {"video_search"},
     {"args"},
+    {"evaluation_script"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = [path for name in LAYER for path in ROOT.glob(f"{name}.py")]

@@ -1,4 +1,3 @@
-import json
 import os
 import stat
 
@@ -11,7 +10,7 @@ from distributed.device import check_compiler, pick_device
 from s3dg import to_unit_range
 from tests.helpers import golden_json
 from training.optimizer import lr_multiplier
-from utils import InputError, atomic_write, print_metrics, run_script
+from utils import InputError, atomic_write, run_script
 
 
 @pytest.mark.parametrize("case", golden_json("misc")["schedule"])
@@ -79,13 +78,6 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="compiler"):
         check_compiler()
-
-
-def test_figures_are_printed_and_written(tmp_path, capsys):
-    figures = {"R1": 0.25, "num_videos": 4}
-    print_metrics("Toy", figures, str(tmp_path / "out.json"))
-    assert json.loads((tmp_path / "out.json").read_text()) == figures
-    assert "R1 0.25" in capsys.readouterr().out
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):

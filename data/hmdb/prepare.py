@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from annotations.hmdb import SPLITS, TEST, TRAIN, hmdb_table
+from annotations.clips import describe_clips
+from annotations.hmdb import hmdb_table
 from annotations.tables import write_table
 from args import Parser, check_new_output
 from utils import input_error, run_script
@@ -23,11 +24,7 @@ def main(argv=None):
         table, _ = hmdb_table(args.annotations)
     with input_error("--out"):
         write_table(args.out, table)
-    print(f"{args.out}: {len(table)} clips of {table['label'].nunique()} classes")
-    for split in SPLITS:
-        train, test = ((table[split] == part).sum() for part in (TRAIN, TEST))
-        unused = len(table) - train - test
-        print(f"{split}: {train} to train on, {test} to test, {unused} in neither")
+    print(f"{args.out}: " + "\n".join(describe_clips(table)))
 
 
 if __name__ == "__main__":

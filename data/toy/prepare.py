@@ -1,4 +1,4 @@
-"""Draw the toy data set: narrated how-to videos, and three held-out evaluation sets beside them.
+"""Draw the toy data set: narrated how-to videos, and held-out evaluation sets beside them.
 
     python data/toy/prepare.py                      # the default: 160 videos of about half a minute
     python data/toy/prepare.py --num_videos 24      # seconds, for tests
@@ -14,6 +14,7 @@ Layouts and formats are those of the real data sets:
     youcook/validation/<task>/<video>.{mp4,mkv,webm}      validation_youcook.csv
     msrvtt/<video>.mp4                                    msrvtt_test.csv
     hmdb/<label>/<video>.avi                              hmdb51.csv
+    ucf/<class>/<video>.avi                               ucfTrainTestlist/
 
 The evaluation sets have a fixed size, whatever --num_videos is, so that the metrics of runs on more
 or fewer training videos compare. They share no random stream with a training video.
@@ -103,6 +104,15 @@ HMDB_LABELS = {
     "meet": "black",
 }
 HMDB_TRAIN, HMDB_TEST, HMDB_UNUSED = 20, 8, 2  # clips per label in each split
+# Folder -> (the class in files' names, action, usual colour). UCF-101 also has a class whose two
+# names differ in a capital. A split tests the clips of one group of each class.
+UCF_CLASSES = {
+    "RiseUp": ("RiseUp", "rise", "red"),
+    "SpinAround": ("SpinAround", "spin", "green"),
+    "GrowLarge": ("GrowLarge", "grow", "blue"),
+    "Slideacross": ("SlideAcross", "slide", "yellow"),
+}
+UCF_GROUPS, UCF_CLIPS = 3, 3  # clips per group
 YOUCOOK_VIDEOS, YOUCOOK_STEPS = 25, 4
 MSRVTT_CLIPS = 80
 
@@ -122,6 +132,8 @@ OUTPUTS = (
     "msrvtt_test.csv",
     "hmdb",
     "hmdb51.csv",
+    "ucf",
+    "ucfTrainTestlist",
 )
 
 
@@ -324,7 +336,7 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
         container.mux(stream.encode())
 
 
-# ---- the four data sets --------------------------------------------------------------------------
+# ---- the data sets -------------------------------------------------------------------------------
 # Each plans its videos as (path, steps, seconds, fps) and writes its tables. A video is then drawn
 # from a random stream of its own, named by its path, so that it depends neither on the process that
 # draws it nor on the number of training videos.
@@ -384,6 +396,14 @@ def plan_msrvtt(root: Path, seed: int) -> Plan:
     return plan
 
 
+def draw_action(rng: np.random.Generator, action: str, colour: str | None) -> Step:
+    """Draw the step of a clip of an action. colour: None for any."""
+    colour = colour or pick(rng, list(COLOURS))
+    a = (colour, pick(rng, SHAPES))
+    b = (pick(rng, [c for c in COLOURS if c != colour]), pick(rng, SHAPES))
+    return Step(action, a, b, 0.0, HMDB_SECONDS)
+
+
 def plan_hmdb(root: Path, seed: int) -> Plan:
     plan, rows = [], []
     rng = np.random.default_rng([seed, 3])
@@ -391,14 +411,33 @@ def plan_hmdb(root: Path, seed: int) -> Plan:
         roles = [1] * HMDB_TRAIN + [2] * HMDB_TEST + [0] * HMDB_UNUSED
         splits = [rng.permutation(roles) for _ in range(3)]
         for i in range(len(roles)):
-            colour = usual if i % 2 else pick(rng, list(COLOURS))
-            a = (colour, pick(rng, SHAPES))
-            b = (pick(rng, [c for c in COLOURS if c != colour]), pick(rng, SHAPES))
-            step = Step(label, a, b, 0.0, HMDB_SECONDS)
+            step = draw_action(rng, label, usual if i % 2 else None)
             name = f"toy_{label}_{i:02d}.avi"
             rows.append((name, f"{label}_test", *(split[i] for split in splits)))
             plan.append((root / "hmdb" / label / name, [step], HMDB_SECONDS, HMDB_FPS))
     write_rows(root / "hmdb51.csv", ("video_id", "label", "split1", "split2", "split3"), rows)
+    return plan
+
+
+def plan_ucf(root: Path, seed: int) -> Plan:
+    plan, clips = [], []  # a clip: (group, path in the lists, number of its class)
+    rng = np.random.default_rng([seed, 5])
+    for number, (label, (name, action, usual)) in enumerate(UCF_CLASSES.items(), 1):
+        for i in range(UCF_GROUPS * UCF_CLIPS):
+            step = draw_action(rng, action, usual if i % 2 else None)
+            group, clip = i // UCF_CLIPS + 1, i % UCF_CLIPS + 1
+            path = f"{label}/v_{name}_g{group:02d}_c{clip:02d}.avi"
+            clips.append((group, path, number))
+            plan.append((root / "ucf" / path, [step], HMDB_SECONDS, HMDB_FPS))
+    lists = {"classInd": [f"{number} {label}" for number, label in enumerate(UCF_CLASSES, 1)]}
+    for split in (1, 2, 3):
+        train = [f"{path} {number}" for group, path, number in clips if group != split]
+        lists[f"trainlist0{split}"] = train
+        lists[f"testlist0{split}"] = [path for group, path, _ in clips if group == split]
+    folder = root / "ucfTrainTestlist"
+    folder.mkdir(parents=True)
+    for name, lines in lists.items():  # the official ones have these line ends
+        (folder / f"{name}.txt").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
     return plan
 
 
@@ -496,7 +535,8 @@ def prepare(out: Path, num_videos: int, seed: int) -> None:
     remove(root)
     root.mkdir()
     plan = plan_training(root, seed, num_videos)
-    plan += plan_youcook(root, seed) + plan_msrvtt(root, seed) + plan_hmdb(root, seed)
+    for plan_set in (plan_youcook, plan_msrvtt, plan_hmdb, plan_ucf):
+        plan += plan_set(root, seed)
     print(f"{out}: drawing {len(plan)} videos, {num_videos} of them to train on", flush=True)
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = pool.map(functools.partial(make_video, seed, root), plan, chunksize=4)

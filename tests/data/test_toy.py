@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from annotations.ucf import ucf_table
 from tests.helpers import ROOT
 from utils import InputError
 
@@ -140,6 +141,23 @@ def test_hmdb(toy, script):
         assert (counts[0] == script.HMDB_UNUSED).all()
 
 
+def test_ucf(toy, script):
+    """The official lists: their line ends, and a class that its clips spell with other capitals."""
+    lists = {path.stem: path.read_bytes() for path in (toy / "ucfTrainTestlist").iterdir()}
+    assert len(lists) == 7
+    for content in lists.values():
+        assert content.endswith(b"\r\n") and content.count(b"\n") == content.count(b"\r\n")
+    table, notes = ucf_table(toy / "ucfTrainTestlist")
+    assert notes == [] and set(table.label) == set(script.UCF_CLASSES)
+    assert any(label not in name for label, name in zip(table.label, table.video_id, strict=True))
+    files = {path.relative_to(toy / "ucf").as_posix() for path in (toy / "ucf").glob("*/*.avi")}
+    assert files == set(table.label + "/" + table.video_id)
+    for split in ("split1", "split2", "split3"):
+        counts = table.groupby("label")[split].value_counts().unstack()
+        assert (counts[2] == script.UCF_CLIPS).all()
+        assert (counts[1] == script.UCF_CLIPS * (script.UCF_GROUPS - 1)).all()
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -149,6 +167,7 @@ def test_hmdb(toy, script):
         "youcook/validation/103/toycook0007.webm",
         "msrvtt/video0.mp4",
         "hmdb/spin/toy_spin_00.avi",
+        "ucf/Slideacross/v_SlideAcross_g01_c01.avi",
     ],
 )
 def test_files_decode_to_moving_pictures(toy, path):
@@ -165,13 +184,15 @@ def test_evaluation_is_held_out(toy):
         if path.suffix in (".mp4", ".mkv", ".webm", ".avi"):
             seen.add(path.read_bytes())
     hmdb = len(pd.read_csv(toy / "hmdb51.csv"))
-    assert len(seen) == VIDEOS + sum(SMALL.values()) + hmdb
+    ucf = len(ucf_table(toy / "ucfTrainTestlist")[0])
+    assert len(seen) == VIDEOS + sum(SMALL.values()) + hmdb + ucf
 
 
 def test_the_same_seed_gives_the_same_files(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "YOUCOOK_VIDEOS", 3)
     monkeypatch.setattr(script, "MSRVTT_CLIPS", 4)
     monkeypatch.setattr(script, "HMDB_LABELS", {"grow": "blue"})
+    monkeypatch.setattr(script, "UCF_CLASSES", {"SpinAround": ("SpinAround", "spin", "green")})
     trees = []
     for name, num_videos in ("one", 2), ("two", 2), ("more", 3):
         script.prepare(tmp_path / name, num_videos, 7)

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from evaluation.recognition import Predictions
 from evaluation.report import (
     animate_middle_window,
-    hmdb_data,
     rank_histogram,
+    recognition_data,
     retrieval_data,
+    summary_data,
     write_page,
 )
+from evaluation.results import Results
 from evaluation.retrieval import ground_truth_ranks, top_k_videos
 from retrieval_loader import Pair
 from tests.helpers import open_page, page_errors, requests_of
@@ -58,7 +61,9 @@ def pairs_of(count, texts=()):
 def write_retrieval(folder, pairs, scores):
     pictures = [PICTURES[i % len(PICTURES)] for i in range(len(pairs))]
     data = retrieval_data(pairs, "/films", pictures, scores)
-    write_page(folder, "YouCook2", {"R1": 0.125, "num_videos": len(pairs)}, [("table", "t")], data)
+    metrics = {"R1": 0.125, "num_videos": len(pairs)}
+    results = Results(metrics, {"R1": (1, 8)}, {"R1": (0, 0.5)})
+    write_page(folder, "YouCook2", results, [("table", "t")], data)
     return folder / "index.html"
 
 
@@ -112,11 +117,11 @@ def outcomes():
     first = (np.array(["a", "b", "b", "b", "c"]), np.array(["a", "a", "a", "b", "c"]))
     second = (np.array(["a", "b"]), np.array(["a", "d"]))
     third = (np.array(["a", "b"]), np.array(["c", "b"]))
-    return [first, second, third]
+    return [Predictions(np.arange(len(pair[0])), *pair) for pair in (first, second, third)]
 
 
 def test_hmdb_classes_confusions_and_pairs_are_counted():
-    data = hmdb_data(outcomes())
+    data = recognition_data(outcomes())
     assert data["classes"] == [
         ("b", 1 / 3, 0, 1, pytest.approx(4 / 9)),
         ("a", 1, 1, 0, pytest.approx(2 / 3)),
@@ -200,7 +205,10 @@ def test_the_page_loads_without_an_error_or_a_network(browser, retrieval):
         retrieval
     }
     assert browser.title == "YouCook2"
-    assert "R1: right video first\n0.125" in browser.find_element("id", "metrics").text
+    assert (
+        "R1: right video first\n12.5%\n1 of 8, 95% interval 0.0% to 50.0%"
+        in browser.find_element("id", "metrics").text
+    )
     bars = browser.find_elements("css selector", "#ranks tr")
     assert sum(int(bar.text.split()[-1]) for bar in bars) == COUNT
 
@@ -287,7 +295,8 @@ def test_fewer_videos_than_are_shown_are_all_shown(browser, tmp_path, count):
 @pytest.mark.slow
 def test_a_narrow_screen_is_not_scrolled_sideways(browser, retrieval, tmp_path):
     names = np.array([f"class_of_a_long_name_{i}" for i in range(51)])
-    write_page(tmp_path / "..", "HMDB-51", {"mean": 0.5}, [], hmdb_data([(names, names[::-1])] * 3))
+    data = recognition_data([Predictions(np.arange(51), names, names[::-1])] * 3)
+    write_page(tmp_path / "..", "HMDB-51", Results({"mean": 0.5}), [], data)
     size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
@@ -300,8 +309,12 @@ def test_a_narrow_screen_is_not_scrolled_sideways(browser, retrieval, tmp_path):
 
 @pytest.mark.slow
 def test_the_page_of_hmdb_has_classes_matrix_and_pairs(browser, tmp_path):
-    renamed = [tuple(np.char.add("<b>", labels) for labels in pair) for pair in outcomes()]
-    write_page(tmp_path, "HMDB-51", {"split1": 0.6, "mean": 0.5}, [("x", "y")], hmdb_data(renamed))
+    renamed = [
+        Predictions(videos, *(np.char.add("<b>", labels) for labels in pair))
+        for videos, *pair in outcomes()
+    ]
+    results = Results({"split1": 0.6, "mean": 0.5})
+    write_page(tmp_path, "HMDB-51", results, [("x", "y")], recognition_data(renamed))
     open_page(browser, (tmp_path / "index.html").as_uri())
 
     def rows(table):
@@ -323,4 +336,27 @@ def test_the_page_of_hmdb_has_classes_matrix_and_pairs(browser, tmp_path):
     )
     assert browser.find_element("id", "cell").text == "<b>b → <b>a: 2 of 5"
     assert not browser.find_element("id", "retrieval").is_displayed()
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_all_evaluations_has_sources_figures_and_links(browser, tmp_path):
+    done = {"title": "<b>UCF", "link": "ucf/index.html", "status": "done", "missing": "1 of 9"}
+    done["metrics"] = [("top-1", [("82.7", "paper"), ("82.1", "others")], "50.0%", "4 of 8")]
+    failed = {"title": "MSR-VTT", "link": "", "status": "failed: no table", "missing": ""}
+    failed["metrics"] = [("R@1", [("9.9", "paper")], "-", ""), ("R@5", [("24", "paper")], "-", "")]
+    write_page(tmp_path, "All", Results({}), [("x", "y")], summary_data([done, failed]))
+    open_page(browser, (tmp_path / "index.html").as_uri())
+    cells = [
+        [cell.text for cell in row.find_elements("tag name", "td")]
+        for row in browser.find_elements("css selector", "#summary tbody tr")
+    ]
+    assert cells == [
+        ["<b>UCF", "top-1", "82.7: paper\n82.1: others", "50.0%", "4 of 8", "1 of 9"],
+        ["MSR-VTT", "R@1", "9.9: paper", "-", "failed: no table", ""],
+        ["", "R@5", "24: paper", "-", "", ""],
+    ]
+    [link] = browser.find_elements("css selector", "#summary a")
+    assert link.get_attribute("href") == (tmp_path / "ucf/index.html").as_uri()
+    assert not browser.find_element("id", "recognition").is_displayed()
     assert page_errors(browser) == []

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from evaluation.features import video_features
+from evaluation.results import bootstrap_interval
 from evaluation.retrieval import (
     count_videos,
     ground_truth_ranks,
     retrieval_metrics,
+    retrieval_results,
     retrieval_scores,
     top_k_videos,
 )
@@ -24,6 +26,18 @@ def test_metrics_match_the_golden_values(case):
     scores = np.random.RandomState(case["numpy_seed"]).standard_normal((n, n)) + 2 * np.eye(n)
     metrics = retrieval_metrics(scores)
     assert metrics == pytest.approx({name: case[name] for name in ("R1", "R5", "R10", "MR")})
+
+
+def test_results_have_counts_and_intervals_over_the_queries():
+    scores = np.random.default_rng(2).standard_normal((60, 60)) + 2 * np.eye(60)
+    results = retrieval_results(scores, {"num_videos": 60, "num_missing": 1})
+    assert results.metrics == {**retrieval_metrics(scores), "num_videos": 60, "num_missing": 1}
+    assert {name: hits / of for name, (hits, of) in results.counts.items()} == {
+        name: results.metrics[name] for name in ("R1", "R5", "R10")
+    }
+    for name, (low, high) in results.intervals.items():
+        assert low <= results.metrics[name] <= high and low < high, name
+    assert results.intervals["MR"] == bootstrap_interval(ground_truth_ranks(scores), np.median)
 
 
 def test_ties_count_against_the_right_video():

@@ -1,9 +1,14 @@
+"""The two data sets of action recognition: which clips, of which class, at which windows."""
+
 import pandas as pd
 import pytest
 
-from annotations.hmdb import COLUMNS, hmdb_table
+from annotations.clips import COLUMNS
+from annotations.hmdb import hmdb_table
+from annotations.ucf import ucf_table
 from hmdb_loader import HMDB51
 from tests.helpers import frames_digest, golden_frames, write_csv
+from ucf_loader import UCF101
 from utils import DataError
 from video_decoder import ClipSpec
 
@@ -23,6 +28,19 @@ def test_items_match_the_golden_windows(row, tmp_path, shared_videos):
     video = dataset[0]["video"]
     assert dataset.item_spec == {"video": (video.shape, video.dtype)}
     assert [frames_digest(window) for window in video] == row["sha256"]
+
+
+def test_the_class_is_the_folder_with_its_own_capitals(tmp_path):
+    """Also in HMDB-51, whose tables have it with a suffix."""
+    clips = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 2)]
+    write_csv(tmp_path / "t.csv", COLUMNS, *clips)
+    assert hmdb(tmp_path / "t.csv", None).names == ["wave/a.avi", "wave/b.avi"]
+    clip = ("v_HandStandPushups_g08_c01.avi", "HandstandPushups", 1, 2, 0)
+    write_csv(tmp_path / "t.csv", COLUMNS, clip, ("a.avi", "wave_test", 2, 2, 2))
+    dataset = UCF101(ucf_table(tmp_path / "t.csv")[0], None)
+    assert dataset.names == ["HandstandPushups/v_HandStandPushups_g08_c01.avi", "wave_test/a.avi"]
+    assert dataset.labels.tolist() == ["HandstandPushups", "wave_test"]
+    assert dataset.splits.tolist() == [[1, 2, 0], [2, 2, 2]]
 
 
 def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):

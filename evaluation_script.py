@@ -1,0 +1,168 @@
+"""What the evaluation scripts share: features and reports, as their flags describe them."""
+
+import argparse
+import os
+import shlex
+import sys
+
+import pandas as pd
+import torch
+
+from args import check_decoder, check_file, check_folder, check_output, clip_spec, inference_model
+from distributed.device import pick_device
+from evaluation.feature_file import (
+    FeatureSet,
+    feature_settings,
+    read_features,
+    read_settings,
+    write_features,
+)
+from evaluation.recognition import check_splits, clip_features
+from evaluation.report import describe_settings, write_page
+from evaluation.results import Results, print_results, write_results
+from recognition_loader import Recognition
+from s3dg import S3D, check_vocabulary, load_words
+from utils import input_error, log, one_line
+
+
+def text_video_model(args: argparse.Namespace, device: torch.device) -> tuple[S3D, list[str]]:
+    """Load the model, and the vocabulary that belongs to its weights."""
+    model = inference_model(args, device)
+    with input_error("--token_to_word_path"):
+        words = load_words(args.token_to_word_path)
+        check_vocabulary(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
+    return model, words
+
+
+def decoding_options(args: argparse.Namespace) -> dict:
+    """Return the options of evaluation.features.video_features that flags set."""
+    return {
+        "batch_size": args.batch_size_val,
+        "workers": args.num_thread_reader,
+        "sample_timeout": args.sample_timeout,
+    }
+
+
+# --- features, kept in --feature_cache ----------------------------------------------------------
+
+
+def recognition_settings(args: argparse.Namespace) -> dict:
+    """Return the settings that the features depend on, see feature_settings."""
+    if args.pretrain_cnn_path:
+        check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
+    return feature_settings(
+        args.pretrain_cnn_path,
+        num_windows_test=args.num_windows_test,
+        num_frames=args.num_frames,
+        video_size=args.video_size,
+        amp=args.amp,
+        decoder=args.decoder,
+    )
+
+
+def recognition_features(
+    args: argparse.Namespace, data_set: type[Recognition], table: pd.DataFrame
+) -> tuple[Recognition, FeatureSet, str | None]:
+    """Return the data set, the features of its clips and the checksum of the weights.
+
+    The features are read from --feature_cache if it exists; otherwise the videos are decoded.
+    """
+    if os.path.isfile(args.feature_cache):
+        dataset = data_set(table, video_root=None)
+        settings = recognition_settings(args)
+        with input_error("--feature_cache"):
+            found = read_features(args.feature_cache, settings, dataset.names)
+            settings = read_settings(args.feature_cache)
+    else:
+        dataset, found, settings = extract_clips(args, data_set, table)
+    if reasons := list(found.left_out.values()):
+        counts = reasons.count("absent"), reasons.count("undecodable")
+        log.info("skipped: %d absent videos, %d undecodable", *counts)
+    return dataset, found, settings.get("pretrain_cnn_path")
+
+
+def extract_clips(
+    args: argparse.Namespace, data_set: type[Recognition], table: pd.DataFrame
+) -> tuple[Recognition, FeatureSet, dict]:
+    """Decode the videos, run the model on their windows, and write --feature_cache if given."""
+    with input_error("--device, --gpu"):
+        device = pick_device(args.device, args.gpu)
+    if args.feature_cache:
+        check_output(args.feature_cache, "feature_cache")
+    check_decoder(args)
+    check_folder(args.eval_video_root, "eval_video_root")
+    root, windows = args.eval_video_root, args.num_windows_test
+    with input_error("--eval_video_root"):
+        dataset = data_set(table, root, clip_spec(args), num_windows=windows)
+    check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
+    # Compute the checksum of the weights now: a training may remove its old checkpoints meanwhile.
+    settings = recognition_settings(args)
+    with input_error("--eval_csv, --eval_video_root"):  # before the hours of decoding
+        check_splits(dataset, dataset.names)
+    model = inference_model(args, device)
+    found = clip_features(model, dataset, device, **decoding_options(args))
+    with input_error("--eval_csv, --eval_video_root"):
+        check_splits(dataset, found.features)
+    if args.feature_cache:
+        store_features(args, settings, found)
+    return dataset, found, settings
+
+
+def store_features(args: argparse.Namespace, settings: dict, found: FeatureSet) -> None:
+    """Write --feature_cache. An error is logged: the metrics do not need the file."""
+    try:
+        write_features(args.feature_cache, settings, found)
+    except OSError as error:
+        log.error("--feature_cache: could not write %s: %s", args.feature_cache, one_line(error))
+
+
+# --- what is reported -----------------------------------------------------------------------------
+
+
+def describe_run(weights_checksum: str | None) -> dict[str, str | None]:
+    """Return what a run can be repeated with: its command, and the checksum of its weights."""
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "weights_checksum": weights_checksum}
+
+
+def report_results(
+    args: argparse.Namespace, title: str, results: Results, weights_checksum: str | None
+) -> None:
+    """Print the results, and write them to --metrics_json if it is given."""
+    print_results(title, results)
+    if args.metrics_json:
+        with input_error("--metrics_json"):
+            write_results(args.metrics_json, results, **describe_run(weights_checksum))
+
+
+def report_page(
+    args: argparse.Namespace,
+    title: str,
+    results: Results,
+    weights_checksum: str | None,
+    data: dict,
+    *,
+    table: str,
+    features: str = "",
+    **flags: object,
+) -> None:
+    """Write the page to --html_report, and print its path.
+
+    data: see evaluation.report.write_page. table: the path of the annotations. features: of the
+    feature file, named if no weights are given. flags: {name: value} of those that the results
+    depend on, besides those of every evaluation.
+    """
+    settings = describe_settings(
+        table,
+        args.pretrain_cnn_path,
+        features,
+        num_frames=args.num_frames,
+        video_size=args.video_size,
+        **flags,
+        amp=args.amp,
+    )
+    run = describe_run(weights_checksum)
+    settings += [(name.replace("_", " "), value or "unknown") for name, value in run.items()]
+    with input_error("--html_report"):
+        page = write_page(args.html_report, title, results, settings, data)
+    print(f"report: {page}")
