@@ -20,6 +20,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 # At which a training writes a checkpoint and ends. SIGINT is that of Ctrl-C.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
+# Of an evaluation's videos, in order of preference.
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm")
+
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
 
 log = logging.getLogger("milnce")
@@ -206,14 +209,29 @@ def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
                     yield name
 
 
-def format_metric(value: float) -> str:
-    """Format a metric, or a count, for display."""
+def find_video(*stems: FilePath) -> Path:
+    """Return the first file `<stem><one of VIDEO_SUFFIXES>` that exists.
+
+    If none does, the first of those that could.
+    """
+    paths = [Path(f"{os.fspath(stem)}{suffix}") for stem in stems for suffix in VIDEO_SUFFIXES]
+    return next(filter(os.path.isfile, paths), paths[0])
+
+
+def format_metric(value: float | None) -> str:
+    """Format a metric, or a count, for display. One that is not defined is None."""
+    if value is None:
+        return "–"  # noqa: RUF001
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def print_metrics(title: str, metrics: dict[str, float], path: FilePath = "") -> None:
-    """Print an evaluation's metrics and, if a path is given, write them to that JSON file."""
-    formatted = (f"{name} {format_metric(value)}" for name, value in metrics.items())
+def print_metrics(title: str, metrics: dict[str, Any], path: FilePath = "") -> None:
+    """Print an evaluation's metrics and, if a path is given, write them to that JSON file.
+
+    Metrics of parts, which are dicts, are in the file only.
+    """
+    numbers = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+    formatted = (f"{name} {format_metric(value)}" for name, value in numbers.items())
     print(f"{title}: {'  '.join(formatted)}")
     if path:
         Path(path).write_text(json.dumps(metrics, indent=2) + "\n")
