@@ -15,19 +15,21 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils import FilePath, InputError, find_files, input_error
+from utils import DataError, FilePath, InputError, find_files, input_error, log, one_line
 
 # The scripts, by what they do. A script's help shows the flags that it uses; the others, which the
 # release's command lines share, are accepted and ignored.
 TRAINING = frozenset({"main_distributed"})
 RETRIEVAL = frozenset({"eval_youcook", "eval_msrvtt"})
-EVALUATION = RETRIEVAL | {"eval_hmdb"}
+LOCALIZATION = frozenset({"eval_crosstask", "eval_htm_align"})
+EVALUATION = RETRIEVAL | LOCALIZATION | {"eval_hmdb"}
 EXTRACTION = frozenset({"extract_features"})
 ALL = TRAINING | EVALUATION | EXTRACTION | {"search"}
 
 # Spelled out, as their homes import torch and FFmpeg, for which --help should not wait.
 BACKENDS = ("pyav", "ffmpeg")  # video_decoder.BACKENDS
 PRECISIONS = ("bf16", "fp16", "none")  # distributed.device.PRECISIONS
+SUBSETS = ("test", "val", "all")  # annotations.crosstask.SUBSETS
 
 
 def positive(kind: type) -> Callable[[str], float]:
@@ -108,8 +110,11 @@ FLAGS = {
              help="Folder of caption files, or a caption store, which is faster and shares its "
                   "memory (data/howto100m/prepare.py packs one)."),
         flag(TRAINING | EVALUATION, "--eval_csv", default="",
-             help="Annotation table or official file of the evaluation (default: the table in "
-                  "data/)."),
+             help="Annotation table, official file or folder of the evaluation (default: the one "
+                  "in data/)."),
+        flag({"eval_crosstask"}, "--eval_subset", choices=SUBSETS, default="test",
+             help="Annotated videos to evaluate: those in videos_val.csv (val), the others (test) "
+                  "or all."),
         flag(TRAINING | EVALUATION, "--eval_video_root", default="",
              help="Folder of the evaluation's videos."),
         flag(EXTRACTION, "--feature_csv", default="",
@@ -141,8 +146,8 @@ FLAGS = {
         flag(TRAINING, "--centercrop", **SWITCH, default=0,
              help="1 crops the center, not at random."),
         flag(TRAINING, "--random_flip", **SWITCH, default=1, help="1 mirrors half of the clips."),
-        flag(TRAINING | EVALUATION, "--num_windows_test", type=positive(int), default=4,
-             help="Windows per evaluation video, evenly spaced."),
+        flag((TRAINING | EVALUATION) - LOCALIZATION, "--num_windows_test", type=positive(int),
+             default=4, help="Windows per evaluation video, evenly spaced."),
         flag(EXTRACTION | {"search"}, "--stride", type=positive(float), default=None,
              help="Seconds from the start of a window to the next one's (default: the length of "
                   "a window; half of it in a search)."),
@@ -152,7 +157,7 @@ FLAGS = {
              help="Checkpoint or released weights, to start from or to evaluate."),
         flag(TRAINING, "--word2vec_path", default="data/word2vec.pth",
              help="Word vectors of a new model; '' makes random ones."),
-        flag(TRAINING | RETRIEVAL, "--token_to_word_path", default="data/dict.npy",
+        flag(TRAINING | RETRIEVAL | LOCALIZATION, "--token_to_word_path", default="data/dict.npy",
              help="Vocabulary: the words that belong to the word vectors."),
         flag(TRAINING, "--num_class", type=positive(int), default=512,
              help="Size of the embedding."),
@@ -227,7 +232,7 @@ FLAGS = {
              help="Write the metrics to this JSON file."),
         flag(EVALUATION, "--html_report", default="",
              help="Write the results as a page, index.html, to this folder."),
-        flag({"eval_hmdb"}, "--feature_cache", default="",
+        flag(LOCALIZATION | {"eval_hmdb"}, "--feature_cache", default="",
              help="Keep the features in this .npz file, or read them there if it exists."),
         flag(TRAINING | EVALUATION | EXTRACTION, "--verbose", **SWITCH, default=1,
              help="1 logs to the terminal, too."),
@@ -495,6 +500,71 @@ def retrieval_set(args: argparse.Namespace, data_set, read_table, default_csv: s
         return data_set(
             table, args.eval_video_root, tokenizer, clip_spec(args), num_windows=windows
         )
+
+
+def text_tokenizer(args: argparse.Namespace, model, num_words: int):
+    """Make a tokenizer with the words of --token_to_word_path, the vocabulary of the model.
+
+    num_words: words kept of a text. Raises InputError if the vocabulary does not fit the model.
+    """
+    from s3dg import Tokenizer, check_vocabulary, load_words
+
+    with input_error("--token_to_word_path"):
+        words = load_words(args.token_to_word_path)
+        check_vocabulary(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
+    return Tokenizer(words, num_words)
+
+
+def second_features(args: argparse.Namespace, model, device, data_set, annotations):
+    """Embed every second of the videos of a localization, or read --feature_cache if it exists.
+
+    data_set: CrossTask or HTMAlign, of these annotations. Returns it with the FeatureSet. Raises
+    InputError before any decoding, or if none of the videos can be used.
+    """
+    from evaluation.feature_file import feature_settings, read_features
+    from evaluation.features import SecondWindows
+    from evaluation.localization import localization_features
+
+    windows = SecondWindows(clip_spec(args))
+    settings = {}
+    if args.feature_cache:  # computes a checksum of the weights, which may be gone later
+        settings = feature_settings(args.pretrain_cnn_path, amp=args.amp, **windows.settings)
+    if os.path.isfile(args.feature_cache):
+        dataset = data_set(annotations, video_root=None)
+        with input_error("--feature_cache"):
+            found = read_features(args.feature_cache, settings, dataset.names)
+            if not found.features:
+                raise DataError(args.feature_cache, "has none of the videos; delete it")
+        return dataset, found
+    if args.feature_cache:
+        check_output(args.feature_cache, "feature_cache")
+    check_folder(args.eval_video_root, "eval_video_root")
+    with input_error("--eval_video_root"):
+        dataset = data_set(annotations, args.eval_video_root)
+    found = localization_features(
+        model,
+        dataset,
+        device,
+        windows,
+        batch_size=args.batch_size_val,
+        workers=args.num_thread_reader,
+        sample_timeout=args.sample_timeout,
+    )
+    if not found.features:
+        raise InputError("--eval_video_root: none of the videos can be decoded; check the files")
+    if args.feature_cache:
+        keep_features(args.feature_cache, settings, found)
+    return dataset, found
+
+
+def keep_features(path: FilePath, settings: dict, found) -> None:
+    """Write --feature_cache, or log why it cannot be written: the metrics do not need the file."""
+    from evaluation.feature_file import write_features
+
+    try:
+        write_features(path, settings, found)
+    except OSError as error:
+        log.error("--feature_cache: could not write %s: %s", path, one_line(error))
 
 
 def check_evaluation_outputs(args: argparse.Namespace) -> None:

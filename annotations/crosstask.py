@@ -63,8 +63,8 @@ def crosstask_videos(
         if not path.is_file():
             skipped["without annotations" if task in tasks else "of related tasks"] += 1
         elif task not in tasks:
-            fault = f"is annotated, and its task {shorten(task)} is not in tasks_primary.txt; fix it"
-            raise DataError(source, f"video {shorten(video)} {fault}", line)
+            fault = f"is annotated, but its task {shorten(task)} is not in tasks_primary.txt"
+            raise DataError(source, f"video {shorten(video)} {fault}; fix it", line)
         else:
             segments = read_segments(path, len(tasks[task].steps))
             annotated.append(AnnotatedVideo(task, video, segments))

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distributed.device import inference_amp
+from s3dg import summarize
 from utils import DataError, atomic_write, log
 
 AnyPath = str | os.PathLike
@@ -31,6 +32,13 @@ class FeatureSet(NamedTuple):
 
     features: dict[str, np.ndarray]  # float32 [W, D]
     left_out: dict[str, str]  # the reasons: "absent" or "undecodable"
+
+
+def log_left_out(left_out: dict[str, str]) -> None:
+    """Log how many videos have no features, by reason, and the first of them."""
+    for reason in ("absent", "undecodable"):
+        if names := [name for name, why in left_out.items() if why == reason]:
+            log.info("skipped: %d videos, %s: %s", len(names), reason, summarize(names, 10))
 
 
 def checksum(path: AnyPath) -> str:

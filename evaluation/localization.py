@@ -35,7 +35,7 @@ def localization_features(
 ) -> FeatureSet:
     """Embed every second of the videos: float32 [T, 512] each.
 
-    decoding: see strided_features. Raises ValueError if none of the videos can be decoded.
+    decoding: see strided_features.
     """
     outcomes = strided_features(model, dataset.paths, device, windows, **decoding)
     found = {}
@@ -44,8 +44,6 @@ def localization_features(
             log.warning("skipped in the evaluation: %s", error)
         else:
             found[index] = video.features
-    if not found:
-        raise ValueError("none of the videos can be decoded; check the files")
     features = {name: found[i] for i, name in enumerate(dataset.names) if i in found}
     undecodable = (name for name in dataset.names if name not in features)
     left_out = {
@@ -127,16 +125,18 @@ def mean_or_none(values: Sequence[float]) -> float | None:
 def pooled_recall(videos: Sequence[PlacedSteps], hits: str = "hits") -> float | None:
     """Return the fraction of all annotated steps of the videos that are hits; None of none."""
     annotated = sum(int(video.annotated.sum()) for video in videos)
-    return sum(int(getattr(video, hits).sum()) for video in videos) / annotated if annotated else None
+    hit = sum(int(getattr(video, hits).sum()) for video in videos)
+    return hit / annotated if annotated else None
 
 
 def crosstask_metrics(
-    placed: dict[str, Sequence[PlacedSteps]], titles: dict[str, str]
+    placed: dict[str, Sequence[PlacedSteps]], titles: dict[str, str], num_missing: int
 ) -> dict[str, float | int | dict | None]:
     """Compute CrossTask's metrics, fractions, of the videos of each task.
 
     placed, titles: by task. A task is one value of each mean; those without annotated steps leave
-    it. recall pools a task's steps, recall_per_video is the mean over its videos.
+    it. recall pools a task's steps, recall_per_video is the mean over its videos. num_missing: the
+    number of videos that are absent or cannot be decoded.
     """
 
     def mean_of_tasks(recall):
@@ -161,6 +161,7 @@ def crosstask_metrics(
         "recall_per_video": mean_of_tasks(per_video),
         "recall_unordered": mean_of_tasks(lambda videos: pooled_recall(videos, "hits_unordered")),
         "num_videos": sum(task["num_videos"] for task in tasks.values()),
+        "num_missing": num_missing,
         "num_steps": sum(task["num_steps"] for task in tasks.values()),
         "tasks": tasks,
     }
@@ -240,11 +241,13 @@ def htm_align_metrics(
     sentences: Sequence[Sequence[Sentence]],
     placed: Sequence[PlacedSentences],
     placed_64: Sequence[PlacedSentences],
+    num_missing: int,
 ) -> dict[str, float | int | None]:
     """Compute HTM-Align's metrics over the sentences of all videos together.
 
     placed, placed_64: of each video, among all of its seconds and among those of candidate_seconds.
-    R1 and R1_64 are fractions of the alignable sentences.
+    R1 and R1_64 are fractions of the alignable sentences. num_missing: the number of videos that
+    are absent or cannot be decoded.
     """
     alignable = np.array([bool(s[0]) for video in sentences for s in video], bool)
 
@@ -260,6 +263,7 @@ def htm_align_metrics(
         "R1_64": recall_64,
         "AUC_64": auc_64,
         "num_videos": len(sentences),
+        "num_missing": num_missing,
         "num_sentences": len(alignable),
         "num_alignable": int(alignable.sum()),
     }

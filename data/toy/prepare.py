@@ -1,4 +1,4 @@
-"""Draw the toy data set: narrated how-to videos, and three held-out evaluation sets beside them.
+"""Draw the toy data set: narrated how-to videos, and five held-out evaluation sets beside them.
 
     python data/toy/prepare.py                      # the default: 160 videos of about half a minute
     python data/toy/prepare.py --num_videos 24      # seconds, for tests
@@ -14,6 +14,8 @@ Layouts and formats are those of the real data sets:
     youcook/validation/<task>/<video>.{mp4,mkv,webm}      validation_youcook.csv
     msrvtt/<video>.mp4                                    msrvtt_test.csv
     hmdb/<label>/<video>.avi                              hmdb51.csv
+    crosstask/<task>/<video>.mp4                          crosstask_release/
+    htm_align/<video>.mp4                                 htm_align.json
 
 The evaluation sets have a fixed size, whatever --num_videos is, so that the metrics of runs on more
 or fewer training videos compare. They share no random stream with a training video.
@@ -105,6 +107,9 @@ HMDB_LABELS = {
 HMDB_TRAIN, HMDB_TEST, HMDB_UNUSED = 20, 8, 2  # clips per label in each split
 YOUCOOK_VIDEOS, YOUCOOK_STEPS = 25, 4
 MSRVTT_CLIPS = 80
+CROSSTASK_TASKS, CROSSTASK_VIDEOS, CROSSTASK_VAL = 4, 4, 1  # videos per task, and those for val
+HTM_ALIGN_VIDEOS = 6
+LONG_FPS = 10  # of the last two sets' videos, to save time
 
 DRIFT = 1.0  # standard deviation of the seconds that a caption is off its step, cut off at 4
 
@@ -122,6 +127,10 @@ OUTPUTS = (
     "msrvtt_test.csv",
     "hmdb",
     "hmdb51.csv",
+    "crosstask",
+    "crosstask_release",
+    "htm_align",
+    "htm_align.json",
 )
 
 
@@ -324,7 +333,7 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
         container.mux(stream.encode())
 
 
-# ---- the four data sets --------------------------------------------------------------------------
+# ---- the data sets --------------------------------------------------------------------------
 # Each plans its videos as (path, steps, seconds, fps) and writes its tables. A video is then drawn
 # from a random stream of its own, named by its path, so that it depends neither on the process that
 # draws it nor on the number of training videos.
@@ -399,6 +408,68 @@ def plan_hmdb(root: Path, seed: int) -> Plan:
             rows.append((name, f"{label}_test", *(split[i] for split in splits)))
             plan.append((root / "hmdb" / label / name, [step], HMDB_SECONDS, HMDB_FPS))
     write_rows(root / "hmdb51.csv", ("video_id", "label", "split1", "split2", "split3"), rows)
+    return plan
+
+
+def place_apart(rng: np.random.Generator, steps: Iterable[Step]) -> tuple[list[Step], float]:
+    """Place steps one after the other, with nothing to be seen between them.
+
+    Returns them with the seconds of their video.
+    """
+    placed, now = [], rng.uniform(1.0, 5.0)
+    for step in steps:
+        end = now + rng.uniform(3.0, 5.0)
+        placed.append(step._replace(start=round(now, 2), end=round(end, 2)))
+        now = end + rng.uniform(1.0, 5.0)
+    return placed, math.ceil(now)
+
+
+def plan_crosstask(root: Path, seed: int) -> Plan:
+    """Plan videos of tasks, each of which shows most of its task's steps, in their order."""
+    plan, tasks, lists = [], [], {"videos": [], "videos_val": []}
+    annotations = root / "crosstask_release" / "annotations"
+    annotations.mkdir(parents=True)
+    rng = np.random.default_rng([seed, 6])
+    for task in range(401, 401 + CROSSTASK_TASKS):
+        steps = draw_distinct_steps(rng, int(rng.integers(4, 7)), 0.0)
+        texts = [describe(step, INSTRUCTION) for step in steps]
+        title = f"Play with the {' '.join(steps[0].a)}"
+        tasks.append(f"{task}\n{title}\ntoy:{task}\n{len(steps)}\n{','.join(texts)}\n")
+        for i in range(CROSSTASK_VIDEOS):
+            name = f"toytask{task}_{i}"  # video ids have underscores, too
+            shown = sorted(rng.choice(len(steps), len(steps) - i % 2, replace=False))
+            placed, seconds = place_apart(rng, [steps[index] for index in shown])
+            rows = [(k + 1, step.start, step.end) for k, step in zip(shown, placed, strict=True)]
+            text = "".join(f"{step},{start},{end}\n" for step, start, end in rows)
+            (annotations / f"{task}_{name}.csv").write_text(text)
+            line = f"{task},{name},toy:{name}\n"
+            lists["videos"].append(line)
+            if i < CROSSTASK_VAL:
+                lists["videos_val"].append(line)
+            plan.append((root / "crosstask" / str(task) / f"{name}.mp4", placed, seconds, LONG_FPS))
+    (root / "crosstask_release" / "tasks_primary.txt").write_text("\n".join(tasks))
+    for name, lines in lists.items():
+        (root / "crosstask_release" / f"{name}.csv").write_text("".join(lines))
+    return plan
+
+
+def plan_htm_align(root: Path, seed: int) -> Plan:
+    """Plan narrated videos: a sentence per step, at its time, and idle talk in between."""
+    plan, videos = [], {}
+    rng = np.random.default_rng([seed, 7])
+    for i in range(HTM_ALIGN_VIDEOS):
+        name = f"toyalign{i:02d}"
+        steps, seconds = place_apart(rng, draw_distinct_steps(rng, int(rng.integers(5, 12)), 0.0))
+        sentences, before = [], 0.0
+        for step in steps:
+            if rng.random() < 0.7:
+                sentences.append([0, before, step.start, pick(rng, FILLERS)])
+            text = describe(step, pick(rng, NARRATIONS))
+            sentences.append([1, step.start, step.end, text])
+            before = step.end
+        videos[name] = sentences
+        plan.append((root / "htm_align" / f"{name}.mp4", steps, seconds, LONG_FPS))
+    (root / "htm_align.json").write_text(json.dumps(videos))
     return plan
 
 
@@ -497,6 +568,7 @@ def prepare(out: Path, num_videos: int, seed: int) -> None:
     root.mkdir()
     plan = plan_training(root, seed, num_videos)
     plan += plan_youcook(root, seed) + plan_msrvtt(root, seed) + plan_hmdb(root, seed)
+    plan += plan_crosstask(root, seed) + plan_htm_align(root, seed)
     print(f"{out}: drawing {len(plan)} videos, {num_videos} of them to train on", flush=True)
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = pool.map(functools.partial(make_video, seed, root), plan, chunksize=4)

@@ -140,7 +140,8 @@ def golden_placed(videos, tasks):
 
 def metrics_of(placed):
     titles = {task: f"Task {task}" for task in placed}
-    return crosstask_metrics({t: list(videos.values()) for t, videos in placed.items()}, titles)
+    videos = {task: list(videos.values()) for task, videos in placed.items()}
+    return crosstask_metrics(videos, titles, num_missing=0)
 
 
 def test_the_videos_of_crosstask_have_the_references_hits():
@@ -215,6 +216,7 @@ def golden_metrics(videos):
         [sentences for _, sentences, _ in matrices],
         [place_sentences(scores, sentences) for scores, sentences, _ in matrices],
         [place_sentences(*matrix) for matrix in matrices],
+        num_missing=0,
     )
 
 
@@ -246,7 +248,7 @@ def test_a_matrix_that_is_not_finite_misses_and_scores_the_lowest():
         placed = [place_sentences(scores, sentences, candidates) for scores in (good, bad)]
         assert placed[0].hits[0] and not placed[1].hits.any()
         assert placed[1].scores.max() < placed[0].scores.min()
-        metrics = htm_align_metrics([sentences] * 2, placed, placed)
+        metrics = htm_align_metrics([sentences] * 2, placed, placed, num_missing=0)
         assert metrics["R1"] == 0.5 and metrics["AUC"] == 0.5
 
 

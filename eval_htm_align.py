@@ -1,0 +1,84 @@
+"""Zero-shot alignment of narrations on HTM-Align: python eval_htm_align.py --pretrain_cnn_path FILE
+
+--eval_csv is the official htm_align.json. --feature_cache FILE stores the features. If FILE exists
+they are read from it, and no videos are needed.
+"""
+
+from args import get_args
+
+if __name__ == "__main__":  # --help should not wait for torch
+    get_args(__doc__, "eval_htm_align")
+
+from annotations.htm_align import htm_align_sentences
+from annotations.tables import log_notes
+from args import (
+    check_decoder,
+    check_evaluation_outputs,
+    inference_model,
+    second_features,
+    text_tokenizer,
+)
+from distributed.device import pick_device
+from evaluation.feature_file import log_left_out
+from evaluation.features import embed_texts
+from evaluation.localization import candidate_seconds, htm_align_metrics, place_sentences
+from evaluation.report import describe_settings, htm_align_data, write_page
+from htm_align_loader import HTMAlign
+from retrieval_loader import RETRIEVAL_WORDS
+from utils import input_error, print_metrics, run_script, setup_logging
+
+
+def main() -> None:
+    args = get_args(__doc__, "eval_htm_align")
+    setup_logging(args.verbose)
+    with input_error("--device, --gpu"):
+        device = pick_device(args.device, args.gpu)
+    check_evaluation_outputs(args)
+    check_decoder(args)
+
+    # The sentences of each video, alignable ones and others.
+    json_file = args.eval_csv or "data/htm_align.json"
+    with input_error("--eval_csv"):
+        sentences, notes = htm_align_sentences(json_file)
+    log_notes(json_file, notes)
+
+    # The model, and the vocabulary that belongs to its weights.
+    model = inference_model(args, device)
+    tokenizer = text_tokenizer(args, model, RETRIEVAL_WORDS)
+
+    # The embedding of the window around each second of a video [T, 512].
+    dataset, found = second_features(args, model, device, HTMAlign, sentences)
+    log_left_out(found.left_out)
+    sentences = {name: dataset.sentences[name] for name in found.features}
+
+    # A sentence is placed at the second with the largest dot product; among all seconds, and among
+    # those near its idle neighbours. The largest dot product tells alignable sentences from others.
+    placed, placed_64 = [], []
+    for name, seconds in found.features.items():
+        said = sentences[name]
+        texts = embed_texts(model, tokenizer, [sentence.text for sentence in said], device)
+        scores = texts @ seconds.T
+        placed.append(place_sentences(scores, said))
+        placed_64.append(place_sentences(scores, said, candidate_seconds(said, len(seconds))))
+    metrics = htm_align_metrics(
+        list(sentences.values()), placed, placed_64, num_missing=len(found.left_out)
+    )
+    print_metrics("HTM-Align", metrics, args.metrics_json)
+
+    if args.html_report:
+        settings = describe_settings(
+            json_file,
+            args.pretrain_cnn_path,
+            num_frames=args.num_frames,
+            video_size=args.video_size,
+            fps=args.fps,
+            amp=args.amp,
+        )
+        data = htm_align_data(sentences, found, placed, placed_64)
+        with input_error("--html_report"):
+            page = write_page(args.html_report, "HTM-Align", metrics, settings, data)
+        print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    run_script(main)
