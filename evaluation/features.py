@@ -302,7 +302,7 @@ class VideosInWork:
 
     def __init__(self, paths: Sequence[str | os.PathLike], windows: Windows):
         self.paths, self.windows = paths, windows
-        self.videos: dict[int, VideoFeatures] = {}  # by index; the features so far, as a list
+        self.videos: dict[int, VideoFeatures] = {}  # by index; features is None before the first
         self.submitted = deque()  # (index, first window) of the groups that are being decoded
         self.failed: deque[Outcome] = deque()
 
@@ -319,7 +319,7 @@ class VideosInWork:
             duration = probe["seconds"].item()
             starts, seconds = self.windows.starts(duration), self.windows.clip.seconds
             ends = [round(min(start + seconds, duration), 6) for start in starts]
-            self.videos[index] = VideoFeatures(starts, ends, [], [], [])
+            self.videos[index] = VideoFeatures(starts, ends, [], None, [])
             for first in range(0, len(starts), GROUP_SIZE):
                 if index not in self.videos:
                     break  # an earlier group of it has failed
@@ -349,13 +349,19 @@ class VideosInWork:
             if index not in self.videos:
                 continue
             video = self.videos[index]
-            video.features.append(feature)
-            if len(video.features) == len(video.starts):
+            if video.features is None:
+                # One array. Many small ones would lie between the freed batches of clips, which the
+                # allocator could not use again: memory would grow with the length of the video.
+                empty = np.empty((len(video.starts), *feature.shape), feature.dtype)
+                video = self.videos[index] = video._replace(features=empty)
+                filled = 0
+            video.features[filled] = feature
+            filled += 1
+            if filled == len(video.starts):
                 if video.black:
                     counts = len(video.black), len(video.starts)
                     log.warning("%s: %d of %d windows are black", self.paths[index], *counts)
-                done = self.videos.pop(index)
-                yield Outcome(index, done._replace(features=np.stack(done.features)))
+                yield Outcome(index, self.videos.pop(index))
         yield from self.failed
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import args
 import video_decoder
+from annotations.crosstask import SUBSETS
 from args import get_args
 from distributed.device import PRECISIONS
 from tests.helpers import ROOT
@@ -125,6 +126,7 @@ def test_old_spellings_work_and_stay_out_of_the_help(capsys):
         "--shard 1",
         "--stride 0",
         "--layer fc",
+        "--eval_subset train",
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
@@ -138,6 +140,7 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
 # --- the help -------------------------------------------------------------------------------------
 
 SCRIPTS = ["main_distributed", "eval_youcook", "eval_msrvtt", "eval_hmdb", "extract_features"]
+SCRIPTS += ["eval_crosstask", "eval_htm_align"]
 
 
 def flags_read(source, functions=None):
@@ -191,3 +194,4 @@ def test_the_help_appears_without_torch(script):
 def test_names_that_are_spelled_out_agree_with_their_homes():
     assert args.BACKENDS == video_decoder.BACKENDS
     assert tuple(PRECISIONS) == args.PRECISIONS
+    assert args.SUBSETS == SUBSETS
