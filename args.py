@@ -515,11 +515,24 @@ def text_tokenizer(args: argparse.Namespace, model, num_words: int):
     return Tokenizer(words, num_words)
 
 
-def second_features(args: argparse.Namespace, model, device, data_set, annotations):
-    """Embed every second of the videos of a localization, or read --feature_cache if it exists.
+def localization_set(args: argparse.Namespace, data_set, annotations):
+    """Build a localization data set, CrossTask or HTMAlign, of annotations and the flags' videos.
 
-    data_set: CrossTask or HTMAlign, of these annotations. Returns it with the FeatureSet. Raises
-    InputError before any decoding, or if none of the videos can be used.
+    If --feature_cache exists, no videos are needed.
+    """
+    if os.path.isfile(args.feature_cache):
+        return data_set(annotations, video_root=None)
+    if args.feature_cache:
+        check_output(args.feature_cache, "feature_cache")
+    check_folder(args.eval_video_root, "eval_video_root")
+    with input_error("--eval_video_root"):
+        return data_set(annotations, args.eval_video_root)
+
+
+def second_features(args: argparse.Namespace, model, device, dataset):
+    """Embed every second of the videos of a localization_set, or read --feature_cache if it exists.
+
+    Returns a FeatureSet. Raises InputError if the file does not fit or no video can be decoded.
     """
     from evaluation.feature_file import feature_settings, read_features
     from evaluation.features import SecondWindows
@@ -530,17 +543,11 @@ def second_features(args: argparse.Namespace, model, device, data_set, annotatio
     if args.feature_cache:  # computes a checksum of the weights, which may be gone later
         settings = feature_settings(args.pretrain_cnn_path, amp=args.amp, **windows.settings)
     if os.path.isfile(args.feature_cache):
-        dataset = data_set(annotations, video_root=None)
         with input_error("--feature_cache"):
             found = read_features(args.feature_cache, settings, dataset.names)
             if not found.features:
                 raise DataError(args.feature_cache, "has none of the videos; delete it")
-        return dataset, found
-    if args.feature_cache:
-        check_output(args.feature_cache, "feature_cache")
-    check_folder(args.eval_video_root, "eval_video_root")
-    with input_error("--eval_video_root"):
-        dataset = data_set(annotations, args.eval_video_root)
+        return found
     found = localization_features(
         model,
         dataset,
@@ -554,7 +561,7 @@ def second_features(args: argparse.Namespace, model, device, data_set, annotatio
         raise InputError("--eval_video_root: none of the videos can be decoded; check the files")
     if args.feature_cache:
         keep_features(args.feature_cache, settings, found)
-    return dataset, found
+    return found
 
 
 def keep_features(path: FilePath, settings: dict, found) -> None:

@@ -15,6 +15,7 @@ from args import (
     check_decoder,
     check_evaluation_outputs,
     inference_model,
+    localization_set,
     second_features,
     text_tokenizer,
 )
@@ -41,6 +42,7 @@ def main() -> None:
     with input_error("--eval_csv"):
         tasks, videos, notes = crosstask_videos(release, args.eval_subset)
     log_notes(release, notes)
+    dataset = localization_set(args, CrossTask, videos)
 
     # The model, and the embeddings of each task's steps [N, 512].
     model = inference_model(args, device)
@@ -48,7 +50,7 @@ def main() -> None:
     steps = {id: embed_texts(model, tokenizer, task.steps, device) for id, task in tasks.items()}
 
     # The embedding of the window around each second of a video [T, 512].
-    dataset, found = second_features(args, model, device, CrossTask, videos)
+    found = second_features(args, model, device, dataset)
     log_left_out(found.left_out)
 
     # All steps of the task get one second each, in their order, that maximize the sum of the dot

@@ -15,6 +15,7 @@ from args import (
     check_decoder,
     check_evaluation_outputs,
     inference_model,
+    localization_set,
     second_features,
     text_tokenizer,
 )
@@ -41,13 +42,14 @@ def main() -> None:
     with input_error("--eval_csv"):
         sentences, notes = htm_align_sentences(json_file)
     log_notes(json_file, notes)
+    dataset = localization_set(args, HTMAlign, sentences)
 
     # The model, and the vocabulary that belongs to its weights.
     model = inference_model(args, device)
     tokenizer = text_tokenizer(args, model, RETRIEVAL_WORDS)
 
     # The embedding of the window around each second of a video [T, 512].
-    dataset, found = second_features(args, model, device, HTMAlign, sentences)
+    found = second_features(args, model, device, dataset)
     log_left_out(found.left_out)
     sentences = {name: dataset.sentences[name] for name in found.features}
 
