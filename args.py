@@ -22,13 +22,15 @@ from utils import FilePath, InputError, find_files, input_error
 TRAINING = frozenset({"main_distributed"})
 RETRIEVAL = frozenset({"eval_youcook", "eval_msrvtt"})
 RECOGNITION = frozenset({"eval_hmdb", "eval_ucf"})
-EVALUATION = RETRIEVAL | RECOGNITION
+LOCALIZATION = frozenset({"eval_crosstask", "eval_htm_align"})
+EVALUATION = RETRIEVAL | RECOGNITION | LOCALIZATION
 EXTRACTION = frozenset({"extract_features"})
 ALL = TRAINING | EVALUATION | EXTRACTION | {"search"}
 
 # Spelled out, as their homes import torch and FFmpeg, for which --help should not wait.
 BACKENDS = ("pyav", "ffmpeg")  # video_decoder.BACKENDS
 PRECISIONS = ("bf16", "fp16", "none")  # distributed.device.PRECISIONS
+SUBSETS = ("test", "val", "all")  # annotations.crosstask.SUBSETS
 
 
 def positive(kind: type) -> Callable[[str], float]:
@@ -109,8 +111,11 @@ FLAGS = {
              help="Folder of caption files, or a caption store, which is faster and shares its "
                   "memory (data/howto100m/prepare.py packs one)."),
         flag(TRAINING | EVALUATION, "--eval_csv", default="",
-             help="Annotation table or official file of the evaluation (default: the table in "
-                  "data/)."),
+             help="Annotation table, official file or folder of the evaluation (default: the one "
+                  "in data/)."),
+        flag({"eval_crosstask"}, "--eval_subset", choices=SUBSETS, default="test",
+             help="Annotated videos to evaluate: those in videos_val.csv (val), the others (test) "
+                  "or all."),
         flag(TRAINING | EVALUATION, "--eval_video_root", default="",
              help="Folder of the evaluation's videos."),
         flag(EXTRACTION, "--feature_csv", default="",
@@ -146,8 +151,8 @@ FLAGS = {
         flag(TRAINING, "--centercrop", **SWITCH, default=0,
              help="1 crops the center, not at random."),
         flag(TRAINING, "--random_flip", **SWITCH, default=1, help="1 mirrors half of the clips."),
-        flag(TRAINING | EVALUATION, "--num_windows_test", type=positive(int), default=4,
-             help="Windows per evaluation video, evenly spaced."),
+        flag((TRAINING | EVALUATION) - LOCALIZATION, "--num_windows_test", type=positive(int),
+             default=4, help="Windows per evaluation video, evenly spaced."),
         flag(EXTRACTION | {"search"}, "--stride", type=positive(float), default=None,
              help="Seconds from the start of a window to the next one's (default: the length of "
                   "a window; half of it in a search)."),
@@ -157,7 +162,7 @@ FLAGS = {
              help="Checkpoint or released weights, to start from or to evaluate."),
         flag(TRAINING, "--word2vec_path", default="data/word2vec.pth",
              help="Word vectors of a new model; '' makes random ones."),
-        flag(TRAINING | RETRIEVAL, "--token_to_word_path", default="data/dict.npy",
+        flag(TRAINING | RETRIEVAL | LOCALIZATION, "--token_to_word_path", default="data/dict.npy",
              help="Vocabulary: the words that belong to the word vectors."),
         flag(TRAINING, "--num_class", type=positive(int), default=512,
              help="Size of the embedding."),
@@ -232,7 +237,7 @@ FLAGS = {
              help="Write the metrics to this JSON file."),
         flag(EVALUATION, "--html_report", default="",
              help="Write the results as a page, index.html, to this folder."),
-        flag(RECOGNITION, "--feature_cache", default="",
+        flag(RECOGNITION | LOCALIZATION, "--feature_cache", default="",
              help="Keep the features in this .npz file, or read them there if it exists."),
         flag(TRAINING | EVALUATION | EXTRACTION, "--verbose", **SWITCH, default=1,
              help="1 logs to the terminal, too."),

@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -17,12 +18,15 @@ from evaluation.feature_file import (
     read_settings,
     write_features,
 )
+from evaluation.features import SecondWindows
+from evaluation.localization import localization_features
 from evaluation.recognition import check_splits, clip_features
 from evaluation.report import describe_settings, write_page
 from evaluation.results import Results, print_results, write_results
+from localization_loader import LongVideos
 from recognition_loader import Recognition
 from s3dg import S3D, check_vocabulary, load_words
-from utils import input_error, log, one_line
+from utils import DataError, InputError, input_error, log, one_line
 
 
 def text_video_model(args: argparse.Namespace, device: torch.device) -> tuple[S3D, list[str]]:
@@ -106,6 +110,47 @@ def extract_clips(
     if args.feature_cache:
         store_features(args, settings, found)
     return dataset, found, settings
+
+
+def localization_set(
+    args: argparse.Namespace, data_set: type[LongVideos], annotations: Sequence | dict
+) -> LongVideos:
+    """Build a localization data set of annotations and the videos of the flags.
+
+    If --feature_cache exists, no videos are needed.
+    """
+    if os.path.isfile(args.feature_cache):
+        return data_set(annotations, video_root=None)
+    if args.feature_cache:
+        check_output(args.feature_cache, "feature_cache")
+    check_folder(args.eval_video_root, "eval_video_root")
+    with input_error("--eval_video_root"):
+        return data_set(annotations, args.eval_video_root)
+
+
+def second_features(
+    args: argparse.Namespace, model: S3D, device: torch.device, dataset: LongVideos
+) -> FeatureSet:
+    """Embed every second of the videos of a localization_set, or read --feature_cache if it exists.
+
+    Raises InputError if the file does not fit or no video can be decoded.
+    """
+    windows = SecondWindows(clip_spec(args))
+    settings = {}
+    if args.feature_cache:
+        settings = feature_settings(args.pretrain_cnn_path, amp=args.amp, **windows.settings)
+    if os.path.isfile(args.feature_cache):
+        with input_error("--feature_cache"):
+            found = read_features(args.feature_cache, settings, dataset.names)
+            if not found.features:
+                raise DataError(args.feature_cache, "has none of the videos; delete it")
+        return found
+    found = localization_features(model, dataset, device, windows, **decoding_options(args))
+    if not found.features:
+        raise InputError("--eval_video_root: none of the videos can be decoded; check the files")
+    if args.feature_cache:
+        store_features(args, settings, found)
+    return found
 
 
 def store_features(args: argparse.Namespace, settings: dict, found: FeatureSet) -> None:

@@ -19,6 +19,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 # At which a training writes a checkpoint and ends. SIGINT is that of Ctrl-C.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
+# Of an evaluation's videos, in order of preference.
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm")
+
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
 
 log = logging.getLogger("milnce")
@@ -203,3 +206,12 @@ def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
                     folders.append((name, above))
                 elif os.path.splitext(name)[1].lower() in extensions and found.is_file():
                     yield name
+
+
+def find_video(*stems: FilePath) -> Path:
+    """Return the first file `<stem><one of VIDEO_SUFFIXES>` that exists.
+
+    If none does, the first of those that could.
+    """
+    paths = [Path(f"{os.fspath(stem)}{suffix}") for stem in stems for suffix in VIDEO_SUFFIXES]
+    return next(filter(os.path.isfile, paths), paths[0])

@@ -2,9 +2,11 @@
 
 The file is a .npz, which numpy.load reads without pickles:
 
-    features   float32 [N, W, D], W windows of each of N videos
-    videos     [N], paths below --eval_video_root
-    left_out   [M], paths of the videos without features
+    features   float32 [N, W, D], W windows of each of N videos; [sum of windows, D] if the videos
+               have different numbers of windows, those of one after the other
+    windows    int64 [N], the number of windows of each video (absent in files of before 2026-12)
+    videos     [N], names of the videos, such as paths below --eval_video_root
+    left_out   [M], names of the videos without features
     reasons    [M], "absent" or "undecodable"
     settings   JSON: the settings that the features depend on, see feature_settings
 """
@@ -12,13 +14,14 @@ The file is a .npz, which numpy.load reads without pickles:
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from distributed.device import inference_amp
+from s3dg import summarize
 from utils import DataError, atomic_write, log
 
 AnyPath = str | os.PathLike
@@ -29,6 +32,13 @@ class FeatureSet(NamedTuple):
 
     features: dict[str, np.ndarray]  # float32 [W, D]
     left_out: dict[str, str]  # the reasons: "absent" or "undecodable"
+
+
+def log_left_out(left_out: dict[str, str]) -> None:
+    """Log how many videos have no features, by reason, and the first of them."""
+    for reason in ("absent", "undecodable"):
+        if names := [name for name, why in left_out.items() if why == reason]:
+            log.info("skipped: %d videos, %s: %s", len(names), reason, summarize(names, 10))
 
 
 def checksum(path: AnyPath) -> str:
@@ -76,10 +86,14 @@ def difference(made: dict, settings: dict) -> str:
 
 def write_features(path: AnyPath, settings: dict, stored: FeatureSet) -> None:
     """Write the file atomically. Raises OSError."""
+    videos = list(stored.features.values())
+    windows = [len(features) for features in videos]
+    join = np.stack if len(set(windows)) == 1 else np.concatenate
     with atomic_write(path) as file:
         np.savez(
             file,
-            features=np.stack(list(stored.features.values())),
+            features=join(videos),
+            windows=np.array(windows),
             videos=np.array(list(stored.features)),
             left_out=np.array(list(stored.left_out), dtype=np.str_),
             reasons=np.array(list(stored.left_out.values()), dtype=np.str_),
@@ -94,6 +108,17 @@ def read_settings(path: AnyPath) -> dict:
         return json.loads(file["settings"].item())
 
 
+def read_windows(file: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return the features of each video [W, D]. Raises an exception if the file is damaged."""
+    features = file["features"]
+    if features.ndim == 3:
+        return list(features)
+    ends = np.cumsum(file["windows"])
+    if ends[-1] != len(features):
+        raise ValueError("the numbers of windows do not add up")
+    return np.split(features, ends[:-1])
+
+
 def read_features(path: AnyPath, settings: dict, names: Iterable[str]) -> FeatureSet:
     """Read the features of these videos.
 
@@ -104,7 +129,7 @@ def read_features(path: AnyPath, settings: dict, names: Iterable[str]) -> Featur
     try:
         with np.load(path, allow_pickle=False) as file:
             made = dict(json.loads(file["settings"].item()))
-            features = dict(zip(file["videos"].tolist(), file["features"], strict=True))
+            features = dict(zip(file["videos"].tolist(), read_windows(file), strict=True))
             left_out = dict(zip(file["left_out"].tolist(), file["reasons"].tolist(), strict=True))
     except OSError:
         raise

@@ -1,14 +1,21 @@
-"""Compute features of videos: of an evaluation's windows, and of windows at a constant stride.
+"""Compute features of videos: of an evaluation's windows, and of windows over all of a video.
 
-The windows of strided_features start at k * stride seconds, k = 0, 1, ..., and have clip.num_frames
-frames of the centre square at clip.fps, as in the evaluations. A video has those that end before it
-does, and at least the first. The rest of the video is skipped, because the feature of a partly
-filled window would also describe the padding. A video shorter than a window has one, in which its
-last frame is repeated. (In training such a clip ends in black frames.)
+The windows of strided_features have clip.num_frames frames of the centre square at clip.fps, as in
+the evaluations, and are one of two kinds:
+
+- StridedWindows start at k * stride seconds, k = 0, 1, ... A video has those that end before it
+  does, and at least the first. The rest of the video is skipped, because the feature of a partly
+  filled window would also describe the padding.
+- SecondWindows are one per second, around its middle: near the ends of the video, as close to that
+  as a window inside the video can be.
+
+A video shorter than a window has its last frame repeated. (In training such a clip ends in black
+frames.)
 """
 
 import contextlib
 import datetime
+import math
 import os
 import time
 from collections import deque
@@ -22,7 +29,7 @@ from tqdm import tqdm
 
 from distributed.device import PRECISIONS, check_compiler, inference_amp
 from distributed.workers import describe_error, sample_batches
-from s3dg import S3D, fuse_for_inference, load_model, to_unit_range
+from s3dg import S3D, Tokenizer, fuse_for_inference, load_model, to_unit_range
 from utils import lines_above, log
 from video_decoder import ClipSpec, DecodeError, decode_windows, probe_duration
 
@@ -96,6 +103,20 @@ def window_features(
         yield from zip(owners, output.float().cpu().numpy(), strict=True)
 
 
+@torch.inference_mode()
+def embed_texts(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    device: torch.device,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """Embed texts: float32 [len(texts), 512]. The model needs to be in evaluation mode."""
+    tokens = torch.stack([tokenizer(text) for text in texts])
+    embeddings = [model(None, part.to(device), mode="text") for part in tokens.split(batch_size)]
+    return torch.cat(embeddings).float().cpu().numpy()
+
+
 # --- the windows of an evaluation ---------------------------------------------------------------
 
 
@@ -150,7 +171,17 @@ def video_features(
     return {index: np.stack(windows) for index, windows in features.items()}
 
 
-# --- windows at a constant stride ---------------------------------------------------------------
+# --- windows over all of a video ----------------------------------------------------------------
+
+
+def clip_settings(clip: ClipSpec) -> dict[str, object]:
+    """Return the arguments of feature_file.feature_settings that describe a clip."""
+    return {
+        "num_frames": clip.num_frames,
+        "video_size": clip.size,
+        "fps": clip.fps,
+        "decoder": clip.decoder,
+    }
 
 
 class StridedWindows(NamedTuple):
@@ -172,13 +203,37 @@ class StridedWindows(NamedTuple):
     @property
     def settings(self) -> dict[str, object]:
         """The arguments of feature_file.feature_settings that describe the windows."""
-        return {
-            "num_frames": self.clip.num_frames,
-            "video_size": self.clip.size,
-            "fps": self.clip.fps,
-            "stride": self.stride,
-            "decoder": self.clip.decoder,
-        }
+        return {**clip_settings(self.clip), "stride": self.stride}
+
+
+def second_starts(duration: float, *, num_frames: int, fps: float) -> list[float]:
+    """Return where the windows around the middles of a video's seconds start, in seconds.
+
+    There are max(1, floor(duration)), each of num_frames / fps seconds. Those near an end are moved
+    into the video. Computes in microseconds, see StridedWindows.starts.
+    """
+    window = round(num_frames / fps * 1e6)
+    free = max(0, round(duration * 1e6) - window)
+    starts = (second * 1_000_000 + 500_000 - window // 2 for second in range(math.floor(duration)))
+    return [min(max(0, start), free) / 1e6 for start in starts] or [0.0]
+
+
+class SecondWindows(NamedTuple):
+    """Windows of `clip` around the middle of each second."""
+
+    clip: ClipSpec
+
+    def starts(self, duration: float) -> list[float]:
+        """Return the seconds at which the windows of a video of `duration` seconds start."""
+        return second_starts(duration, num_frames=self.clip.num_frames, fps=self.clip.fps)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The arguments of feature_file.feature_settings that describe the windows."""
+        return clip_settings(self.clip)
+
+
+Windows = StridedWindows | SecondWindows
 
 
 class Durations(Dataset):
@@ -245,9 +300,9 @@ class Outcome(NamedTuple):
 class VideosInWork:
     """The videos of strided_features that are being decoded and embedded."""
 
-    def __init__(self, paths: Sequence[str | os.PathLike], windows: StridedWindows):
+    def __init__(self, paths: Sequence[str | os.PathLike], windows: Windows):
         self.paths, self.windows = paths, windows
-        self.videos: dict[int, VideoFeatures] = {}  # by index; the features so far, as a list
+        self.videos: dict[int, VideoFeatures] = {}  # by index; features is None before the first
         self.submitted = deque()  # (index, first window) of the groups that are being decoded
         self.failed: deque[Outcome] = deque()
 
@@ -264,7 +319,7 @@ class VideosInWork:
             duration = probe["seconds"].item()
             starts, seconds = self.windows.starts(duration), self.windows.clip.seconds
             ends = [round(min(start + seconds, duration), 6) for start in starts]
-            self.videos[index] = VideoFeatures(starts, ends, [], [], [])
+            self.videos[index] = VideoFeatures(starts, ends, [], None, [])
             for first in range(0, len(starts), GROUP_SIZE):
                 if index not in self.videos:
                     break  # an earlier group of it has failed
@@ -294,13 +349,19 @@ class VideosInWork:
             if index not in self.videos:
                 continue
             video = self.videos[index]
-            video.features.append(feature)
-            if len(video.features) == len(video.starts):
+            if video.features is None:
+                # One array. Many small ones would lie between the freed batches of clips, which the
+                # allocator could not use again: memory would grow with the length of the video.
+                empty = np.empty((len(video.starts), *feature.shape), feature.dtype)
+                video = self.videos[index] = video._replace(features=empty)
+                filled = 0
+            video.features[filled] = feature
+            filled += 1
+            if filled == len(video.starts):
                 if video.black:
                     counts = len(video.black), len(video.starts)
                     log.warning("%s: %d of %d windows are black", self.paths[index], *counts)
-                done = self.videos.pop(index)
-                yield Outcome(index, done._replace(features=np.stack(done.features)))
+                yield Outcome(index, self.videos.pop(index))
         yield from self.failed
 
 
@@ -308,7 +369,7 @@ def strided_features(
     model: torch.nn.Module,
     paths: Sequence[str | os.PathLike],
     device: torch.device,
-    windows: StridedWindows,
+    windows: Windows,
     *,
     batch_size: int,
     workers: int,

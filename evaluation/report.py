@@ -15,7 +15,11 @@ import numpy as np
 import torch
 
 from annotations.clips import SPLITS
+from annotations.crosstask import AnnotatedVideo, Task
+from annotations.htm_align import Sentence
 from distributed.device import inference_amp
+from evaluation.feature_file import FeatureSet
+from evaluation.localization import PlacedSentences, PlacedSteps
 from evaluation.recognition import Predictions
 from evaluation.results import Results, list_metrics
 from evaluation.retrieval import ground_truth_ranks, top_k_videos
@@ -46,8 +50,8 @@ def write_page(
 ) -> Path:
     """Write the page, replacing an older one, and return its path.
 
-    settings: (name, value) pairs, see describe_settings. data: of retrieval_data, recognition_data
-    or summary_data. Raises DataError if it cannot be written.
+    settings: (name, value) pairs, see describe_settings. data: of one of the functions below whose
+    names end in _data. Raises DataError if it cannot be written.
     """
     data = {"title": title, "metrics": list_metrics(results), "settings": settings, **data}
     # Without a literal "<", no sentence can end the element that contains the JSON.
@@ -182,3 +186,93 @@ def summary_data(rows: Sequence[dict]) -> dict:
     (caption, [(published figure, source), ..], our value, what is behind it).
     """
     return {"summary": list(rows)}
+
+
+def crosstask_data(
+    tasks: dict[str, Task],
+    videos: dict[str, AnnotatedVideo],
+    found: FeatureSet,
+    placed: dict[str, PlacedSteps],
+    recalls: dict[str, dict],
+) -> dict:
+    """Build the page's data on a localization of steps.
+
+    tasks: by id. videos, placed: by the videos' names. recalls: "tasks" of crosstask_metrics.
+
+    "tasks": a row per task with videos, the worst first: id, title, recall (None without annotated
+    steps), videos, annotated steps. "timelines", "missing": see timeline and missing_videos.
+    """
+    rows = [
+        (id, task["title"], task["recall"], task["num_videos"], task["num_steps"])
+        for id, task in recalls.items()
+        if task["num_videos"]
+    ]
+    timelines = []
+    for name, places in placed.items():
+        video = videos[name]
+        task = tasks[video.task]
+        steps = []
+        for index, text in enumerate(task.steps):
+            segments = [(s.start, s.end) for s in video.segments if s.step == index + 1]
+            second = None if places.seconds is None else places.seconds[index]
+            hit = bool(places.hits[index]) if places.annotated[index] else None
+            steps.append((text, segments, [(second, hit)]))
+        timelines.append(timeline(video.video, task.title, found.features[name], steps))
+    return {
+        "tasks": sorted(rows, key=lambda row: 2 if row[2] is None else row[2]),
+        "timelines": timelines,
+        "unit": "steps",
+        "missing": missing_videos(found),
+    }
+
+
+def htm_align_data(
+    sentences: dict[str, list[Sentence]],
+    found: FeatureSet,
+    placed: Sequence[PlacedSentences],
+    placed_64: Sequence[PlacedSentences],
+) -> dict:
+    """Build the page's data on an alignment of sentences; those that are alignable are shown.
+
+    sentences: by the videos' names. placed, placed_64: of these videos, among all seconds and among
+    those of the 64 s variant. "timelines", "missing": see timeline and missing_videos.
+    """
+    timelines = []
+    for (name, said), *both in zip(sentences.items(), placed, placed_64, strict=True):
+        rows = []
+        for index, sentence in enumerate(said):
+            if sentence.alignable:
+                marks = [
+                    (None if (second := int(p.seconds[index])) < 0 else second, bool(p.hits[index]))
+                    for p in both
+                ]
+                rows.append((sentence.text, [(sentence.start, sentence.end)], marks))
+        timelines.append(timeline(name, "", found.features[name], rows))
+    return {"timelines": timelines, "unit": "sentences", "missing": missing_videos(found)}
+
+
+def timeline(
+    name: str,
+    title: str,
+    features: np.ndarray,
+    rows: Sequence[tuple[str, Sequence[tuple[float, float]], Sequence[tuple[int | None, bool]]]],
+) -> dict:
+    """Describe a video's timeline. Its first mark of each row decides whether the row is a hit.
+
+    features: [T, ..], of each second. rows: (text, true segments in seconds, marks) with marks
+    (second or None, hit). A hit is None if the video does not show the step.
+    """
+    hits = [marks[0][1] for _, _, marks in rows if marks[0][1] is not None]
+    return {
+        "name": name,
+        "title": title,
+        "seconds": len(features),
+        "hits": sum(hits),
+        "total": len(hits),
+        "rows": [{"text": text, "segments": parts, "marks": marks} for text, parts, marks in rows],
+    }
+
+
+def missing_videos(found: FeatureSet) -> list[tuple[str, str]]:
+    """List the videos without features: (name, "absent" or "undecodable")."""
+    return list(found.left_out.items())

@@ -27,28 +27,10 @@ python evaluate_all.py --pretrain_cnn_path="$weights" --token_to_word_path=$data
     --youcook_root=$data/youcook --youcook_csv=$data/validation_youcook.csv \
     --msrvtt_root=$data/msrvtt --msrvtt_csv=$data/msrvtt_test.csv \
     --hmdb_root=$data/hmdb --hmdb_csv=$data/hmdb51.csv \
-    --ucf_root=$data/ucf --ucf_csv=$data/ucfTrainTestlist
+    --ucf_root=$data/ucf --ucf_csv=$data/ucfTrainTestlist \
+    --crosstask_root=$data/crosstask --crosstask_csv=$data/crosstask_release \
+    --htm_align_root=$data/htm_align --htm_align_csv=$data/htm_align.json
 
-python - $name $data "$weights" <<'PYTHON'
-import json
-import sys
-
-import pandas as pd
-
-name, data, weights = sys.argv[1:]
-with open(f"log/{name}.evaluations/results.json") as file:
-    found = {task: row["results"] for task, row in json.load(file)["evaluations"].items()}
-classes = {"hmdb": pd.read_csv(f"{data}/hmdb51.csv")["label"].nunique()}
-with open(f"{data}/ucfTrainTestlist/classInd.txt") as file:
-    classes["ucf"] = len(file.readlines())
-print(f"\n{'toy data set and metric':<28}{'ours':>8}{'chance':>8}")
-for task, title in (("youcook", "YouCook2-like"), ("msrvtt", "MSR-VTT-like")):
-    videos = found[task]["num_videos"]
-    for metric, k in (("R1", 1), ("R5", 5), ("R10", 10)):
-        print(f"{title + ' ' + metric:<28}{found[task][metric]:>8.1%}{k / videos:>8.1%}")
-    print(f"{title + ' median rank':<28}{found[task]['MR']:>8.1f}{(videos + 1) / 2:>8.1f}")
-for task, title in (("hmdb", "HMDB-51-like"), ("ucf", "UCF-101-like")):
-    print(f"{title + ' top-1':<28}{found[task]['mean']:>8.1%}{1 / classes[task]:>8.1%}")
-print(f"\ncheckpoint: {weights}\nlog:        log/{name}.txt, log/{name}.jsonl")
-print(f"report:     log/{name}.evaluations/index.html, with links to the page of each data set")
-PYTHON
+python scripts/demo_table.py log/$name.evaluations $data
+echo "checkpoint: $weights"
+echo "log:        log/$name.txt, log/$name.jsonl"

@@ -1,5 +1,6 @@
 """Fixtures of several test modules: the toy data, golden weights, shared clips, a browser."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -48,6 +49,11 @@ def toy(tmp_path_factory):
     for table, every in (("validation_youcook", 4), ("msrvtt_test", 4), ("hmdb51", 3)):
         header, *rows = (folder / f"{table}.csv").read_text().splitlines(keepends=True)
         (folder / f"{table}.csv").write_text("".join([header, *rows[::every]]))
+    videos = folder / "crosstask_release" / "videos.csv"
+    videos.write_text("".join(videos.read_text().splitlines(keepends=True)[:6]))
+    sentences = json.loads((folder / "htm_align.json").read_text())
+    short = list(sentences.items())[2::2]
+    (folder / "htm_align.json").write_text(json.dumps(dict(short)))
     return folder
 
 

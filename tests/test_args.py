@@ -10,6 +10,7 @@ import pytest
 import args
 import evaluation_script
 import video_decoder
+from annotations.crosstask import SUBSETS
 from args import get_args
 from distributed.device import PRECISIONS
 from tests.helpers import ROOT
@@ -126,6 +127,7 @@ def test_old_spellings_work_and_stay_out_of_the_help(capsys):
         "--shard 1",
         "--stride 0",
         "--layer fc",
+        "--eval_subset train",
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
@@ -139,6 +141,7 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
 # --- the help -------------------------------------------------------------------------------------
 
 EVALUATIONS = ["eval_youcook", "eval_msrvtt", "eval_hmdb", "eval_ucf"]
+EVALUATIONS += ["eval_crosstask", "eval_htm_align"]
 SCRIPTS = ["main_distributed", *EVALUATIONS, "extract_features"]
 SHARED = [Path(module.__file__).read_text() for module in (args, evaluation_script)]
 
@@ -205,3 +208,4 @@ def test_the_help_appears_without_torch(script):
 def test_names_that_are_spelled_out_agree_with_their_homes():
     assert args.BACKENDS == video_decoder.BACKENDS
     assert tuple(PRECISIONS) == args.PRECISIONS
+    assert args.SUBSETS == SUBSETS

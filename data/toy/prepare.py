@@ -15,6 +15,8 @@ Layouts and formats are those of the real data sets:
     msrvtt/<video>.mp4                                    msrvtt_test.csv
     hmdb/<label>/<video>.avi                              hmdb51.csv
     ucf/<class>/<video>.avi                               ucfTrainTestlist/
+    crosstask/<task>/<video>.mp4                          crosstask_release/
+    htm_align/<video>.mp4                                 htm_align.json
 
 The evaluation sets have a fixed size, whatever --num_videos is, so that the metrics of runs on more
 or fewer training videos compare. They share no random stream with a training video.
@@ -115,6 +117,9 @@ UCF_CLASSES = {
 UCF_GROUPS, UCF_CLIPS = 3, 3  # clips per group
 YOUCOOK_VIDEOS, YOUCOOK_STEPS = 25, 4
 MSRVTT_CLIPS = 80
+CROSSTASK_TASKS, CROSSTASK_VIDEOS, CROSSTASK_VAL = 4, 4, 1  # videos per task, and those for val
+HTM_ALIGN_VIDEOS = 6
+LONG_FPS = 10  # of the last two sets' videos, to save time
 
 DRIFT = 1.0  # standard deviation of the seconds that a caption is off its step, cut off at 4
 
@@ -134,6 +139,10 @@ OUTPUTS = (
     "hmdb51.csv",
     "ucf",
     "ucfTrainTestlist",
+    "crosstask",
+    "crosstask_release",
+    "htm_align",
+    "htm_align.json",
 )
 
 
@@ -441,6 +450,68 @@ def plan_ucf(root: Path, seed: int) -> Plan:
     return plan
 
 
+def place_apart(rng: np.random.Generator, steps: Iterable[Step]) -> tuple[list[Step], float]:
+    """Place steps one after the other, with nothing to be seen between them.
+
+    Returns them with the seconds of their video.
+    """
+    placed, now = [], rng.uniform(1.0, 5.0)
+    for step in steps:
+        end = now + rng.uniform(3.0, 5.0)
+        placed.append(step._replace(start=round(now, 2), end=round(end, 2)))
+        now = end + rng.uniform(1.0, 5.0)
+    return placed, math.ceil(now)
+
+
+def plan_crosstask(root: Path, seed: int) -> Plan:
+    """Plan videos of tasks, each of which shows most of its task's steps, in their order."""
+    plan, tasks, lists = [], [], {"videos": [], "videos_val": []}
+    annotations = root / "crosstask_release" / "annotations"
+    annotations.mkdir(parents=True)
+    rng = np.random.default_rng([seed, 6])
+    for task in range(401, 401 + CROSSTASK_TASKS):
+        steps = draw_distinct_steps(rng, int(rng.integers(4, 7)), 0.0)
+        texts = [describe(step, INSTRUCTION) for step in steps]
+        title = f"Play with the {' '.join(steps[0].a)}"
+        tasks.append(f"{task}\n{title}\ntoy:{task}\n{len(steps)}\n{','.join(texts)}\n")
+        for i in range(CROSSTASK_VIDEOS):
+            name = f"toytask{task}_{i}"  # video ids have underscores, too
+            shown = sorted(rng.choice(len(steps), len(steps) - i % 2, replace=False))
+            placed, seconds = place_apart(rng, [steps[index] for index in shown])
+            rows = [(k + 1, step.start, step.end) for k, step in zip(shown, placed, strict=True)]
+            text = "".join(f"{step},{start},{end}\n" for step, start, end in rows)
+            (annotations / f"{task}_{name}.csv").write_text(text)
+            line = f"{task},{name},toy:{name}\n"
+            lists["videos"].append(line)
+            if i < CROSSTASK_VAL:
+                lists["videos_val"].append(line)
+            plan.append((root / "crosstask" / str(task) / f"{name}.mp4", placed, seconds, LONG_FPS))
+    (root / "crosstask_release" / "tasks_primary.txt").write_text("\n".join(tasks))
+    for name, lines in lists.items():
+        (root / "crosstask_release" / f"{name}.csv").write_text("".join(lines))
+    return plan
+
+
+def plan_htm_align(root: Path, seed: int) -> Plan:
+    """Plan narrated videos: a sentence per step, at its time, and idle talk in between."""
+    plan, videos = [], {}
+    rng = np.random.default_rng([seed, 7])
+    for i in range(HTM_ALIGN_VIDEOS):
+        name = f"toyalign{i:02d}"
+        steps, seconds = place_apart(rng, draw_distinct_steps(rng, int(rng.integers(5, 12)), 0.0))
+        sentences, before = [], 0.0
+        for step in steps:
+            if rng.random() < 0.7:
+                sentences.append([0, before, step.start, pick(rng, FILLERS)])
+            text = describe(step, pick(rng, NARRATIONS))
+            sentences.append([1, step.start, step.end, text])
+            before = step.end
+        videos[name] = sentences
+        plan.append((root / "htm_align" / f"{name}.mp4", steps, seconds, LONG_FPS))
+    (root / "htm_align.json").write_text(json.dumps(videos))
+    return plan
+
+
 def make_video(seed: int, root: Path, item: tuple) -> None:
     path, steps, seconds, fps = item
     stream = zlib.crc32(path.relative_to(root).as_posix().encode())
@@ -535,8 +606,9 @@ def prepare(out: Path, num_videos: int, seed: int) -> None:
     remove(root)
     root.mkdir()
     plan = plan_training(root, seed, num_videos)
-    for plan_set in (plan_youcook, plan_msrvtt, plan_hmdb, plan_ucf):
-        plan += plan_set(root, seed)
+    plan += plan_youcook(root, seed) + plan_msrvtt(root, seed)
+    plan += plan_hmdb(root, seed) + plan_ucf(root, seed)
+    plan += plan_crosstask(root, seed) + plan_htm_align(root, seed)
     print(f"{out}: drawing {len(plan)} videos, {num_videos} of them to train on", flush=True)
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = pool.map(functools.partial(make_video, seed, root), plan, chunksize=4)

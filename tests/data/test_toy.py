@@ -12,13 +12,21 @@ import pandas as pd
 import pytest
 import torch
 
+from annotations.crosstask import crosstask_videos
+from annotations.htm_align import htm_align_sentences
 from annotations.ucf import ucf_table
 from tests.helpers import ROOT
 from utils import InputError
 
 SCRIPT = ROOT / "data" / "toy" / "prepare.py"
 VIDEOS = 6
-SMALL = {"YOUCOOK_VIDEOS": 8, "MSRVTT_CLIPS": 10}  # fewer than the script's own, to save time
+SMALL = {  # fewer than the script's own, to save time
+    "YOUCOOK_VIDEOS": 8,
+    "MSRVTT_CLIPS": 10,
+    "CROSSTASK_TASKS": 2,
+    "CROSSTASK_VIDEOS": 2,
+    "HTM_ALIGN_VIDEOS": 2,
+}
 
 
 def run(out, *flags):
@@ -158,6 +166,34 @@ def test_ucf(toy, script):
         assert (counts[1] == script.UCF_CLIPS * (script.UCF_GROUPS - 1)).all()
 
 
+def duration(path):
+    with av.open(str(path)) as container:
+        return container.duration / av.time_base
+
+
+def test_crosstask(toy, script):
+    tasks, val, _ = crosstask_videos(toy / "crosstask_release", "val")
+    _, videos, _ = crosstask_videos(toy / "crosstask_release", "all")
+    assert len(tasks) == SMALL["CROSSTASK_TASKS"]
+    assert len(videos) == SMALL["CROSSTASK_TASKS"] * SMALL["CROSSTASK_VIDEOS"]
+    assert len(val) == SMALL["CROSSTASK_TASKS"] * script.CROSSTASK_VAL
+    for video in videos:
+        steps = [segment.step for segment in video.segments]
+        assert steps == sorted(steps) and len(steps) >= 3  # as the task has them
+        path = toy / "crosstask" / video.task / f"{video.video}.mp4"
+        assert duration(path) >= max(segment.end for segment in video.segments)
+
+
+def test_htm_align(toy):
+    videos, notes = htm_align_sentences(toy / "htm_align.json")
+    assert (len(videos), notes) == (SMALL["HTM_ALIGN_VIDEOS"], [])
+    for video, sentences in videos.items():
+        assert {sentence.alignable for sentence in sentences} == {True, False}
+        seconds = duration(toy / "htm_align" / f"{video}.mp4")
+        assert seconds > 32  # the length from which the 64 s variant has windows
+        assert seconds >= max(sentence.end for sentence in sentences)
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -168,6 +204,8 @@ def test_ucf(toy, script):
         "msrvtt/video0.mp4",
         "hmdb/spin/toy_spin_00.avi",
         "ucf/Slideacross/v_SlideAcross_g01_c01.avi",
+        "crosstask/402/toytask402_1.mp4",
+        "htm_align/toyalign01.mp4",
     ],
 )
 def test_files_decode_to_moving_pictures(toy, path):
@@ -183,9 +221,10 @@ def test_evaluation_is_held_out(toy):
     for path in sorted(toy.glob("**/*.*")):
         if path.suffix in (".mp4", ".mkv", ".webm", ".avi"):
             seen.add(path.read_bytes())
-    hmdb = len(pd.read_csv(toy / "hmdb51.csv"))
-    ucf = len(ucf_table(toy / "ucfTrainTestlist")[0])
-    assert len(seen) == VIDEOS + sum(SMALL.values()) + hmdb + ucf
+    clips = len(pd.read_csv(toy / "hmdb51.csv")) + len(ucf_table(toy / "ucfTrainTestlist")[0])
+    clips += SMALL["YOUCOOK_VIDEOS"] + SMALL["MSRVTT_CLIPS"]
+    long = SMALL["CROSSTASK_TASKS"] * SMALL["CROSSTASK_VIDEOS"] + SMALL["HTM_ALIGN_VIDEOS"]
+    assert len(seen) == VIDEOS + clips + long
 
 
 def test_the_same_seed_gives_the_same_files(script, tmp_path, monkeypatch):
@@ -193,6 +232,9 @@ def test_the_same_seed_gives_the_same_files(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MSRVTT_CLIPS", 4)
     monkeypatch.setattr(script, "HMDB_LABELS", {"grow": "blue"})
     monkeypatch.setattr(script, "UCF_CLASSES", {"SpinAround": ("SpinAround", "spin", "green")})
+    monkeypatch.setattr(script, "CROSSTASK_TASKS", 1)
+    monkeypatch.setattr(script, "CROSSTASK_VIDEOS", 1)
+    monkeypatch.setattr(script, "HTM_ALIGN_VIDEOS", 1)
     trees = []
     for name, num_videos in ("one", 2), ("two", 2), ("more", 3):
         script.prepare(tmp_path / name, num_videos, 7)

@@ -50,6 +50,34 @@ def test_numpy_alone_reads_the_file(path):
         assert json.loads(file["settings"].item()) == SETTINGS
 
 
+def test_videos_may_have_different_numbers_of_windows(tmp_path):
+    rng = np.random.default_rng(0)
+    features = {f"v{n}": rng.standard_normal((n, 8)).astype(np.float32) for n in (3, 1, 7)}
+    write_features(tmp_path / "f.npz", SETTINGS, FeatureSet(features, LEFT_OUT))
+    found = read_features(tmp_path / "f.npz", SETTINGS, ["v7", "v1", *LEFT_OUT])
+    assert found.left_out == LEFT_OUT and list(found.features) == ["v7", "v1"]
+    for name, windows in found.features.items():
+        np.testing.assert_array_equal(windows, features[name])
+    with np.load(tmp_path / "f.npz") as file:
+        assert file["features"].shape == (11, 8) and file["windows"].tolist() == [3, 1, 7]
+
+
+def test_a_file_from_before_the_number_of_windows_was_stored_is_read(path):
+    with np.load(path) as file:
+        older = {name: file[name] for name in file if name != "windows"}
+    np.savez(path, **older)
+    assert list(read_features(path, SETTINGS, NAMES).features) == NAMES[:2]
+
+
+def test_windows_that_do_not_add_up_are_refused(tmp_path):
+    features = {"a": np.zeros((2, 8), np.float32), "b": np.zeros((3, 8), np.float32)}
+    write_features(tmp_path / "f.npz", SETTINGS, FeatureSet(features, {}))
+    with np.load(tmp_path / "f.npz") as file:
+        changed = {**file, "windows": np.array([2, 4])}
+    np.savez(tmp_path / "f.npz", **changed)
+    assert "damaged" in refusal(tmp_path / "f.npz", names=["a", "b"])
+
+
 def refusal(path, settings=SETTINGS, names=NAMES):
     with pytest.raises(DataError) as refused:
         read_features(path, settings, names)

@@ -3,6 +3,8 @@
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import psutil
@@ -10,10 +12,17 @@ import pytest
 import torch
 
 from evaluation import features as features_module
-from evaluation.features import StridedWindows, clip_batches, strided_features, video_features
+from evaluation.features import (
+    SecondWindows,
+    StridedWindows,
+    clip_batches,
+    second_starts,
+    strided_features,
+    video_features,
+)
 from retrieval_loader import Pair
 from s3dg import Tokenizer, to_unit_range
-from tests.helpers import make_video
+from tests.helpers import ROOT, make_video
 from video_decoder import ClipSpec, DecodeError, decode_windows
 
 CPU = torch.device("cpu")
@@ -170,12 +179,15 @@ class Pixels(torch.nn.Module):
         return torch.nn.functional.avg_pool3d(video, (1, 4, 4)).flatten(1)
 
 
-def features(paths, *, stride=0.5, workers=2, batch_size=5, timeout=60):
+HALF_SECONDS = StridedWindows(CLIP, 0.5)
+
+
+def features(paths, *, windows=HALF_SECONDS, workers=2, batch_size=5, timeout=60):
     found = strided_features(
         Pixels(),
         paths,
         CPU,
-        StridedWindows(CLIP, stride),
+        windows,
         batch_size=batch_size,
         workers=workers,
         sample_timeout=timeout,
@@ -213,6 +225,69 @@ def videos(tmp_path_factory):
 )
 def test_windows_start_every_stride_and_end_by_the_videos_end(duration, fps, stride, starts):
     assert StridedWindows(ClipSpec(num_frames=16, fps=fps), stride).starts(duration) == starts
+
+
+@pytest.mark.parametrize(
+    ("duration", "num_frames", "fps", "starts"),
+    [
+        (10.0, 16, 5, [0.0, 0.0, 0.9, 1.9, 2.9, 3.9, 4.9, 5.9, 6.8, 6.8]),
+        (10.9, 16, 5, [0.0, 0.0, 0.9, 1.9, 2.9, 3.9, 4.9, 5.9, 6.9, 7.7]),
+        (4.0, 5, 5, [0.0, 1.0, 2.0, 3.0]),
+        (3.5, 16, 5, [0.0, 0.0, 0.3]),
+        (2.0, 16, 5, [0.0, 0.0]),
+        (0.4, 16, 5, [0.0]),
+        (0.0, 16, 5, [0.0]),
+        (3.0, 8, 10, [0.1, 1.1, 2.1]),
+    ],
+)
+def test_a_window_is_around_the_middle_of_each_second(duration, num_frames, fps, starts):
+    assert second_starts(duration, num_frames=num_frames, fps=fps) == starts
+    windows = SecondWindows(ClipSpec(num_frames=num_frames, fps=fps))
+    assert windows.starts(duration) == starts
+
+
+def test_a_video_of_three_hours_has_a_window_per_second():
+    starts = second_starts(10_800.5, num_frames=32, fps=10)
+    assert len(starts) == 10_800 and starts[5000] == 4998.9 and starts[-1] == 10_797.3
+
+
+def test_each_second_has_its_feature(videos):
+    found = features(videos, windows=SecondWindows(CLIP))
+    assert [len(found[index].features) for index in range(4)] == [30, 3, 1, 2]
+    for index, path in enumerate(videos):
+        np.testing.assert_array_equal(found[index].features, directly(path, found[index].starts))
+
+
+LONG = """
+import resource, sys, torch
+from evaluation.features import SecondWindows, strided_features
+from video_decoder import ClipSpec
+
+class Mean(torch.nn.Module):
+    def forward(self, video, text, mode, mixed5c):
+        return video.mean(dim=(3, 4)).flatten(1)
+
+windows = SecondWindows(ClipSpec(num_frames=8, size=32, fps=5))
+settings = {"batch_size": 8, "workers": 0, "sample_timeout": 600}
+cpu = torch.device("cpu")
+[(_, found, error)] = strided_features(Mean(), sys.argv[1:], cpu, windows, **settings)
+print(len(found.features), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
+    """Of three hours, whose clips are 1 GB as floats; all is in one process, which is measured."""
+    peaks = {}
+    for seconds in (60, 10_800):
+        path = tmp_path / f"{seconds}.mp4"
+        make_video(path, seconds, "-r", "2", "-g", "20", "-vf", "scale=32:32")
+        ended = subprocess.run(
+            [sys.executable, "-c", LONG, path], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        count, peaks[seconds] = map(int, ended.stdout.split())  # peaks in KiB
+        assert count >= seconds
+    assert peaks[10_800] - peaks[60] < 100_000
 
 
 def test_features_are_those_of_the_windows_decoded_by_themselves(videos):

@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from annotations.crosstask import AnnotatedVideo, Segment, Task
+from annotations.htm_align import Sentence
+from evaluation.feature_file import FeatureSet
+from evaluation.localization import PlacedSentences, crosstask_metrics, place_steps
 from evaluation.recognition import Predictions
 from evaluation.report import (
     animate_middle_window,
+    crosstask_data,
+    htm_align_data,
     rank_histogram,
     recognition_data,
     retrieval_data,
@@ -130,6 +136,66 @@ def test_hmdb_classes_confusions_and_pairs_are_counted():
     assert data["names"] == ["a", "b", "c", "d"]
     assert data["confusion"] == [[2, 0, 1, 0], [2, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert data["confused"] == [("b", "a", 2, 5), ("a", "c", 1, 3), ("b", "d", 1, 5)]
+
+
+def localized(steps=("pour <b>milk</b>", "whisk", "flip")):
+    """A task with two videos of 20 and 2 seconds, and a missing one."""
+    tasks = {"1": Task("Make Pancakes", list(steps)), "2": Task("Change a Tire", ["jack up"])}
+    videos = {
+        "1/a": AnnotatedVideo("1", "a", [Segment(1, 2, 4.5), Segment(2, 9, 30)]),
+        "1/b": AnnotatedVideo("1", "b", [Segment(3, 0, 2)]),
+    }
+    found = FeatureSet({"1/a": np.zeros((20, 4)), "1/b": np.zeros((2, 4))}, {"2/c": "absent"})
+    scores = np.zeros((20, 3))
+    scores[[4, 8, 15], range(3)] = 1
+    placed = {
+        "1/a": place_steps(scores, videos["1/a"].segments),
+        "1/b": place_steps(scores[:2], videos["1/b"].segments),
+    }
+    titles = {id: task.title for id, task in tasks.items()}
+    metrics = crosstask_metrics({"1": list(placed.values()), "2": []}, titles, num_missing=1)
+    return metrics, crosstask_data(tasks, videos, found, placed, metrics["tasks"])
+
+
+def test_a_timeline_has_the_true_segments_and_the_placed_seconds_of_each_step():
+    metrics, data = localized()
+    assert data["tasks"] == [("1", "Make Pancakes", pytest.approx(1 / 3), 2, 3)]
+    assert data["missing"] == [("2/c", "absent")]
+    first, second = data["timelines"]
+    assert (first["name"], first["title"], first["seconds"]) == ("a", "Make Pancakes", 20)
+    assert (first["hits"], first["total"]) == (1, 2)
+    assert first["rows"] == [
+        {"text": "pour <b>milk</b>", "segments": [(2, 4.5)], "marks": [(4, True)]},
+        {"text": "whisk", "segments": [(9, 30)], "marks": [(8, False)]},
+        {"text": "flip", "segments": [], "marks": [(15, None)]},
+    ]
+    assert [row["marks"] for row in second["rows"]] == [
+        [(None, None)],
+        [(None, None)],
+        [(None, False)],
+    ]
+    assert (second["hits"], second["total"]) == (0, 1)
+    assert metrics["recall"] == pytest.approx(1 / 3)
+
+
+def aligned():
+    sentences = {
+        "v": [Sentence(True, 1, 2, "cut"), Sentence(False, 3, 4, "hi"), Sentence(True, 5, 6, "")]
+    }
+    found = FeatureSet({"v": np.zeros((40, 4))}, {})
+    everywhere = PlacedSentences(np.array([1, 7, 30]), np.array([True, False, False]), np.zeros(3))
+    windows = PlacedSentences(np.array([-1, 7, 6]), np.array([False, False, True]), np.zeros(3))
+    return htm_align_data(sentences, found, [everywhere], [windows])
+
+
+def test_a_timeline_of_sentences_has_the_alignable_ones_with_both_placements():
+    data = aligned()
+    [video] = data["timelines"]
+    assert (video["hits"], video["total"], data["unit"], data["missing"]) == (1, 2, "sentences", [])
+    assert video["rows"] == [
+        {"text": "cut", "segments": [(1, 2)], "marks": [(1, True), (None, False)]},
+        {"text": "", "segments": [(5, 6)], "marks": [(30, False), (6, True)]},
+    ]
 
 
 def test_a_page_is_written_over_an_older_one_and_a_failure_is_one_line(tmp_path):
@@ -292,15 +358,21 @@ def test_fewer_videos_than_are_shown_are_all_shown(browser, tmp_path, count):
     assert page_errors(browser) == []
 
 
+PAGES = ("..", "steps", "sentences")
+
+
 @pytest.mark.slow
 def test_a_narrow_screen_is_not_scrolled_sideways(browser, retrieval, tmp_path):
     names = np.array([f"class_of_a_long_name_{i}" for i in range(51)])
     data = recognition_data([Predictions(np.arange(51), names, names[::-1])] * 3)
     write_page(tmp_path / "..", "HMDB-51", Results({"mean": 0.5}), [], data)
+    for name, data in (("steps", localized([*"ab", "x" * 200])[1]), ("sentences", aligned())):
+        (tmp_path / name).mkdir()
+        write_page(tmp_path / name, name, Results({"R1": None}), [], data)
     size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        for page in (retrieval, (tmp_path / "../index.html").as_uri()):
+        for page in (retrieval, *((tmp_path / f"{p}/index.html").as_uri() for p in PAGES)):
             open_page(browser, page)
             assert browser.execute_script("return document.documentElement.scrollWidth") == 400
     finally:
@@ -359,4 +431,45 @@ def test_the_page_of_all_evaluations_has_sources_figures_and_links(browser, tmp_
     [link] = browser.find_elements("css selector", "#summary a")
     assert link.get_attribute("href") == (tmp_path / "ucf/index.html").as_uri()
     assert not browser.find_element("id", "recognition").is_displayed()
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_crosstask_places_marks_on_timelines(browser, tmp_path):
+    metrics, data = localized()
+    write_page(tmp_path, "CrossTask", Results(metrics), [], data)
+    open_page(browser, (tmp_path / "index.html").as_uri())
+    [row] = browser.find_elements("css selector", "#tasks tbody tr")
+    assert row.text == "Make Pancakes 1 33.3% 2 3"
+    cards = browser.find_elements("css selector", ".query")
+    assert [card.find_element("css selector", ".rank").text for card in cards] == [
+        *("0 of 1 steps", "1 of 2 steps"),  # worst first
+    ]
+    assert cards[1].find_element("css selector", ".rows .text").text == "pour <b>milk</b>"
+    tracks = cards[1].find_elements("css selector", ".track")
+    for track, (kind, second) in zip(
+        tracks, [("mark hit", 4), ("mark miss", 8), ("mark", 15)], strict=True
+    ):
+        mark = track.find_elements("css selector", "*")[-1]
+        assert mark.get_attribute("class") == kind
+        left = (mark.rect["x"] - track.rect["x"]) / track.rect["width"]
+        assert left == pytest.approx(second / 20, abs=0.01)
+        for part in track.find_elements("css selector", "*"):  # the segment to 30 s ends at 20
+            assert part.rect["x"] + part.rect["width"] <= track.rect["x"] + track.rect["width"] + 1
+    assert "1 missing videos" in browser.find_element("id", "missing").text
+    assert search(browser, "WHISK pancakes") == "2 of 2 videos"
+    assert search(browser, "tire") == "0 of 2 videos"
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_htm_align_has_both_placements(browser, tmp_path):
+    write_page(tmp_path, "HTM-Align", Results({"R1": 0.5, "AUC": None}), [], aligned())
+    open_page(browser, (tmp_path / "index.html").as_uri())
+    assert "R@1, all seconds" in browser.find_element("id", "metrics").text
+    marks = browser.find_elements("css selector", ".track .mark")
+    classes = [mark.get_attribute("class") for mark in marks]
+    assert classes == ["mark hit", "mark miss", "mark hit windows"]
+    assert browser.find_element("id", "windows-key").is_displayed()
+    assert not browser.find_element("id", "steps-key").is_displayed()
     assert page_errors(browser) == []

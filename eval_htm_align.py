@@ -1,0 +1,77 @@
+"""Zero-shot alignment of narrations on HTM-Align: python eval_htm_align.py --pretrain_cnn_path FILE
+
+--eval_csv is the official htm_align.json. --feature_cache FILE stores the features. If FILE exists
+they are read from it, and no videos are needed.
+"""
+
+from args import get_args
+
+if __name__ == "__main__":  # --help should not wait for torch
+    get_args(__doc__, "eval_htm_align")
+
+from annotations.htm_align import htm_align_sentences
+from annotations.tables import log_notes
+from args import check_decoder, check_evaluation_outputs
+from distributed.device import pick_device
+from evaluation.feature_file import checksum, log_left_out
+from evaluation.features import embed_texts
+from evaluation.localization import candidate_seconds, htm_align_results, place_sentences
+from evaluation.report import htm_align_data
+from evaluation_script import (
+    localization_set,
+    report_page,
+    report_results,
+    second_features,
+    text_video_model,
+)
+from htm_align_loader import HTMAlign
+from retrieval_loader import RETRIEVAL_WORDS
+from s3dg import Tokenizer
+from utils import input_error, run_script, setup_logging
+
+
+def main() -> None:
+    args = get_args(__doc__, "eval_htm_align")
+    setup_logging(args.verbose)
+    with input_error("--device, --gpu"):
+        device = pick_device(args.device, args.gpu)
+    check_evaluation_outputs(args)
+    check_decoder(args)
+
+    # The sentences of each video, alignable ones and others.
+    json_file = args.eval_csv or "data/htm_align.json"
+    with input_error("--eval_csv"):
+        sentences, notes = htm_align_sentences(json_file)
+    log_notes(json_file, notes)
+    dataset = localization_set(args, HTMAlign, sentences)
+
+    # The model, and the vocabulary that belongs to its weights.
+    model, words = text_video_model(args, device)
+    weights = checksum(args.pretrain_cnn_path)
+    tokenizer = Tokenizer(words, RETRIEVAL_WORDS)
+
+    # The embedding of the window around each second of a video [T, 512].
+    found = second_features(args, model, device, dataset)
+    log_left_out(found.left_out)
+    sentences = {name: dataset.sentences[name] for name in found.features}
+
+    # A sentence is placed at the second with the largest dot product; among all seconds, and among
+    # those near its idle neighbours. The largest dot product tells alignable sentences from others.
+    placed, placed_64 = [], []
+    for name, seconds in found.features.items():
+        said = sentences[name]
+        texts = embed_texts(model, tokenizer, [sentence.text for sentence in said], device)
+        scores = texts @ seconds.T
+        placed.append(place_sentences(scores, said))
+        placed_64.append(place_sentences(scores, said, candidate_seconds(said, len(seconds))))
+    said = list(sentences.values())
+    results = htm_align_results(said, placed, placed_64, len(found.left_out))
+    report_results(args, "HTM-Align", results, weights)
+    if args.html_report:
+        data = htm_align_data(sentences, found, placed, placed_64)
+        flags = {"fps": args.fps}
+        report_page(args, "HTM-Align", results, weights, data, table=json_file, **flags)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,32 @@
+"""Data sets of localization: long videos that are embedded second by second."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils import DataError, find_video
+
+
+class LongVideos:
+    """The videos of a data set whose files exist: `names`, and their `paths`.
+
+    `absent` has the names of the others.
+    """
+
+    def __init__(self, stems: dict[str, Iterable[str]], video_root: str | Path | None):
+        """stems: the paths below video_root, without a suffix, that the file of a name may have.
+
+        video_root: None for the names alone, with those of all videos. Raises DataError if all
+        videos are absent.
+        """
+        self.names, self.paths, self.absent = list(stems), [], []
+        if video_root is None:
+            return
+        found = {
+            name: find_video(*(Path(video_root, stem) for stem in options))
+            for name, options in stems.items()
+        }
+        self.names = [name for name, path in found.items() if path.is_file()]
+        self.paths = [found[name] for name in self.names]
+        self.absent = [name for name, path in found.items() if not path.is_file()]
+        if not self.names:
+            raise DataError(video_root, "has no video of the annotations; give their folder")
