@@ -16,7 +16,8 @@ from evaluation.localization import (
     assign_steps,
     candidate_seconds,
     crosstask_metrics,
-    htm_align_metrics,
+    crosstask_results,
+    htm_align_results,
     place_sentences,
     place_steps,
     roc_auc,
@@ -144,6 +145,29 @@ def metrics_of(placed):
     return crosstask_metrics(videos, titles, num_missing=0)
 
 
+def test_crosstask_intervals_draw_videos():
+    """Each statistic of the drawn videos is that of crosstask_metrics on the same videos."""
+    placed = {
+        task: list(videos.values())
+        for task, videos in golden_placed(CROSSTASK["videos"], CROSSTASK["tasks"]).items()
+    }
+    results = crosstask_results(placed, dict.fromkeys(placed, ""), num_missing=0)
+    assert results.metrics == crosstask_metrics(placed, dict.fromkeys(placed, ""), num_missing=0)
+    drawable = [(task, video) for task, videos in placed.items() for video in videos]
+    rng = np.random.default_rng(0)
+    drawn = {name: [] for name in results.intervals}
+    for rows in rng.integers(len(drawable), size=(1000, len(drawable))):
+        sample = {task: [] for task in placed}
+        for row in rows:
+            sample[drawable[row][0]].append(drawable[row][1])
+        metrics = crosstask_metrics(sample, dict.fromkeys(placed, ""), num_missing=0)
+        for name, values in drawn.items():
+            values.append(np.nan if metrics[name] is None else metrics[name])
+    assert drawn.keys() == {"recall", "recall_per_video", "recall_unordered"}
+    for name, values in drawn.items():
+        assert results.intervals[name] == pytest.approx(np.nanquantile(values, [0.025, 0.975]))
+
+
 def test_the_videos_of_crosstask_have_the_references_hits():
     placed = golden_placed(CROSSTASK["videos"], CROSSTASK["tasks"])
     videos = {name: video for videos in placed.values() for name, video in videos.items()}
@@ -212,12 +236,12 @@ def test_sentences_are_placed_where_the_reference_places_them(video):
 
 def golden_metrics(videos):
     matrices = [golden_sentences(video) for video in videos]
-    return htm_align_metrics(
+    return htm_align_results(
         [sentences for _, sentences, _ in matrices],
         [place_sentences(scores, sentences) for scores, sentences, _ in matrices],
         [place_sentences(*matrix) for matrix in matrices],
         num_missing=0,
-    )
+    ).metrics
 
 
 def test_the_metrics_of_htm_align_are_the_references():
@@ -248,7 +272,7 @@ def test_a_matrix_that_is_not_finite_misses_and_scores_the_lowest():
         placed = [place_sentences(scores, sentences, candidates) for scores in (good, bad)]
         assert placed[0].hits[0] and not placed[1].hits.any()
         assert placed[1].scores.max() < placed[0].scores.min()
-        metrics = htm_align_metrics([sentences] * 2, placed, placed, num_missing=0)
+        metrics = htm_align_results([sentences] * 2, placed, placed, num_missing=0).metrics
         assert metrics["R1"] == 0.5 and metrics["AUC"] == 0.5
 
 
