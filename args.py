@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils import FilePath, InputError, find_files, input_error
+from utils import FilePath, InputError, input_error
 
 # The scripts, by what they do. A script's help shows the flags that it uses; the others, which the
 # release's command lines share, are accepted and ignored.
@@ -415,12 +415,22 @@ def check_new_output(path: FilePath, flag: str) -> None:
     check_output(path, flag)
 
 
+def check_video_folder(path: FilePath, flag: str) -> None:
+    """Reject a path that is neither a folder nor a tar file of videos."""
+    from video_decoder import is_shard
+
+    if not is_shard(path):
+        check_folder(path, flag)
+
+
 def files_below(root: FilePath, flag: str, extensions: Collection[str]) -> list[str]:
-    """List what find_files finds, sorted, with a bar. Raises InputError."""
-    check_folder(root, flag)
+    """List the videos that find_videos finds, sorted, with a bar. Raises InputError."""
+    from video_decoder import find_videos
+
+    check_video_folder(root, flag)
     try:
         return sorted(
-            tqdm(find_files(root, extensions), format_flag(flag), unit="file", disable=None)
+            tqdm(find_videos(root, extensions), format_flag(flag), unit="file", disable=None)
         )
     except OSError as error:
         raise InputError(
@@ -489,7 +499,7 @@ def retrieval_set(args: argparse.Namespace, data_set, read_table, default_csv: s
     with input_error("--eval_csv"):
         table, notes = read_table(csv)
     log_notes(csv, notes)
-    check_folder(args.eval_video_root, "eval_video_root")
+    check_video_folder(args.eval_video_root, "eval_video_root")
     tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
     with input_error("--eval_video_root"):
         return data_set(

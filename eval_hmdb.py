@@ -20,8 +20,8 @@ from args import (
     check_decoder,
     check_evaluation_outputs,
     check_file,
-    check_folder,
     check_output,
+    check_video_folder,
     clip_spec,
     inference_model,
 )
@@ -55,7 +55,7 @@ def extract_features(args: argparse.Namespace, table: pd.DataFrame) -> tuple[HMD
     if args.feature_cache:
         check_output(args.feature_cache, "feature_cache")
     check_decoder(args)
-    check_folder(args.eval_video_root, "eval_video_root")
+    check_video_folder(args.eval_video_root, "eval_video_root")
     with input_error("--eval_video_root"):
         dataset = HMDB51(
             table, args.eval_video_root, clip_spec(args), num_windows=args.num_windows_test

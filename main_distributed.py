@@ -27,7 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import s3dg
 from annotations.youcook import youcook_table
-from args import check_decoder, check_file, check_folder, clip_spec, make_folder, retrieval_set
+from args import (
+    check_decoder,
+    check_file,
+    check_video_folder,
+    clip_spec,
+    make_folder,
+    retrieval_set,
+)
 from captions.readers import open_captions
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
@@ -388,7 +395,7 @@ def make_folders(args):
 def training_set(args, words):
     with input_error("--train_csv"):
         names = read_video_list(args.train_csv)
-    check_folder(args.video_path, "video_path")
+    check_video_folder(args.video_path, "video_path")
     with input_error("--caption_root"):
         captions = open_captions(args.caption_root)
     dataset = HowTo100M(

@@ -1,7 +1,6 @@
 """Data sets of text-to-video retrieval: texts, and evenly spaced windows of their videos."""
 
 from collections.abc import Callable, Iterable
-from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from utils import DataError
-from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration
+from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration, video_exists
 
 RETRIEVAL_WORDS = 30  # words kept of a text
 
@@ -47,7 +46,7 @@ class Retrieval(Dataset):
     ):
         """pairs: of all rows of the table. Raises DataError if all of their videos are absent."""
         pairs = list(pairs)
-        present = {path for path in {pair.path for pair in pairs} if isfile(path)}
+        present = {path for path in {pair.path for pair in pairs} if video_exists(path)}
         self.pairs = [pair for pair in pairs if pair.path in present]
         self.num_missing = len(pairs) - len(self.pairs)
         if not self.pairs:

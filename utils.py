@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import secrets
 import signal
 import sys
@@ -21,6 +22,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
+
+OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # matches paths that may leave their folder
 
 log = logging.getLogger("milnce")
 FilePath = str | os.PathLike
@@ -179,6 +182,14 @@ def sync_folder(folder: FilePath) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def escapes_root(name: str) -> bool:
+    """Whether a path, joined to a folder, could lead out of it: absolute, or with `..`.
+
+    Links inside the folder are not checked.
+    """
+    return OUTSIDE.search(name) is not None
 
 
 def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:

@@ -1,14 +1,13 @@
 """YouCook2 for text-to-video retrieval: segments of cooking videos and their sentences."""
 
 from collections.abc import Callable
-from os.path import isfile
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from retrieval_loader import Pair, Retrieval
-from video_decoder import ClipSpec
+from video_decoder import ClipSpec, video_exists
 
 SUFFIXES = (".mp4", ".mkv", ".webm")  # of the files, in order of preference
 
@@ -42,4 +41,4 @@ def find_video(video_root: str | Path, task: str, name: str) -> Path:
     """Return the path of a video; if it is absent, the first of those that it could have."""
     folder = Path(video_root, "validation", task)
     paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next(filter(isfile, paths), paths[0])
+    return next(filter(video_exists, paths), paths[0])
