@@ -327,7 +327,7 @@ def read_headers(shard: str, length: int) -> tuple[dict[bytes, tuple[int, int]],
     with open(shard, "rb", buffering=HEADER_BUFFER) as file:
         try:
             tar = tarfile.TarFile(
-                fileobj=HeaderFile(file), encoding="utf-8", errors="surrogateescape"
+                fileobj=HeaderFile(file, length), encoding="utf-8", errors="surrogateescape"
             )
         except OSError:
             raise
@@ -369,8 +369,8 @@ def describe_member(member: tarfile.TarInfo, length: int) -> tuple[bytes, tuple[
 class HeaderFile:
     """A shard as tarfile reads it, without the reads of a hostile one that would not end."""
 
-    def __init__(self, file: io.BufferedReader):
-        self.file = file
+    def __init__(self, file: io.BufferedReader, length: int):
+        self.file, self.length = file, length
         self.tell = file.tell
 
     def read(self, size: int) -> bytes:
@@ -379,6 +379,7 @@ class HeaderFile:
         return self.file.read(size)
 
     def seek(self, position: int) -> int:
-        if position < self.file.tell() - 1:  # tarfile reads the last byte before a header again
-            raise tarfile.ReadError("a header leads back")
+        # tarfile reads the last byte before a header again.
+        if not self.file.tell() - 1 <= position <= self.length:
+            raise tarfile.ReadError("a header leads back, or past the end")
         return self.file.seek(position)
