@@ -12,6 +12,7 @@ import torch
 from tests.helpers import frames_digest, private_memory
 from tests.video_decoder.samples import BASE, FILES
 from tests.video_decoder.test_video_decoder import decode_row, golden_rows, random_case
+from utils import atomic_write
 from video_decoder import (
     BACKENDS,
     EXTENSIONS,
@@ -411,4 +412,5 @@ def write_index(shard, members):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "read_headers", lambda *_: (members, -1))
         content = shards.make_index(str(shard), status.st_size, status.st_mtime_ns)
-    (shard.parent / f"{shard.name}.index").write_bytes(content)
+    with atomic_write(f"{shard}.index") as file:  # on the disk, else its pages count as changed
+        file.write(content)
