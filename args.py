@@ -103,7 +103,7 @@ FLAGS = {
         flag(TRAINING, "--train_csv", default="data/howto100m_videos.csv",
              help="CSV file of the training videos, with a column video_path."),
         flag(TRAINING | EXTRACTION, "--video_path", default="",
-             help="Folder of the videos, from which their paths start."),
+             help="Folder (or tar file) of the videos, from which their paths start."),
         flag(TRAINING, "--caption_root", default="",
              help="Folder of caption files, or a caption store, which is faster and shares its "
                   "memory (data/howto100m/prepare.py packs one)."),
@@ -111,7 +111,7 @@ FLAGS = {
              help="Annotation table or official file of the evaluation (default: the table in "
                   "data/)."),
         flag(TRAINING | EVALUATION, "--eval_video_root", default="",
-             help="Folder of the evaluation's videos."),
+             help="Folder (or tar file) of the evaluation's videos."),
         flag(EXTRACTION, "--feature_csv", default="",
              help="CSV file with columns video_path and feature_path (default: all videos in the "
                   "folder)."),
