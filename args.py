@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils import FilePath, InputError, find_files, input_error
+from utils import FilePath, InputError, input_error
 
 # The scripts, by what they do. A script's help shows the flags that it uses; the others, which the
 # release's command lines share, are accepted and ignored.
@@ -106,7 +106,7 @@ FLAGS = {
         flag(TRAINING, "--train_csv", default="data/howto100m_videos.csv",
              help="CSV file of the training videos, with a column video_path."),
         flag(TRAINING | EXTRACTION, "--video_path", default="",
-             help="Folder of the videos, from which their paths start."),
+             help="Folder (or tar file) of the videos, from which their paths start."),
         flag(TRAINING, "--caption_root", default="",
              help="Folder of caption files, or a caption store, which is faster and shares its "
                   "memory (data/howto100m/prepare.py packs one)."),
@@ -117,7 +117,7 @@ FLAGS = {
              help="Annotated videos to evaluate: those in videos_val.csv (val), the others (test) "
                   "or all."),
         flag(TRAINING | EVALUATION, "--eval_video_root", default="",
-             help="Folder of the evaluation's videos."),
+             help="Folder (or tar file) of the evaluation's videos."),
         flag(EXTRACTION, "--feature_csv", default="",
              help="CSV file with columns video_path and feature_path (default: all videos in the "
                   "folder)."),
@@ -475,12 +475,22 @@ def check_new_output(path: FilePath, flag: str) -> None:
     check_output(path, flag)
 
 
+def check_video_folder(path: FilePath, flag: str) -> None:
+    """Reject a path that is neither a folder nor a tar file of videos."""
+    from video_decoder import is_shard
+
+    if not is_shard(path):
+        check_folder(path, flag)
+
+
 def files_below(root: FilePath, flag: str, extensions: Collection[str]) -> list[str]:
-    """List what find_files finds, sorted, with a bar. Raises InputError."""
-    check_folder(root, flag)
+    """List the videos that find_videos finds, sorted, with a bar. Raises InputError."""
+    from video_decoder import find_videos
+
+    check_video_folder(root, flag)
     try:
         return sorted(
-            tqdm(find_files(root, extensions), format_flag(flag), unit="file", disable=None)
+            tqdm(find_videos(root, extensions), format_flag(flag), unit="file", disable=None)
         )
     except OSError as error:
         raise InputError(
@@ -558,7 +568,7 @@ def retrieval_set(args: argparse.Namespace, data_set, table, words):
     from retrieval_loader import RETRIEVAL_WORDS
     from s3dg import Tokenizer
 
-    check_folder(args.eval_video_root, "eval_video_root")
+    check_video_folder(args.eval_video_root, "eval_video_root")
     tokenizer, windows = Tokenizer(words, RETRIEVAL_WORDS), args.num_windows_test
     with input_error("--eval_video_root"):
         return data_set(

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from args import changed_flags, check_file, check_folder, get_all_args, make_folder
+from args import changed_flags, check_file, check_video_folder, get_all_args, make_folder
 from utils import InputError, atomic_write, die_with_parent, input_error, one_line, run_script
 
 ROOT = Path(__file__).parent
@@ -246,7 +246,7 @@ def main() -> None:
         if csv and not os.path.exists(csv):
             raise InputError(f"--{name}_csv: there is no {csv}; give an existing file or folder")
         if root:
-            check_folder(root, f"{name}_root")
+            check_video_folder(root, f"{name}_root")
         statuses[name] = "not run yet" if root else "no videos given"
     chosen = [e for e in EVALUATIONS if statuses[e.name] == "not run yet"]
     if not chosen:

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from args import check_decoder, check_file, check_folder, check_output, clip_spec, inference_model
+from args import (
+    check_decoder,
+    check_file,
+    check_output,
+    check_video_folder,
+    clip_spec,
+    inference_model,
+)
 from distributed.device import pick_device
 from evaluation.feature_file import (
     FeatureSet,
@@ -94,7 +101,7 @@ def extract_clips(
     if args.feature_cache:
         check_output(args.feature_cache, "feature_cache")
     check_decoder(args)
-    check_folder(args.eval_video_root, "eval_video_root")
+    check_video_folder(args.eval_video_root, "eval_video_root")
     root, windows = args.eval_video_root, args.num_windows_test
     with input_error("--eval_video_root"):
         dataset = data_set(table, root, clip_spec(args), num_windows=windows)
@@ -123,7 +130,7 @@ def localization_set(
         return data_set(annotations, video_root=None)
     if args.feature_cache:
         check_output(args.feature_cache, "feature_cache")
-    check_folder(args.eval_video_root, "eval_video_root")
+    check_video_folder(args.eval_video_root, "eval_video_root")
     with input_error("--eval_video_root"):
         return data_set(annotations, args.eval_video_root)
 

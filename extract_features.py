@@ -34,7 +34,7 @@ from annotations.tables import cell_error, read_table, require_non_empty, requir
 from args import (
     check_decoder,
     check_file,
-    check_folder,
+    check_video_folder,
     clip_spec,
     files_below,
     inference_model,
@@ -68,7 +68,7 @@ class Item(NamedTuple):
 
 def list_items(args: argparse.Namespace) -> list[Item]:
     """List the videos of --feature_csv, or all in --video_path. No two share a file of features."""
-    check_folder(args.video_path, "video_path")
+    check_video_folder(args.video_path, "video_path")
     if args.feature_csv:
         with input_error("--feature_csv"):
             table = read_feature_csv(args.feature_csv)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils import DataError, find_video
+from utils import DataError
+from video_decoder import find_video, video_exists
 
 
 class LongVideos:
@@ -25,8 +26,8 @@ class LongVideos:
             name: find_video(*(Path(video_root, stem) for stem in options))
             for name, options in stems.items()
         }
-        self.names = [name for name, path in found.items() if path.is_file()]
+        self.names = [name for name, path in found.items() if video_exists(path)]
         self.paths = [found[name] for name in self.names]
-        self.absent = [name for name, path in found.items() if not path.is_file()]
+        self.absent = [name for name, path in found.items() if not video_exists(path)]
         if not self.names:
             raise DataError(video_root, "has no video of the annotations; give their folder")

@@ -29,7 +29,7 @@ from annotations.youcook import youcook_table
 from args import (
     check_decoder,
     check_file,
-    check_folder,
+    check_video_folder,
     clip_spec,
     evaluation_table,
     make_folder,
@@ -395,7 +395,7 @@ def make_folders(args):
 def training_set(args, words):
     with input_error("--train_csv"):
         names = read_video_list(args.train_csv)
-    check_folder(args.video_path, "video_path")
+    check_video_folder(args.video_path, "video_path")
     with input_error("--caption_root"):
         captions = open_captions(args.caption_root)
     dataset = HowTo100M(

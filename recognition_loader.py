@@ -1,6 +1,5 @@
 """Data sets of action recognition: whole clips with a class, in three splits."""
 
-from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch.utils.data import Dataset
 
 from annotations.clips import SPLITS
 from utils import DataError
-from video_decoder import ClipSpec, DecodeError, decode_frames
+from video_decoder import ClipSpec, DecodeError, decode_frames, video_exists
 
 
 class Recognition(Dataset):
@@ -41,7 +40,7 @@ class Recognition(Dataset):
         names = labels + "/" + table["video_id"]
         present = pd.Series(True, index=table.index)
         if video_root is not None:
-            present = names.map(lambda name: isfile(Path(video_root, name)))
+            present = names.map(lambda name: video_exists(Path(video_root, name)))
             if not present.any():
                 raise DataError(video_root, "has no video of the table; give their folder")
         self.absent = names[~present].tolist()

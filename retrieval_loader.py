@@ -1,7 +1,6 @@
 """Data sets of text-to-video retrieval: texts, and evenly spaced windows of their videos."""
 
 from collections.abc import Callable
-from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from utils import DataError
-from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration
+from video_decoder import ClipSpec, DecodeError, decode_clips, probe_duration, video_exists
 
 RETRIEVAL_WORDS = 30  # words kept of a text
 
@@ -49,7 +48,7 @@ class Retrieval(Dataset):
     ):
         """Raise DataError if all videos of the table are absent."""
         pairs = self.list_pairs(table, video_root)
-        present = {path for path in {pair.path for pair in pairs} if isfile(path)}
+        present = {path for path in {pair.path for pair in pairs} if video_exists(path)}
         self.pairs = [pair for pair in pairs if pair.path in present]
         self.num_missing = len(pairs) - len(self.pairs)
         if not self.pairs:

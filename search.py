@@ -31,8 +31,8 @@ from filelock import FileLock, Timeout
 from args import (
     check_decoder,
     check_file,
-    check_folder,
     check_output,
+    check_video_folder,
     clip_spec,
     files_below,
     format_flag,
@@ -53,7 +53,7 @@ from utils import (
     run_script,
     setup_logging,
 )
-from video_decoder import EXTENSIONS
+from video_decoder import EXTENSIONS, locate
 from video_search.index import (
     Index,
     IndexMetadata,
@@ -74,7 +74,10 @@ MAX_TEXT_LENGTH = 1000  # characters
 
 
 class FileStatus(NamedTuple):
-    """The size and time of a file. If either differs, the video has changed."""
+    """The size and time of a file. If either differs, the video has changed.
+
+    Of a video in a tar file, the time is that of the tar file.
+    """
 
     size: int  # bytes
     mtime_ns: int
@@ -173,14 +176,14 @@ def list_videos(folder: str) -> dict[str, FileStatus]:
     found = {}
     for path in files_below(folder, "FOLDER", EXTENSIONS):
         try:
-            status = os.stat(os.path.join(folder, path))
-        except FileNotFoundError:  # gone since
+            source = locate(os.path.join(folder, path))
+        except (FileNotFoundError, ValueError):  # gone since
             continue
         except OSError as error:
             raise InputError(
                 f"FOLDER: {printable(path)} cannot be read: {error.strerror}"
             ) from None
-        found[path] = FileStatus(status.st_size, status.st_mtime_ns)
+        found[path] = FileStatus(source.size, source.mtime_ns)
     if not found:  # a disk that is not mounted would otherwise empty the index
         raise InputError(f"FOLDER: there are no videos in {folder}; give another")
     return found
@@ -213,7 +216,7 @@ def check_same_index(
     fix = "give another file to keep both, or delete it"
     if differ := difference(made.settings, metadata.settings):
         raise InputError(f"--out: {path} was made with {differ}; {fix}")
-    exists = os.path.isdir(made.folder)
+    exists = os.path.exists(made.folder)
     if exists and os.path.realpath(made.folder) == os.path.realpath(metadata.folder):
         return
     if exists or nothing_kept:
@@ -363,7 +366,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     index = open_index(options.index)
     folder = options.video_path or index.metadata.folder
-    check_folder(folder, "video_path")
+    check_video_folder(folder, "video_path")
     embed = load_embedder(options, index.metadata)
     with input_error("--host, --port"):
         server = create_server(index, embed, folder, options.host, options.port)

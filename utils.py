@@ -6,6 +6,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import re
 import secrets
 import signal
 import sys
@@ -19,10 +20,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 # At which a training writes a checkpoint and ends. SIGINT is that of Ctrl-C.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-# Of an evaluation's videos, in order of preference.
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm")
-
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
+
+OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # matches paths that may leave their folder
 
 log = logging.getLogger("milnce")
 FilePath = str | os.PathLike
@@ -183,6 +183,14 @@ def sync_folder(folder: FilePath) -> None:
         os.close(handle)
 
 
+def escapes_root(name: str) -> bool:
+    """Whether a path, joined to a folder, could lead out of it: absolute, or with `..`.
+
+    Links inside the folder are not checked.
+    """
+    return OUTSIDE.search(name) is not None
+
+
 def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
     """Yield the paths, relative to a folder, of the files below it with one of the extensions.
 
@@ -206,12 +214,3 @@ def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
                     folders.append((name, above))
                 elif os.path.splitext(name)[1].lower() in extensions and found.is_file():
                     yield name
-
-
-def find_video(*stems: FilePath) -> Path:
-    """Return the first file `<stem><one of VIDEO_SUFFIXES>` that exists.
-
-    If none does, the first of those that could.
-    """
-    paths = [Path(f"{os.fspath(stem)}{suffix}") for stem in stems for suffix in VIDEO_SUFFIXES]
-    return next(filter(os.path.isfile, paths), paths[0])

@@ -16,7 +16,7 @@ from annotations.tables import read_table
 from captions.readers import CaptionError, CaptionFolder, CaptionStore, PackedStrings
 from distributed.workers import WorkerFailure, sample_batches
 from utils import DataError, log, one_line
-from video_decoder import ClipSpec, DecodeError, decode_clip
+from video_decoder import ClipSpec, DecodeError, decode_clip, video_exists
 
 TRAINING_WORDS = 20  # words kept of a caption
 MAX_REPLACEMENTS = 100  # samples tried in place of an unreadable one
@@ -102,7 +102,7 @@ class HowTo100M(Dataset):
 
     def check_videos(self) -> None:
         """Raise DataError if none of the videos exists."""
-        if not any(os.path.isfile(self.video_root / name) for name in self.names):
+        if not any(video_exists(self.video_root / name) for name in self.names):
             raise DataError(self.video_root, "has no video of the list; give their folder")
 
     def check_captions(self) -> None:

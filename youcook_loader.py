@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from retrieval_loader import Pair, Retrieval
-from utils import find_video
+from video_decoder import find_video
 
 
 class YouCook2(Retrieval):

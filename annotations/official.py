@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from annotations.tables import LARGEST_NUMBER, AnyPath, data_error, escapes_root
-from utils import DataError, one_line, shorten
+from annotations.tables import LARGEST_NUMBER, AnyPath, data_error
+from utils import DataError, escapes_root, one_line, shorten
 
 JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 

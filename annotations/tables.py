@@ -3,16 +3,14 @@
 import contextlib
 import csv
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import pandas as pd
 
-from utils import DataError, atomic_write, log, one_line, shorten
+from utils import DataError, atomic_write, escapes_root, log, one_line, shorten
 
 LARGEST_NUMBER = 1e7  # of a table, in practice seconds; the decoder rejects times far beyond
-OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # matches paths that may leave their folder
 
 AnyPath = str | os.PathLike[str]
 
@@ -90,14 +88,6 @@ def require_unique(table: pd.DataFrame, columns: Sequence[str], path: AnyPath) -
         value = table[columns[-1]][row]
         raise cell_error(path, row, columns[-1], value, "is duplicated; remove one")
     return table
-
-
-def escapes_root(name: str) -> bool:
-    """Whether a path, joined to a folder, could lead out of it: absolute, or with `..`.
-
-    Links inside the folder are not checked.
-    """
-    return OUTSIDE.search(name) is not None
 
 
 def check_names(table: pd.DataFrame, columns: Iterable[str], path: AnyPath) -> None:

@@ -74,7 +74,7 @@ def make_files(folder, minutes):
     encode(hmdb, "-ss", "5", "-t", "3", "-i", str(long), "-vf", "scale=320:240", "-an")
     store = folder / "store" / "long.mp4"
     settings = vars(transcode.parse_arguments(["--video_path", str(long.parent), "--out", "x"]))
-    for name in ("video_path", "out", "num_workers"):
+    for name in ("video_path", "out", "num_workers", "shards"):
         del settings[name]
     transcode.transcode(long, store, **settings)
     return long, short, hmdb, store

@@ -11,6 +11,7 @@ import pty
 import struct
 import subprocess
 import sys
+import tarfile
 import termios
 import threading
 import time
@@ -170,6 +171,16 @@ def make_video(path, seconds, *options):
     source = ["-f", "lavfi", "-i", f"testsrc2=size=96x64:rate=10:duration={seconds}"]
     command = [ffmpeg_program(), "-v", "error", "-nostdin", "-y", *source]
     subprocess.run([*command, "-pix_fmt", "yuv420p", *options, str(path)], check=True)
+
+
+def pack_folder(folder, shard, names=None):
+    """Packs files of a folder, all by default, into a tar file under their names."""
+    names = names or sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(shard, "w") as tar:
+        for name in names:
+            tar.add(folder / name, str(name))
+    return shard
 
 
 def private_memory():

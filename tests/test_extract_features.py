@@ -19,7 +19,15 @@ import torch
 import extract_features
 from args import get_args, inference_model
 from s3dg import S3D, load_model, to_unit_range
-from tests.helpers import FAILURES, ROOT, await_gone, golden_weight, make_video, write_csv
+from tests.helpers import (
+    FAILURES,
+    ROOT,
+    await_gone,
+    golden_weight,
+    make_video,
+    pack_folder,
+    write_csv,
+)
 from utils import InputError
 from video_decoder import ClipSpec, decode_clips, decode_windows
 
@@ -110,6 +118,18 @@ def assert_same_features(out, whole):
             assert_close(np.load(out / name), np.load(whole / name))
         else:
             assert written(out)[name] == content
+
+
+def test_the_features_of_a_tar_file_are_those_of_its_folder(extract, whole, videos, tmp_path):
+    shard = pack_folder(videos, tmp_path / "films/s.tar")
+    assert extract(tmp_path / "out", f"--video_path={shard}") == 0
+    assert_same_features(tmp_path / "out", whole)
+    assert extract(tmp_path / "folder", f"--video_path={shard.parent}") == 0
+    expected = {f"s.tar/{name}" for name in written(whole)}
+    assert written(tmp_path / "folder").keys() == expected
+    for name in expected:
+        if name.endswith(".npy"):
+            assert_close(np.load(tmp_path / "folder" / name), np.load(whole / name[6:]))
 
 
 def test_a_folder_of_videos_becomes_a_folder_of_features_and_what_they_are(whole, weights):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from s3dg import read_weights
-from tests.helpers import ROOT, scalars, toy_flags
+from tests.helpers import ROOT, pack_folder, run_python, scalars, toy_flags
 from training.checkpoint import list_checkpoints
 from training.log import read_records
 
@@ -194,6 +194,46 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
     assert Run(toy, weights, tmp_path, *flags, "--resume").wait() == 0, text(tmp_path)
     assert_same_end(uninterrupted, tmp_path)
     assert scalars(tmp_path / "log/run.tensorboard")["training/loss"].keys() == set(range(1, 41))
+
+
+def test_a_run_from_tar_shards_stops_resumes_and_evaluates_as_one_from_files(
+    uninterrupted, toy, weights, tmp_path
+):
+    """The list is of the shards, in the same order; the captions are found by the videos' ids."""
+    names = [name for [name] in csv.reader((toy / "howto100m_videos.csv").open())][1:]
+    assert names == sorted(names)
+    shards, half = tmp_path / "shards", len(names) // 2
+    pack_folder(toy / "videos", shards / "00000.tar", names[:half])
+    pack_folder(toy / "videos", shards / "00001.tar", names[half:])
+    prepare, store = "data/howto100m/prepare.py", f"--caption_root={tmp_path}/captions"
+    out = f"--out={tmp_path}/captions"
+    run_python(prepare, "pack", f"--caption_root={toy}/captions", "--by_id", out)
+    out = f"--out={tmp_path}/list.csv"
+    run_python(prepare, "list", f"--video_path={shards}", store, out)
+    listed = (tmp_path / "list.csv").read_text().splitlines()[1:]
+    assert [name.split("/", 1)[1] for name in listed] == names
+    flags = [*LONG, f"--train_csv={tmp_path}/list.csv", f"--video_path={shards}", store]
+    run = Run(toy, weights, tmp_path, *flags)
+    run.wait_for_step(21)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 75, text(tmp_path)
+    assert Run(toy, weights, tmp_path, *flags, "--resume").wait() == 0, text(tmp_path)
+    assert_same_end(uninterrupted, tmp_path)
+    assert not (tmp_path / "log/run.bad.csv").exists()
+
+    metrics = {}
+    for root in (toy / "youcook", pack_folder(toy / "youcook", tmp_path / "youcook.tar")):
+        run_python(
+            "eval_youcook.py",
+            f"--pretrain_cnn_path={list_checkpoints(tmp_path / 'checkpoint/run')[-1][1]}",
+            f"--token_to_word_path={toy}/dict.npy",
+            f"--eval_csv={toy}/validation_youcook.csv",
+            f"--eval_video_root={root}",
+            *("--num_frames=4", "--video_size=32", "--num_windows_test=2"),
+            f"--metrics_json={tmp_path}/metrics.json",
+        )
+        metrics[root.name] = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["youcook.tar"] == metrics["youcook"] and metrics["youcook"]["num_missing"] == 0
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(uninterrupted, toy, weights, tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 import search
 from s3dg import S3D, load_model, to_unit_range
-from tests.helpers import ROOT, golden_weight, make_video
+from tests.helpers import ROOT, golden_weight, make_video, pack_folder
 from utils import InputError
 from video_decoder import ClipSpec, decode_windows
 from video_search.index import read_index, write_index
@@ -170,6 +170,20 @@ def test_only_what_is_new_or_has_changed_is_embedded(index, videos, tmp_path, em
     (videos / "new.mp4").unlink()  # only gone: the model is not needed
     assert index(videos) == 0 and embedded == []
     assert list(contents(tmp_path / "index")) == ["a.mp4", "short.mp4"]
+
+
+def test_videos_in_a_tar_file_are_indexed_like_files(index, films, made, tmp_path, embedded):
+    folder = tmp_path / "shards"
+    shard = pack_folder(films, folder / "s.tar")
+    assert index(folder) == 0
+    plain, packed = read_index(made), read_index(tmp_path / "index")
+    assert [video.path for video in packed.videos] == [f"s.tar/{name}" for name in NAMES]
+    assert torch.equal(packed.starts, plain.starts)
+    torch.testing.assert_close(packed.embeddings, plain.embeddings)
+    embedded.clear()
+    assert index(folder) == 0 and not embedded
+    os.utime(shard, (1, 1))
+    assert index(folder) == 0 and embedded == [name.split("/")[-1] for name in NAMES]
 
 
 def test_a_touched_file_is_embedded_again(index, videos, embedded):

@@ -13,8 +13,6 @@ that started it.
 """
 
 import math
-import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,6 +36,16 @@ from video_decoder.pyav import (
     decode_windows_pyav,
     open_video,
 )
+from video_decoder.shards import (
+    MemberFile,
+    Source,
+    find_source,
+    find_video,
+    find_videos,
+    is_shard,
+    locate,
+    video_exists,
+)
 
 __all__ = [
     "BACKENDS",
@@ -46,14 +54,22 @@ __all__ = [
     "MAX_PIXELS",
     "ClipSpec",
     "DecodeError",
+    "MemberFile",
+    "Source",
     "check_backend",
     "decode_clip",
     "decode_clips",
     "decode_frames",
     "decode_windows",
     "ffmpeg_program",
+    "find_source",
+    "find_video",
+    "find_videos",
+    "is_shard",
+    "locate",
     "probe_duration",
     "probe_size",
+    "video_exists",
 ]
 
 BACKENDS = ("pyav", "ffmpeg")
@@ -186,7 +202,6 @@ def _decode(
         raise ValueError(f"fps {fps}, num_frames {num_frames} and size {size} must be positive")
     fps = Fraction(fps).limit_denominator(100000)
     filters = crop_filters(size, crop_only, crop, flip)
-    _check_regular_file(path)
     out = np.zeros((len(starts), *clip.shape), np.uint8)
     decode = decode_windows_pyav if clip.decoder == "pyav" else decode_windows_ffmpeg
     counts = decode(path, starts, fps, filters, out)
@@ -210,7 +225,6 @@ def decode_frames(
     """
     _check_backend_name(backend)
     filters = crop_filters(size, crop_only, crop, False)
-    _check_regular_file(path)
     decode = decode_whole_pyav if backend == "pyav" else decode_whole_ffmpeg
     pictures = decode(path, filters, size)
     if not len(pictures):
@@ -226,7 +240,6 @@ def probe_duration(path: FilePath) -> float:
 
     Raises DecodeError if it is not a video file or the duration is not known.
     """
-    _check_regular_file(path)
     with open_video(path) as stream:
         duration = stream.container.duration
     if duration is None or duration < 0:
@@ -239,7 +252,6 @@ def probe_size(path: FilePath) -> tuple[int, int]:
 
     Raises DecodeError if it is not a video file.
     """
-    _check_regular_file(path)
     with open_video(path) as stream:
         return stream.codec_context.width, stream.codec_context.height
 
@@ -268,13 +280,3 @@ def _to_microseconds(start: float) -> int:
     if not 0 <= start < 1e9:
         raise ValueError(f"start {start} must be a number of seconds, at least 0")
     return int(Decimal(repr(start)) * 1000000)  # cut, not rounded, as ffmpeg reads -ss
-
-
-def _check_regular_file(path: FilePath) -> None:
-    """Reject all but regular files: FFmpeg would also open URLs, folders, pipes and devices."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:
-        raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(mode):
-        raise DecodeError(f"{path}: not a regular file")

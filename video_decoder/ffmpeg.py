@@ -13,6 +13,7 @@ from utils import die_with_parent
 from video_decoder.filters import CropFilters, Filter
 from video_decoder.limits import CONTAINERS, MAX_BYTES, MAX_PIXELS, DecodeError, FilePath
 from video_decoder.pyav import copy_picture, open_video
+from video_decoder.shards import find_source
 from video_decoder.timing import window_length
 
 VERSION_TIMEOUT = 60  # seconds for `ffmpeg -version`: a network file system may be slow at first
@@ -70,15 +71,16 @@ def read_pixels(
 
     with open_video(path) as stream:  # both backends reject the same files
         demuxer = stream.container.format.name.split(",")[0]
+    opened = find_source(path)
     chains = [filters.chain]
     if filters.enlarge:
         chains.append([filters.enlarge, *filters.chain])
     for chain in chains:
         source = ffmpeg.input(
-            f"file:{os.fspath(path)}",
+            opened.url,
             format=demuxer,
             format_whitelist=CONTAINERS,
-            protocol_whitelist="file",
+            protocol_whitelist=opened.protocols,
             max_pixels=MAX_PIXELS,
             threads=1,  # the pixels of a damaged file must not depend on the number of cores
             **seek,

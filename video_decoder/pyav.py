@@ -5,7 +5,6 @@ import contextlib
 import errno
 import itertools
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator
 from fractions import Fraction
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from video_decoder.filters import CropFilters, FrameConverter
 from video_decoder.limits import CONTAINERS, MAX_BYTES, MAX_PIXELS, DecodeError, FilePath
+from video_decoder.shards import find_source
 from video_decoder.timing import (
     US_PER_S,
     FpsFilter,
@@ -45,14 +45,15 @@ def open_video(path: FilePath) -> Iterator[av.VideoStream]:
 
     Raises DecodeError if it is no video file or has no stream that can be decoded.
     """
+    source = find_source(path)
     options = {
         "format_whitelist": CONTAINERS,
-        "protocol_whitelist": "file",
+        "protocol_whitelist": source.protocols,
         "fflags": "-genpts",  # PyAV's default; the ffmpeg program does not ask for it
         "max_pixels": str(MAX_PIXELS),
     }
     try:
-        container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="ignore")
+        container = av.open(source.url, options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.EINVAL:  # of the whitelist

@@ -27,8 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from annotations.tables import escapes_root
-from utils import DataError, atomic_write, one_line
+from utils import DataError, atomic_write, escapes_root, one_line
 from video_decoder import EXTENSIONS
 
 FORMAT = "MIL-NCE search index"

@@ -8,11 +8,11 @@ rebinding.
 """
 
 import functools
+import io
 import ipaddress
 import math
 import os
 import secrets
-import stat
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from flask import Flask, Response, abort, g, jsonify, render_template, request, 
 
 from evaluation.thumbnails import encode_thumbnail
 from utils import InputError, one_line, printable
-from video_decoder import DecodeError, decode_clip
+from video_decoder import DecodeError, MemberFile, Source, decode_clip, locate
 from video_search.index import Index, Moment, Video, best_moments, format_timestamp, get_moment
 
 MOMENTS = 24  # on the page
@@ -143,10 +143,11 @@ def protect(app: Flask, host: str | None) -> None:
 def make_thumbnail(index: Index, folder: str, row: int, decoding: threading.Semaphore) -> bytes:
     """Decode the window in a row of the index, and encode it as WebP. Raises DecodeError."""
     moment, settings = get_moment(index, row), index.metadata.settings
-    path = find_video(folder, index.videos[moment.video])
+    video = index.videos[moment.video]
+    find_video(folder, video)
     with decoding:
         clip = decode_clip(
-            path,
+            os.path.join(folder, video.path),
             moment.start,
             fps=settings["fps"],
             num_frames=settings["num_frames"],
@@ -157,13 +158,27 @@ def make_thumbnail(index: Index, folder: str, row: int, decoding: threading.Sema
 
 def send_video(folder: str, video: Video, number: str) -> Response:
     """Respond with the file of a video, or with the range of it that is requested."""
-    path = find_video(folder, video)
+    source = find_video(folder, video)
     limit_range()
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = os.path.splitext(video.path)[1].lower()
     kind = MIME_TYPES.get(suffix, "application/octet-stream")
     # Its own name may have bytes that fit neither into a header nor into an ETag.
     name = f"video{number}{suffix}"
-    return send_file(path, mimetype=kind, download_name=name, conditional=True, etag=False)
+    if source.start is None:
+        return send_file(
+            source.file, mimetype=kind, download_name=name, conditional=True, etag=False
+        )
+    response = send_file(
+        io.BufferedReader(MemberFile(source)),
+        mimetype=kind,
+        download_name=name,
+        etag=False,
+        last_modified=source.mtime_ns // 10**9,
+    )
+    response.content_length = source.size  # which send_file does not know of such a file
+    return response.make_conditional(
+        request.environ, accept_ranges=True, complete_length=source.size
+    )
 
 
 def host_name(host: str) -> str:
@@ -189,20 +204,17 @@ def parse_number(text: str, count: int) -> int:
     return int(text)
 
 
-def find_video(folder: str, video: Video) -> str:
-    """Return the path of an indexed video; respond with 404 if it is gone or has changed."""
+def find_video(folder: str, video: Video) -> Source:
+    """Find the bytes of an indexed video; respond with 404 if it is gone or has changed."""
     if video.reason:
         abort(404, f"It could not be indexed: {printable(video.reason)}")
-    path = os.path.join(folder, video.path)
     try:
-        status = os.stat(path)
-    except OSError:
-        status = None
-    if not status or not stat.S_ISREG(status.st_mode):
+        source = locate(os.path.join(folder, video.path))
+    except (OSError, ValueError):
         abort(404, f"{printable(video.path)} is gone; index the videos again.")
-    if status.st_size != video.size:
+    if source.size != video.size:
         abort(404, f"{printable(video.path)} has changed; index the videos again.")
-    return path
+    return source
 
 
 def limit_range() -> None:

@@ -6,6 +6,9 @@ and folders stay the same, so only --video_path changes; the list and the captio
 container is MP4, whatever the extension (FFmpeg recognizes the content). Files are written
 atomically: a run that was stopped resumes with the same command.
 
+With --shards the store is tar files of about 1 GB, each written atomically, with a/b.mp4 in
+00000.tar/a/b.mp4: make the list again. Until their shard is full, videos are in STORE/unpacked.
+
 A lower --crf is closer to the source and larger, a longer --keyint smaller and slower to decode.
 The store is made for one --fps, from whole seconds on; at others its frames are a little early or
 late. benchmarks/RESULTS.md has the speed, the disk space and the PSNR of the defaults.
@@ -13,23 +16,30 @@ late. benchmarks/RESULTS.md has the speed, the disk space and the PSNR of the de
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing.pool
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from args import Parser, files_below, make_folder, positive
-from utils import InputError, atomic_write, run_script
+from utils import InputError, atomic_write, input_error, run_script
 
 PARTIAL = ".part"
 SETTINGS = "transcode.json"
+UNPACKED = "unpacked"  # folder of the videos that are in no shard yet
+SHARD_MEGABYTES = 1000
 PRESETS = [
     *("ultrafast", "superfast", "veryfast", "faster", "fast"),
     *("medium", "slow", "slower", "veryslow"),
@@ -107,8 +117,10 @@ def transcode(
     x264 = f"keyint={frames}:min-keyint={frames}:scenecut=0:b-pyramid=none"
     x264 += f":b-adapt=0:bframes={min(multiple - 1, 3)}"
     command = [video_decoder.ffmpeg_program(), "-v", "error", "-nostdin", "-y", "-threads", "1"]
-    command += ["-format_whitelist", video_decoder.CONTAINERS, "-protocol_whitelist", "file"]
-    command += ["-max_pixels", str(video_decoder.MAX_PIXELS), "-i", f"file:{source}"]
+    opened = video_decoder.find_source(source)
+    command += ["-format_whitelist", video_decoder.CONTAINERS]
+    command += ["-protocol_whitelist", opened.protocols]
+    command += ["-max_pixels", str(video_decoder.MAX_PIXELS), "-i", opened.url]
     command += ["-map", "0:v:0", "-vf", store_filters(fps, multiple, short_side, size)]
     command += ["-c:v", "libx264", "-preset", preset, "-tune", "fastdecode", "-crf", str(crf)]
     command += ["-x264-params", x264, "-threads", "1", "-map_metadata", "-1"]
@@ -137,6 +149,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--crf", type=int, default=23, help="x264's quality, 0 to 51 (23)")
     add("--preset", default="medium", choices=PRESETS, help="x264's (medium)")
     add("--num_workers", type=positive(int), default=os.cpu_count(), help="videos at a time")
+    add(
+        "--shards",
+        nargs="?",
+        metavar="MB",
+        type=positive(float),
+        const=SHARD_MEGABYTES,
+        help=f"write tar files of this many megabytes ({SHARD_MEGABYTES}), not single files",
+    )
     options = parser.parse_args(argv)
     if options.short_side < 16:
         parser.error("--short_side must be at least 16")
@@ -156,6 +176,67 @@ def check_settings(out: Path, settings: dict) -> None:
         raise InputError(f"--out: {out} was made with {made}: give these, or another folder")
 
 
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def unpacked(out: Path, video: Path) -> Path:
+    """Return where a video is until its shard is full, by a name that no list takes for a video."""
+    return out / UNPACKED / f"{video}{PARTIAL}"
+
+
+def list_packed(out: Path) -> set[str]:
+    """List the videos in the shards of a store."""
+    from video_decoder import EXTENSIONS, find_videos
+
+    return {name for shard in out.glob("*.tar") for name in find_videos(shard, EXTENSIONS)}
+
+
+def pack(out: Path, videos: Iterable[Path], megabytes: float) -> None:
+    """Move the videos into new shards, each as soon as it is full. Raises OSError."""
+    numbers = [int(shard.stem) for shard in out.glob("*.tar") if shard.stem.isdecimal()]
+    new = (out / f"{number:05}.tar" for number in itertools.count(max(numbers, default=-1) + 1))
+    waiting, size = [], 0
+    for video in videos:
+        waiting.append(video)
+        size += unpacked(out, video).stat().st_size
+        if size >= megabytes * 10**6:
+            write_shard(next(new), out, waiting)
+            waiting, size = [], 0
+    if waiting:
+        write_shard(next(new), out, waiting)
+
+
+def write_shard(shard: Path, out: Path, videos: list[Path]) -> None:
+    """Move the videos into a shard, whose bytes depend on theirs and on their names only."""
+    from video_decoder import find_videos
+
+    with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for video in videos:
+            member = tarfile.TarInfo(str(video))
+            with open(unpacked(out, video), "rb") as content:
+                member.size = os.fstat(content.fileno()).st_size
+                tar.addfile(member, content)
+    list(find_videos(shard, ()))  # makes its index
+    for video in videos:
+        unpacked(out, video).unlink()
+
+
+@contextlib.contextmanager
+def lock_store(out: Path) -> Iterator[None]:
+    """Allow one run at a time to write the shards of a store."""
+    try:
+        with FileLock(out / "transcode.lock", blocking=False):
+            yield
+    except Timeout:
+        raise InputError(
+            f"--out: another run is writing the shards of {out}; wait for it, or give another "
+            "folder and a part of the videos"
+        ) from None
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> None:
     """Exit with status 1 if some videos failed."""
     options = parse_arguments(argv)
@@ -173,34 +254,65 @@ def main(argv: list[str] | None = None) -> None:
         name: getattr(options, name)
         for name in ("fps", "multiple", "short_side", "keyint", "crf", "preset")
     }
-    check_settings(out, settings)
-    todo = [video for video in videos if not (out / video).exists()]
+    kept = {"shards": options.shards} if options.shards else {}
+    check_settings(out, settings | kept)
+    with lock_store(out) if options.shards else contextlib.nullcontext():
+        failures = make_store(root, out, videos, options, settings)
+    for video, error in sorted(failures):
+        print(f"failed: {video}: {error}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
+
+
+def make_store(
+    root: Path, out: Path, videos: list[Path], options: argparse.Namespace, settings: dict
+) -> list[tuple[Path, Exception]]:
+    """Transcode the videos that the store lacks. Returns those that failed, and why."""
+    import video_decoder
+
+    if options.shards:
+        packed = list_packed(out)
+        todo = [video for video in videos if str(video) not in packed]
+    else:
+        todo = [video for video in videos if not (out / video).exists()]
     failures = []
 
     def attempt(video):
+        target = unpacked(out, video) if options.shards else out / video
         try:
-            transcode(root / video, out / video, **settings)
+            if not target.exists():
+                transcode(root / video, target, **settings)
         except (video_decoder.DecodeError, OSError) as error:
             return video, error
+        return video, None
 
     done = len(videos) - len(todo)
     progress = tqdm(total=len(videos), initial=done, unit="video", disable=None)
     with progress, multiprocessing.pool.ThreadPool(options.num_workers) as pool:
-        try:
-            for failure in pool.imap_unordered(attempt, todo):
-                if failure:
-                    failures.append(failure)
+
+        def transcoded():
+            for video, error in pool.imap(attempt, todo):  # in order: so are the shards
+                if error:
+                    failures.append((video, error))
+                else:
+                    yield video
                 progress.update()
+
+        try:
+            if options.shards:
+                with input_error("--out"):
+                    pack(out, transcoded(), options.shards)
+                shutil.rmtree(out / UNPACKED, ignore_errors=True)
+            else:
+                for _ in transcoded():
+                    pass
         except KeyboardInterrupt:
             pool.terminate()  # begin no more
             pool.join()
             raise
     made = len(videos) - len(failures)
     print(f"{made} of {len(videos)} videos are in {out} ({len(todo)} were missing)")
-    for video, error in sorted(failures):
-        print(f"failed: {video}: {error}", file=sys.stderr)
-    if failures:
-        sys.exit(1)
+    return failures
 
 
 if __name__ == "__main__":

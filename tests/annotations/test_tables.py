@@ -1,7 +1,7 @@
 import pytest
 
-from annotations.tables import escapes_root, read_table
-from utils import DataError
+from annotations.tables import read_table
+from utils import DataError, escapes_root
 
 
 def test_tables_keep_words_that_pandas_takes_for_missing(tmp_path):

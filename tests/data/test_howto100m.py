@@ -17,7 +17,7 @@ import pytest
 from annotations.tables import read_table
 from captions import sources as caption_source
 from captions.readers import CaptionFolder, CaptionStore, open_captions
-from tests.helpers import ROOT, make_video, write_csv
+from tests.helpers import ROOT, make_video, pack_folder, write_csv
 from utils import InputError, run_script
 
 SCRIPT = ROOT / "data" / "howto100m" / "prepare.py"
@@ -360,6 +360,23 @@ def test_captions_that_only_by_id_would_find_are_told(tmp_path, capsys):
     (tmp_path / "videos" / "b.mp4").unlink()
     with pytest.raises(InputError, match=r"--caption_root: none of 2 videos .*--by_id"):
         list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "other.csv")
+
+
+def test_videos_in_tar_files_are_listed_and_paired_by_their_ids(tmp_path, milnce_log):
+    videos, ids = tmp_path / "videos", ["a", "b", "c"]
+    touch(tmp_path / "files", *(f"{name}.{kind}" for name in ids for kind in ("mp4", "json")))
+    pack_folder(tmp_path / "files", videos / "00000.tar", ["b.mp4", "b.json", "a.mp4"])
+    pack_folder(tmp_path / "files", videos / "sub/00001.tar", ["c.mp4", "c.json", "c.mp4"])
+    pack_folder(tmp_path / "files", videos / "00002.tar", ["c.mp4"])
+    touch(videos, "d.mp4", "empty.tar")
+    write_captions(tmp_path / "csv", *ids, "d")
+    pack(tmp_path / "csv", tmp_path / "store", "--by_id")
+    found = list_videos(videos, tmp_path / "store", tmp_path / "list.csv")
+    assert found == ["00000.tar/a.mp4", "00000.tar/b.mp4", "00002.tar/c.mp4", "d.mp4"]
+    assert "sub/00001.tar/c.mp4: is in the shard more than once" in milnce_log.text
+    assert "empty.tar: is not a tar file" in milnce_log.text
+    found = list_videos(videos / "00000.tar", tmp_path / "csv", tmp_path / "one.csv")
+    assert found == ["a.mp4", "b.mp4"]
 
 
 def test_links_to_files_and_folders_are_followed_but_not_in_circles(tmp_path):

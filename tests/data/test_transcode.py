@@ -1,7 +1,9 @@
 """data/howto100m/transcode.py: the training store holds the same videos, cheaper to decode."""
 
+import shutil
 import subprocess
 import sys
+import tarfile
 
 import av
 import imageio_ffmpeg
@@ -182,6 +184,95 @@ def test_a_store_is_not_continued_with_other_settings(tree):
         transcode.main(arguments(tree / "source", tree / "store", "--fps", "10"))
 
 
+# --- shards -------------------------------------------------------------------------------------
+
+SHARDS = ["--shards", "0.2"]  # MB: the first two of the three videos are 0.14 and 0.07
+
+
+@pytest.fixture(scope="module")
+def sharded(tree, tmp_path_factory):
+    """The store of the same tree in shards."""
+    folder = tmp_path_factory.mktemp("sharded") / "store"
+    transcode.main(arguments(tree / "source", folder, *SHARDS))
+    return folder
+
+
+def test_shards_hold_the_videos_of_the_store(tree, sharded):
+    """Under their names, in order, and each has an index; nothing else is left."""
+    assert files(sharded) == [f"0000{n}.tar{end}" for n in (0, 1) for end in ("", ".index")] + [
+        "transcode.lock"
+    ]
+    names = sorted(video_decoder.find_videos(sharded, video_decoder.EXTENSIONS))
+    assert [name.split("/", 1)[1] for name in names] == files(tree / "store")
+    for name in names:
+        source = video_decoder.locate(sharded / name)
+        with video_decoder.MemberFile(source) as member:
+            assert member.read() == (tree / "store" / name.split("/", 1)[1]).read_bytes()
+
+
+def stop_after(monkeypatch, count):
+    """Have the run crash when `count` videos are transcoded."""
+    original, done = transcode.transcode, []
+
+    def stopping(source, target, **settings):
+        if len(done) == count:
+            raise RuntimeError("a crash")
+        original(source, target, **settings)
+        done.append(source)
+
+    monkeypatch.setattr(transcode, "transcode", stopping)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_that_was_stopped_ends_with_the_same_shards(
+    count, tree, sharded, tmp_path, monkeypatch
+):
+    command = arguments(tree / "source", tmp_path / "store", "--num_workers", "1", *SHARDS)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
+        stop_after(patch, count)
+        transcode.main(command)
+    left = ["unpacked/a.mp4.part"] if count == 1 else ["00000.tar", "00000.tar.index"]
+    assert files(tmp_path / "store") == sorted([*left, "transcode.lock"])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3 - count)  # what is done is not done again
+        transcode.main(command)
+    for number in (0, 1):
+        shard = f"0000{number}.tar"
+        assert (tmp_path / "store" / shard).read_bytes() == (sharded / shard).read_bytes()
+    assert files(tmp_path / "store") == files(sharded)
+
+
+def test_new_videos_go_into_new_shards_and_failures_into_none(tree, sharded, tmp_path, capsys):
+    source, store = tmp_path / "source", tmp_path / "store"
+    shutil.copytree(tree / "source", source)
+    shutil.copytree(sharded, store)
+    shutil.copy(source / "a.mp4", source / "0.mp4")
+    (source / "broken.mp4").write_bytes(b"no video at all")
+    before = [(store / f"0000{number}.tar").stat() for number in (0, 1)]
+    with pytest.raises(SystemExit) as stopped:
+        transcode.main(arguments(source, store, *SHARDS))
+    output = capsys.readouterr()
+    assert stopped.value.code == 1 and "4 of 5 videos" in output.out
+    assert "failed: broken.mp4: " in output.err
+    assert [(store / f"0000{number}.tar").stat() for number in (0, 1)] == before
+    assert list(video_decoder.find_videos(store / "00002.tar", {".mp4"})) == ["0.mp4"]
+
+
+def test_shards_are_transcoded_as_files_are(tree, tmp_path):
+    with tarfile.open(tmp_path / "s, 1.tar", "w") as tar:
+        tar.add(tree / "source" / "c.avi", "in/c.avi")
+    transcode.main(arguments(tmp_path / "s, 1.tar", tmp_path / "store"))
+    assert (tmp_path / "store/in/c.avi").read_bytes() == (tree / "store/c.avi").read_bytes()
+
+
+def test_the_shards_of_a_store_have_one_writer_and_one_size(tree, sharded):
+    with transcode.lock_store(sharded), pytest.raises(InputError, match="another run"):
+        transcode.main(arguments(tree / "source", sharded, *SHARDS))
+    for others in ([], ["--shards"]):
+        with pytest.raises(InputError, match=r"--shards 0\.2"):
+            transcode.main(arguments(tree / "source", sharded, *others))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -190,6 +281,7 @@ def test_a_store_is_not_continued_with_other_settings(tree):
         (["--fps", "0"], "--fps"),
         (["--multiple", "0"], "--multiple"),
         (["--crf", "99"], "--crf"),
+        (["--shards", "0"], "--shards"),
         (["--keyint", "0"], "--keyint"),
         (["--keyint", "inf"], "--keyint"),
         (["--out", "{source}/../a.file/store"], "a.file"),

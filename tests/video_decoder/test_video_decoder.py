@@ -39,9 +39,9 @@ def golden_rows():
     ]
 
 
-def decode_row(row, backend):
-    """The clips a golden row speaks of."""
-    path, count, size = VIDEOS / row["video"], row["num_frames"], row["size"]
+def decode_row(row, backend, folder=VIDEOS):
+    """The clips a golden row speaks of, of the video in that folder."""
+    path, count, size = folder / row["video"], row["num_frames"], row["size"]
     if row["kind"] == "hmdb":
         video = decode_frames(path, size=size, backend=backend)
         missing = max(0, count - video.shape[1])

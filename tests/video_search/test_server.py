@@ -13,7 +13,7 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.helpers import make_video, open_page, page_errors
+from tests.helpers import make_video, open_page, pack_folder, page_errors
 from utils import InputError
 from video_search import server as search_server
 from video_search.index import IndexMetadata, Video, read_index, write_index
@@ -209,6 +209,33 @@ def test_files_of_any_name_and_a_relative_folder_are_given_out(tmp_path, monkeyp
     assert answer.status_code == 200 and answer.mimetype == "video/mp4"
     assert answer.data == (tmp_path / "films" / name).read_bytes()
     assert client.get(found["thumbnail"]).mimetype == "image/webp"
+
+
+def test_a_video_in_a_tar_file_is_given_out_in_ranges(folder, tmp_path):
+    content = (folder / "a.webm").read_bytes()
+    shard = pack_folder(folder, tmp_path / "films/s.tar", ["secret.txt", "a.webm", "c.mp4"])
+    video = Video("s.tar/a.webm", len(content), shard.stat().st_mtime_ns, "", *one_window())
+    about = IndexMetadata(str(tmp_path / "films"), SETTINGS, "/w.pth", "/dict.npy")
+    write_index(tmp_path / "index", about, [video])
+    client = create_app(read_index(tmp_path / "index"), embed, tmp_path / "films").test_client()
+    (found,) = client.get("/moments?text=stir").get_json()["moments"]
+    assert client.get(found["thumbnail"]).mimetype == "image/webp"
+    answer = client.get(found["video"])
+    assert answer.status_code == 200 and answer.data == content
+    assert answer.mimetype == "video/webm" and answer.content_length == len(content)
+    assert answer.headers["Accept-Ranges"] == "bytes"
+    for wanted, part in {"0-9": slice(10), "500-": slice(500, None), "-7": slice(-7, None)}.items():
+        answer = client.get(found["video"], headers={"Range": f"bytes={wanted}"})
+        assert answer.status_code == 206 and answer.data == content[part]
+        assert answer.headers["Content-Range"].endswith(f"/{len(content)}")
+    beyond = {"Range": f"bytes={len(content)}-"}
+    assert client.get(found["video"], headers=beyond).status_code == 416
+    pack_folder(folder, shard, ["secret.txt", "c.mp4"])
+    assert client.get(found["video"]).text == "s.tar/a.webm is gone; index the videos again."
+
+
+def one_window():
+    return torch.zeros(1, dtype=torch.float64), torch.ones(1, 2)
 
 
 def test_a_file_that_is_gone_or_has_changed_is_not_given_out(client, at, folder):

@@ -1,0 +1,396 @@
+"""Read videos in tar files in place: `SHARD.tar/MEMBER` is the path of one, as in a folder.
+
+A shard is an uncompressed tar file whose name ends in .tar. FFmpeg opens the bytes of one member
+only, through its `subfile` protocol. Where they are is in the shard's index, `SHARD.tar.index`,
+which is made on first use. If the shard's folder is not writable, the index is in the user's cache
+folder; if that is not either, in the memory of each process. An index is of one size and
+modification time of its shard: with others it is made again. All integers are little-endian:
+
+    header     magic, CRC-32 of the rest, size and modification time (ns) of the shard, number of
+               members, byte at which the shard is damaged or -1
+    starts     int64 [members], first byte in the shard; -f if the member has fault f, see FAULTS
+    sizes      int64 [members], bytes
+    ends       int64 [members], of the names
+    names      joined, sorted
+
+A name of a shard that two members have is ambiguous, so neither is read.
+"""
+
+import bisect
+import functools
+import hashlib
+import io
+import os
+import re
+import stat
+import struct
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils import atomic_write, escapes_root, find_files, log, one_line, printable
+from video_decoder.limits import DecodeError, FilePath
+
+SHARD = ".tar"
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm")  # of find_video, in order of preference
+# Of tar files in which nothing can be read in place.
+COMPRESSED = {".bz2", ".gz", ".lz4", ".tbz2", ".tgz", ".txz", ".xz", ".zst"}
+COMPRESSED_TAR = re.compile(r"\.(tar\.[^./]+|t[bgx]z2?)$", re.IGNORECASE)
+COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+SHARD_IN_PATH = re.compile(r"\.tar(?=/)", re.IGNORECASE)
+
+HEADER = struct.Struct("<16sQqqqq")
+MAGIC = b"milnce shard 1\n\0"
+FAULTS = (
+    "",
+    "leads out of the shard; pack it under another name",
+    "is in the shard more than once; keep one",
+    "is a link or not a file; pack the file itself",
+    "is a sparse file; pack it without holes",
+    "is cut short: the shard ends before it does; get the shard again",
+)
+OUTSIDE, DUPLICATE, NOT_A_FILE, SPARSE, CUT_SHORT = range(1, len(FAULTS))
+# Indexes that a process keeps mapped. They are in memory once for all processes, and need no open
+# file.
+OPEN_INDEXES = 4096
+MAX_HEADER_BYTES = 1 << 20  # of a member; more is an attempt to fill the memory
+HEADER_BUFFER = 1 << 13  # bytes; by default a network file system's, which may be megabytes
+
+
+class UnusableMember(ValueError):
+    """Raised for a member of a shard that is there but cannot be read."""
+
+
+class Source(NamedTuple):
+    """The bytes of a video: a file, or `size` bytes of a shard from `start` on."""
+
+    file: str
+    start: int | None  # None: the file itself
+    size: int
+    mtime_ns: int  # of the file
+
+    @property
+    def url(self) -> str:
+        """Return what FFmpeg opens. Nothing in the file's name has a special meaning in it."""
+        if self.start is None:
+            return f"file:{self.file}"
+        return f"subfile,,start,{self.start},end,{self.start + self.size},,:file:{self.file}"
+
+    @property
+    def protocols(self) -> str:
+        """Return FFmpeg's protocol_whitelist."""
+        return "file" if self.start is None else "file,subfile"
+
+
+class MemberFile(io.RawIOBase):
+    """The bytes of a member as a file."""
+
+    def __init__(self, source: Source):
+        self.file, self.source, self.position = io.FileIO(source.file), source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.source.size)[whence]
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        wanted = min(len(buffer), max(0, self.source.size - self.position))
+        self.file.seek(self.source.start + self.position)
+        count = self.file.readinto(memoryview(buffer)[:wanted])
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def is_shard(path: FilePath) -> bool:
+    """Whether this path is a shard by its name, and a file."""
+    return os.fsdecode(path).lower().endswith(SHARD) and os.path.isfile(path)
+
+
+def locate(path: FilePath) -> Source:
+    """Find the bytes of a video.
+
+    Raises OSError, such as FileNotFoundError; UnusableMember; or ValueError for what is no regular
+    file, as FFmpeg would also open folders, pipes and devices, or in a shard that is none.
+    """
+    name = os.fsdecode(path)
+    for match in SHARD_IN_PATH.finditer(name):
+        shard = name[: match.end()]
+        status = os.stat(shard)
+        if stat.S_ISREG(status.st_mode):  # else a folder of that name
+            return locate_member(shard, status, name[match.end() :])
+    status = os.stat(name)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    return Source(name, None, status.st_size, status.st_mtime_ns)
+
+
+def locate_member(shard: str, status: os.stat_result, name: str) -> Source:
+    """Find the bytes of a member of a shard, see locate."""
+    index = open_index(shard, status.st_size, status.st_mtime_ns, status.st_ino)
+    number = index.find(os.fsencode(plain_name(name)))
+    if number is None:
+        raise FileNotFoundError("is not in the shard")
+    start, size = index.starts[number].item(), index.sizes[number].item()
+    if start < 0:
+        raise UnusableMember(FAULTS[-start])
+    return Source(shard, start, size, status.st_mtime_ns)
+
+
+def find_source(path: FilePath) -> Source:
+    """Find the bytes of a video, as `locate` does. Raises DecodeError."""
+    try:
+        return locate(path)
+    except (OSError, ValueError) as error:
+        raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def video_exists(path: FilePath) -> bool:
+    """Whether a path is a file, or in a shard, usable or not."""
+    try:
+        locate(path)
+    except UnusableMember:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def find_video(*stems: FilePath) -> Path:
+    """Return the first path `<stem><one of VIDEO_SUFFIXES>` of which there is a video.
+
+    If there is none, the first of those that could be.
+    """
+    paths = [Path(f"{os.fspath(stem)}{suffix}") for stem in stems for suffix in VIDEO_SUFFIXES]
+    return next(filter(video_exists, paths), paths[0])
+
+
+def find_videos(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
+    """Yield the paths, relative to a folder or a shard, of the videos in it and in its shards.
+
+    extensions: in lower case, with the dot. What cannot be used of a shard is logged, a line each,
+    and skipped. Raises OSError if a folder or file cannot be read.
+    """
+    if is_shard(root):
+        yield from list_members(os.fsdecode(root), extensions)
+        return
+    for name in find_files(root, {*extensions, SHARD, *COMPRESSED}):
+        path = os.path.join(root, name)
+        extension = os.path.splitext(name)[1].lower()
+        if extension == SHARD:
+            for member in list_members(path, extensions):
+                yield f"{name}/{member}"
+        elif extension in extensions:
+            yield name
+        elif COMPRESSED_TAR.search(name):
+            log.warning("skipped: %s: is compressed; decompress it", printable(path))
+
+
+def list_members(shard: str, extensions: Collection[str]) -> Iterator[str]:
+    """Yield the names of the members with one of the extensions. See find_videos."""
+    status = os.stat(shard)
+    try:
+        index = open_index(shard, status.st_size, status.st_mtime_ns, status.st_ino)
+    except ValueError as error:
+        log.warning("skipped: %s: %s", printable(shard), error)
+        return
+    if index.damaged_at >= 0:
+        log.warning(
+            "%s: is cut short or damaged at byte %d; only what is before is used",
+            *(printable(shard), index.damaged_at),
+        )
+    for number in range(len(index)):
+        name = os.fsdecode(index.name(number))
+        if os.path.splitext(name)[1].lower() not in extensions:
+            continue
+        if (start := index.starts[number].item()) < 0:
+            log.warning("skipped: %s: %s", printable(f"{shard}/{name}"), FAULTS[-start])
+        else:
+            yield name
+
+
+def plain_name(name: str) -> str:
+    """Return a member's name as paths have it: `./a//b` is `a/b`."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+# --- indexes --------------------------------------------------------------------------------------
+
+
+class ShardIndex:
+    """The members of a shard, sorted by name. See the module's docstring for the arrays."""
+
+    def __init__(self, content: np.ndarray):
+        """content: uint8 [bytes] of an index file. Raises ValueError if it is none."""
+        rest = content[HEADER.size :]
+        header = content[: HEADER.size].tobytes()
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise ValueError("is not the index of a shard")
+        _, checksum, self.size, self.mtime_ns, count, self.damaged_at = HEADER.unpack(header)
+        if checksum != zlib.crc32(rest):
+            raise ValueError("is damaged")
+        numbers = rest[: 24 * count].view("<i8")
+        self.starts, self.sizes, self.ends = numbers.reshape(3, count)
+        self.names = rest[24 * count :]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def name(self, number: int) -> bytes:
+        start = self.ends[number - 1] if number else 0
+        return self.names[start : self.ends[number]].tobytes()
+
+    def find(self, name: bytes) -> int | None:
+        """Return the number of a member, None if there is none of that name."""
+        number = bisect.bisect_left(range(len(self)), name, key=self.name)
+        return number if number < len(self) and self.name(number) == name else None
+
+
+@functools.lru_cache(OPEN_INDEXES)
+def open_index(shard: str, size: int, mtime_ns: int, inode: int) -> ShardIndex:
+    """Open the index of a shard, whose status this is; make it if there is none that fits.
+
+    Raises OSError, or ValueError if the file is not a shard.
+    """
+    beside = f"{shard}.index"
+    if index := read_index(beside, size, mtime_ns):
+        return index
+    cached = cache_path(shard)
+    if index := read_index(cached, size, mtime_ns):
+        return index
+    content = make_index(shard, size, mtime_ns)
+    for path in (beside, cached):
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(content)
+        except OSError:  # not writable
+            continue
+        if index := read_index(path, size, mtime_ns):
+            return index
+    return ShardIndex(np.frombuffer(content, np.uint8))
+
+
+def cache_path(shard: str) -> str:
+    """Return where the index of a shard is whose folder is not writable."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()
+    return os.path.join(folder, "milnce", f"{name}.index")
+
+
+def read_index(path: str, size: int, mtime_ns: int) -> ShardIndex | None:
+    """Memory-map the index of a shard of this size and time.
+
+    None if it is absent, damaged or of another size or time.
+    """
+    try:
+        length = os.path.getsize(path)
+        # Unlike Python's mmap it keeps no file open.
+        content = torch.from_file(path, size=length, dtype=torch.uint8).numpy()
+    except UnicodeEncodeError:
+        content = np.fromfile(path, np.uint8)
+    except (OSError, RuntimeError):
+        return None
+    try:
+        index = ShardIndex(content)
+    except ValueError:
+        return None
+    return index if (index.size, index.mtime_ns) == (size, mtime_ns) else None
+
+
+def make_index(shard: str, size: int, mtime_ns: int) -> bytes:
+    """Read the headers of a shard, and return the content of its index. See open_index."""
+    members, damaged_at = read_headers(shard, size)
+    names = sorted(members)
+    arrays = [
+        [members[name][0] for name in names],
+        [members[name][1] for name in names],
+        np.cumsum([len(name) for name in names]),
+    ]
+    rest = b"".join([*(np.array(array, "<i8").tobytes() for array in arrays), *names])
+    header = HEADER.pack(MAGIC, zlib.crc32(rest), size, mtime_ns, len(names), damaged_at)
+    return header + rest
+
+
+def read_headers(shard: str, length: int) -> tuple[dict[bytes, tuple[int, int]], int]:
+    """Read the headers of a shard of `length` bytes.
+
+    Returns {name: (start or -fault, size)}, and the byte at which it is damaged, or -1. Raises
+    OSError, or ValueError if it is not a shard.
+    """
+    members = {}
+    with open(shard, "rb", buffering=HEADER_BUFFER) as file:
+        try:
+            tar = tarfile.TarFile(
+                fileobj=HeaderFile(file, length), encoding="utf-8", errors="surrogateescape"
+            )
+        except OSError:
+            raise
+        except Exception as error:  # tarfile raises many types on hostile files
+            file.seek(0)
+            if file.read(8).startswith(COMPRESSED_MAGIC):
+                raise ValueError("is compressed; decompress it") from None
+            raise ValueError(f"is not a tar file ({one_line(error)})") from None
+        try:
+            while member := tar.next():
+                tar.members = []  # which would grow
+                if member.isdir():
+                    continue
+                name, place = describe_member(member, length)
+                members[name] = (-DUPLICATE, 0) if name in members else place
+            file.seek(tar.offset)
+            complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        except OSError:
+            raise
+        except Exception:
+            complete = False
+        return members, -1 if complete else min(tar.offset, length)
+
+
+def describe_member(member: tarfile.TarInfo, length: int) -> tuple[bytes, tuple[int, int]]:
+    """Return the name of a member of a shard of `length` bytes, and (start or -fault, size)."""
+    start, size, name = member.offset_data, member.size, plain_name(member.name)
+    if escapes_root(member.name) or not name:
+        return os.fsencode(member.name), (-OUTSIDE, 0)
+    if member.issparse():
+        start, size = -SPARSE, 0
+    elif not member.isreg():
+        start, size = -NOT_A_FILE, 0
+    elif size < 0 or start + size > length:
+        start, size = -CUT_SHORT, 0
+    return os.fsencode(name), (start, size)
+
+
+class HeaderFile:
+    """A shard as tarfile reads it, without the reads of a hostile one that would not end."""
+
+    def __init__(self, file: io.BufferedReader, length: int):
+        self.file, self.length = file, length
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header is too large")
+        return self.file.read(size)
+
+    def seek(self, position: int) -> int:
+        # tarfile reads the last byte before a header again.
+        if not self.file.tell() - 1 <= position <= self.length:
+            raise tarfile.ReadError("a header leads back, or past the end")
+        return self.file.seek(position)
