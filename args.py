@@ -484,13 +484,13 @@ def check_video_folder(path: FilePath, flag: str) -> None:
 
 
 def files_below(root: FilePath, flag: str, extensions: Collection[str]) -> list[str]:
-    """List the videos that find_videos finds, sorted, with a bar. Raises InputError."""
-    from video_decoder import find_videos
+    """List the videos that walk_files finds, sorted, with a bar. Raises InputError."""
+    from video_decoder import walk_files
 
     check_video_folder(root, flag)
     try:
         return sorted(
-            tqdm(find_videos(root, extensions), format_flag(flag), unit="file", disable=None)
+            tqdm(walk_files(root, extensions), format_flag(flag), unit="file", disable=None)
         )
     except OSError as error:
         raise InputError(

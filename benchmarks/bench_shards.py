@@ -55,7 +55,7 @@ def make_stores(folder: Path, copies: int) -> None:
 
 
 def list_videos(folder: Path, way: str) -> list[Path]:
-    names = sorted(video_decoder.find_videos(folder / way, video_decoder.EXTENSIONS))
+    names = sorted(video_decoder.walk_files(folder / way, video_decoder.EXTENSIONS))
     return [folder / way / name for name in names]
 
 

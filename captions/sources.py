@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import groupby, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple, TextIO
 
 import numpy as np
@@ -30,7 +30,7 @@ from captions.readers import (
     is_store,
     usable_captions,
 )
-from utils import DataError, die_with_parent, find_files, one_line, printable, shorten
+from utils import DataError, die_with_parent, one_line, printable, shorten
 
 JSON_CHUNK = 1 << 20  # characters of a JSON file read at a time
 LARGEST_VIDEO = 1 << 26  # characters of a video's captions, which have some ten thousand
@@ -259,9 +259,11 @@ def rank(path: str, language: str) -> tuple:
 
 
 def find_caption_files(folder: str, language: str = "en") -> list[CaptionFiles]:
-    """Return the caption files below a folder, sorted by the names of their videos."""
+    """Return the caption files below a folder and in its shards, sorted by their videos' names."""
+    from video_decoder import walk_files  # loads torch, for which --help should not wait
+
     check_root(folder)
-    found = tqdm(find_files(folder, SUFFIXES), "caption files", unit="file", disable=None)
+    found = tqdm(walk_files(folder, SUFFIXES), "caption files", unit="file", disable=None)
     paths = [path for path in found if path.endswith(SUFFIXES) and not path.endswith(NOT_CAPTIONS)]
     if not paths:
         raise DataError(
@@ -350,12 +352,14 @@ def read_video(folder: str, video: CaptionFiles, language: str) -> Outcome:
 
 def read_file(name: str, path: str, language: str) -> Outcome:
     """Return the Outcome of one caption file; any error is a CaptionError."""
+    from video_decoder import locate, read_bytes
+
     try:
         path.encode()
         check_language(path, split_name(path)[1], language)
-        if (size := os.path.getsize(path)) > LARGEST_VIDEO:
+        if (size := locate(path).size) > LARGEST_VIDEO:
             raise CaptionError(f"{path}: has {size:,} bytes, too many for the captions of a video")
-        captions, kind, stated = parse_transcript(path, Path(path).read_bytes())
+        captions, kind, stated = parse_transcript(path, read_bytes(path))
         check_language(path, stated, language)
         return Outcome(name, captions, kind)
     except UnicodeEncodeError:

@@ -41,10 +41,11 @@ from video_decoder.shards import (
     Source,
     find_source,
     find_video,
-    find_videos,
     is_shard,
     locate,
+    read_bytes,
     video_exists,
+    walk_files,
 )
 
 __all__ = [
@@ -64,12 +65,13 @@ __all__ = [
     "ffmpeg_program",
     "find_source",
     "find_video",
-    "find_videos",
     "is_shard",
     "locate",
     "probe_duration",
     "probe_size",
+    "read_bytes",
     "video_exists",
+    "walk_files",
 ]
 
 BACKENDS = ("pyav", "ffmpeg")

@@ -161,6 +161,14 @@ def find_source(path: FilePath) -> Source:
         raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def read_bytes(path: FilePath) -> bytes:
+    """Read a whole file, which may be in a shard. Raises OSError or ValueError, see locate."""
+    source = locate(path)
+    with open(source.file, "rb") as file:
+        file.seek(source.start or 0)
+        return file.read(source.size)
+
+
 def video_exists(path: FilePath) -> bool:
     """Whether a path is a file, or in a shard, usable or not."""
     try:
@@ -181,10 +189,10 @@ def find_video(*stems: FilePath) -> Path:
     return next(filter(video_exists, paths), paths[0])
 
 
-def find_videos(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
-    """Yield the paths, relative to a folder or a shard, of the videos in it and in its shards.
+def walk_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
+    """Yield the paths, relative to a folder or a shard, of the files in it and in its shards.
 
-    extensions: in lower case, with the dot. What cannot be used of a shard is logged, a line each,
+    extensions: of the files, in lower case, with the dot. What cannot be used of a shard is logged, a line each,
     and skipped. Raises OSError if a folder or file cannot be read.
     """
     if is_shard(root):
@@ -203,7 +211,7 @@ def find_videos(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
 
 
 def list_members(shard: str, extensions: Collection[str]) -> Iterator[str]:
-    """Yield the names of the members with one of the extensions. See find_videos."""
+    """Yield the names of the members with one of the extensions. See walk_files."""
     status = os.stat(shard)
     try:
         index = open_index(shard, status.st_size, status.st_mtime_ns, status.st_ino)

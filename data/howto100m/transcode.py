@@ -186,9 +186,9 @@ def unpacked(out: Path, video: Path) -> Path:
 
 def list_packed(out: Path) -> set[str]:
     """List the videos in the shards of a store."""
-    from video_decoder import EXTENSIONS, find_videos
+    from video_decoder import EXTENSIONS, walk_files
 
-    return {name for shard in out.glob("*.tar") for name in find_videos(shard, EXTENSIONS)}
+    return {name for shard in out.glob("*.tar") for name in walk_files(shard, EXTENSIONS)}
 
 
 def pack(out: Path, videos: Iterable[Path], megabytes: float) -> None:
@@ -208,7 +208,7 @@ def pack(out: Path, videos: Iterable[Path], megabytes: float) -> None:
 
 def write_shard(shard: Path, out: Path, videos: list[Path]) -> None:
     """Move the videos into a shard, whose bytes depend on theirs and on their names only."""
-    from video_decoder import find_videos
+    from video_decoder import walk_files
 
     with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for video in videos:
@@ -216,7 +216,7 @@ def write_shard(shard: Path, out: Path, videos: list[Path]) -> None:
             with open(unpacked(out, video), "rb") as content:
                 member.size = os.fstat(content.fileno()).st_size
                 tar.addfile(member, content)
-    list(find_videos(shard, ()))  # makes its index
+    list(walk_files(shard, ()))  # makes its index
     for video in videos:
         unpacked(out, video).unlink()
 

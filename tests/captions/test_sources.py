@@ -6,7 +6,7 @@ import pytest
 
 from captions.readers import CaptionError
 from captions.sources import OtherLanguage, find_caption_files, iter_captions
-from tests.helpers import rolling_vtt, write_csv
+from tests.helpers import pack_folder, rolling_vtt, write_csv
 from utils import DataError
 from video_loader import clip_window
 
@@ -27,6 +27,19 @@ def read(root, **options):
     found = {name: captions for name, captions, _ in outcomes}
     assert len(found) == len(outcomes)
     return {n: c if isinstance(c, CaptionError) else c[2] for n, c in found.items()}
+
+
+def test_captions_in_shards_are_found_beside_their_videos(tmp_path):
+    write(
+        tmp_path / "loose",
+        {"a.json": WHISPER, "b.en.vtt": "WEBVTT\n", "sub/c.srt": SRT.format("c")},
+    )
+    pack_folder(tmp_path / "loose", tmp_path / "root" / "00000.tar")
+    write(tmp_path / "root", {"d.csv": "start,end,text\n1,2.5,from csv\n"})
+    found = read(tmp_path / "root")
+    assert found.keys() == {"00000.tar/a", "00000.tar/b", "00000.tar/sub/c", "d"}
+    assert found["00000.tar/a"] == ["from json"] and found["00000.tar/sub/c"] == ["from c"]
+    assert isinstance(found["00000.tar/b"], CaptionError)
 
 
 # ---- a folder ------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_shards_hold_the_videos_of_the_store(tree, sharded):
     assert files(sharded) == [f"0000{n}.tar{end}" for n in (0, 1) for end in ("", ".index")] + [
         "transcode.lock"
     ]
-    names = sorted(video_decoder.find_videos(sharded, video_decoder.EXTENSIONS))
+    names = sorted(video_decoder.walk_files(sharded, video_decoder.EXTENSIONS))
     assert [name.split("/", 1)[1] for name in names] == files(tree / "store")
     for name in names:
         source = video_decoder.locate(sharded / name)
@@ -255,7 +255,7 @@ def test_new_videos_go_into_new_shards_and_failures_into_none(tree, sharded, tmp
     assert stopped.value.code == 1 and "4 of 5 videos" in output.out
     assert "failed: broken.mp4: " in output.err
     assert [(store / f"0000{number}.tar").stat() for number in (0, 1)] == before
-    assert list(video_decoder.find_videos(store / "00002.tar", {".mp4"})) == ["0.mp4"]
+    assert list(video_decoder.walk_files(store / "00002.tar", {".mp4"})) == ["0.mp4"]
 
 
 def test_shards_are_transcoded_as_files_are(tree, tmp_path):

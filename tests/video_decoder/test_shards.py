@@ -19,12 +19,12 @@ from video_decoder import (
     DecodeError,
     MemberFile,
     decode_clip,
-    find_videos,
     locate,
     probe_duration,
     probe_size,
     shards,
     video_exists,
+    walk_files,
 )
 
 CLIP = {"fps": 5, "num_frames": 2, "size": 16}
@@ -166,11 +166,11 @@ def test_members_are_found_by_the_name_that_a_folder_would_give_them(tmp_path):
     (tmp_path / "file.mp4").write_bytes(b"file")
     (tmp_path / "folder.tar").mkdir()
     (tmp_path / "folder.tar" / "x.mp4").write_bytes(b"x")
-    found = sorted(find_videos(tmp_path, EXTENSIONS))
+    found = sorted(walk_files(tmp_path, EXTENSIONS))
     in_shard = ["a.mp4", "b/c.mp4", "d/é.mp4"]
     expected = [*(f"deep/s.tar/{name}" for name in in_shard), "file.mp4", "folder.tar/x.mp4"]
     assert found == expected
-    assert sorted(find_videos(shard, EXTENSIONS)) == in_shard
+    assert sorted(walk_files(shard, EXTENSIONS)) == in_shard
     assert [read(shard / name) for name in in_shard] == [b"a", b"c", b"e"]
     assert locate(tmp_path / "folder.tar/x.mp4").start is None
     assert read(f"{shard}//b/./c.mp4") == b"c"
@@ -193,7 +193,7 @@ def test_what_exists(tmp_path):
 def lines_of(folder, log):
     """What is found below a folder, and the lines that are logged."""
     log.clear()
-    return sorted(find_videos(folder, EXTENSIONS)), [r.getMessage() for r in log.records]
+    return sorted(walk_files(folder, EXTENSIONS)), [r.getMessage() for r in log.records]
 
 
 def link(name, target, kind=tarfile.SYMTYPE):
@@ -317,7 +317,7 @@ def header(name, size, kind):
 def test_hostile_sizes_end(kind, size, tmp_path):
     good = header("good.mp4", 0, tarfile.REGTYPE)
     (tmp_path / "s.tar").write_bytes(good + header("bad.mp4", size, kind) + good * 3)
-    list(find_videos(tmp_path, EXTENSIONS))
+    list(walk_files(tmp_path, EXTENSIONS))
     assert video_exists(tmp_path / "s.tar/good.mp4")
     with pytest.raises((OSError, ValueError)):
         locate(tmp_path / "s.tar/bad.mp4")
