@@ -192,8 +192,8 @@ def find_video(*stems: FilePath) -> Path:
 def walk_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
     """Yield the paths, relative to a folder or a shard, of the files in it and in its shards.
 
-    extensions: of the files, in lower case, with the dot. What cannot be used of a shard is logged, a line each,
-    and skipped. Raises OSError if a folder or file cannot be read.
+    extensions: of the files, in lower case, with the dot. What cannot be used of a shard is logged,
+    a line each, and skipped. Raises OSError if a folder or file cannot be read.
     """
     if is_shard(root):
         yield from list_members(os.fsdecode(root), extensions)
