@@ -137,6 +137,67 @@ class TemporalConv3d(nn.Conv3d):
         return net.unflatten(3, size)
 
 
+class FrameConv3d(nn.Conv3d):
+    """A 1xkxk convolution, computed as the equivalent 2-d one on frames."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (_, *stride), (_, *padding) = self.stride, self.padding
+        frames = F.conv2d(frames_of(x), self.weight.squeeze(2), self.bias, stride, padding)
+        return clips_of(frames, len(x))
+
+
+class FrameBatchNorm3d(nn.BatchNorm3d):
+    """BatchNorm, computed as the equivalent 2-d one on frames."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return clips_of(super().forward(frames_of(x)), len(x))
+
+
+class FrameMaxPool3d(nn.MaxPool3d):
+    """A max-pool, computed as a 2-d one on frames and then, if it has one, a 2-d one over time.
+
+    Gradients are the same, too: both take the first of the largest values.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel, stride, padding = map(triple, (self.kernel_size, self.stride, self.padding))
+        options = {"ceil_mode": self.ceil_mode}
+        frames = F.max_pool2d(frames_of(x), kernel[1:], stride[1:], padding[1:], **options)
+        x = clips_of(frames, len(x))
+        if kernel[0] == 1:
+            return x
+        over_time = (kernel[0], 1), (stride[0], 1), (padding[0], 0)
+        return F.max_pool2d(x.flatten(3), *over_time, **options).unflatten(3, x.shape[3:])
+
+
+def frames_of(clips: torch.Tensor) -> torch.Tensor:
+    """Reshape [B, C, T, H, W] to [B*T, C, H, W], a view if the channels are innermost."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def clips_of(frames: torch.Tensor, clips: int) -> torch.Tensor:
+    """Undo frames_of, for that many clips: a view."""
+    return frames.unflatten(0, (clips, -1)).transpose(1, 2)
+
+
+def compute_in_2d(model: nn.Module) -> nn.Module:
+    """Have a model compute all layers but the first convolution in two dimensions; return it.
+
+    Weights and keys stay, and values but for rounding. Meant for a GPU with the channels innermost:
+    the 2-d kernels may be faster there. On a CPU they are slower.
+    """
+    for module in model.modules():
+        if type(module) is nn.BatchNorm3d:
+            module.__class__ = FrameBatchNorm3d
+        elif type(module) is nn.MaxPool3d:
+            module.__class__ = FrameMaxPool3d
+        elif type(module) is nn.Conv3d and module.kernel_size[0] == module.stride[0] == 1:
+            module.__class__ = FrameConv3d
+    return model
+
+
 class STConv3D(nn.Module):
     """Convolution, BatchNorm, ReLU; `separable` splits it into 1xkxk and then kx1x1."""
 
@@ -166,9 +227,11 @@ class STConv3D(nn.Module):
             self.bn1 = nn.BatchNorm3d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        # In place on a view, autograd would copy the gradient of what it is a view of.
+        inplace = not isinstance(self.bn1, FrameBatchNorm3d)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=inplace)
         if self.separable:
-            x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+            x = F.relu(self.bn2(self.conv2(x)), inplace=inplace)
         return x
 
 

@@ -1,3 +1,4 @@
+import copy
 import functools
 import pickle
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import s3dg
 from loss import MILNCELoss
@@ -381,10 +383,95 @@ def test_a_temporal_convolution_is_a_three_dimensional_one(frames, dtype):
         assert one.shape == other.shape and relative_difference(one, other) < tolerance
 
 
-def test_grad_checkpoint_changes_neither_gradients_nor_running_averages():
+LAYERS = {
+    "1x1x1": nn.Conv3d(8, 12, 1),
+    "1xkxk": nn.Conv3d(8, 12, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False),
+    "BatchNorm": nn.BatchNorm3d(8),
+    "pool of a block": nn.MaxPool3d(3, stride=1, padding=1),
+    "pool of space": nn.MaxPool3d((1, 3, 3), (1, 2, 2), ceil_mode=True),
+    "pool 4a": nn.MaxPool3d((3, 3, 3), (2, 2, 2), ceil_mode=True),
+    "pool 5a": nn.MaxPool3d((2, 2, 2), (2, 2, 2), ceil_mode=True),
+}
+
+
+def outputs_and_gradients(layer, x):
+    own = x.clone().requires_grad_()
+    output = layer(own)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view(output.shape)
+    return [output, *torch.autograd.grad((output * weights).sum(), [own, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_layer_of_two_dimensions_equals_that_of_three(name, layout):
+    layer = copy.deepcopy(LAYERS[name]).double().train()
+    flat = s3dg.compute_in_2d(copy.deepcopy(layer))
+    assert type(flat) is not type(layer)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 8, 4, 9, 9, generator=generator, dtype=torch.float64)
+    x = x.relu().to(memory_format=layout)  # zeros, as of activations, are ties of the pools
+    three, two = outputs_and_gradients(layer, x), outputs_and_gradients(flat, x)
+    for found, expected in zip(two, three, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert "pool" not in name or torch.equal(two[0], three[0])
+    for found, expected in zip(flat.buffers(), layer.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_frames_are_a_view_of_clips_with_the_channels_innermost():
+    x = torch.randn(2, 8, 4, 5, 5).to(memory_format=torch.channels_last_3d)
+    frames = s3dg.frames_of(x)
+    assert frames.data_ptr() == x.data_ptr()
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(s3dg.clips_of(frames, 2), x)
+
+
+@pytest.mark.parametrize(
+    ("stem", "train"),
+    [
+        ("std", False),
+        ("s2d", False),
+        ("std", True),
+        pytest.param("s2d", True, marks=pytest.mark.slow),
+    ],
+)
+def test_in_two_dimensions_the_network_computes_the_same(stem, train):
+    """BatchNorm of few values would amplify the rounding: clips are larger in training mode."""
+    video, found = torch.rand(*((4, 3, 8, 64, 64) if train else (2, 3, 4, 32, 32))).double(), []
+    for flat in (False, True):
+        model = float32_model(stem).double().to(memory_format=torch.channels_last_3d).train(train)
+        if flat:
+            assert s3dg.compute_in_2d(model) is model
+            kinds = nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d
+            assert [m for m in model.modules() if type(m) in kinds] == [model.conv1.conv1]
+            assert model.state_dict().keys() == float32_state(stem).keys()
+        embedding = model.forward_video(video.to(memory_format=torch.channels_last_3d))
+        embedding.square().sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((embedding, torch.cat(gradients), list(model.buffers())))
+    (embedding, gradient, buffers), (own_embedding, own_gradient, own_buffers) = found
+    assert relative_difference(own_embedding, embedding) < 1e-12
+    assert relative_difference(own_gradient, gradient) < 1e-10
+    for own, other in zip(own_buffers, buffers, strict=True):
+        assert torch.equal(own, other) or relative_difference(own, other) < 1e-12
+
+
+def test_an_inference_copy_of_a_model_in_two_dimensions_gives_its_embeddings():
+    model, video = s3dg.compute_in_2d(float32_model("std")), torch.rand(1, 3, 4, 32, 32)
+    with torch.inference_mode():
+        expected = model.forward_video(video)
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+            value = s3dg.fuse_for_inference(model, dtype).forward_video(video)
+            assert relative_difference(value, expected) < limit
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_grad_checkpoint_changes_neither_gradients_nor_running_averages(flat):
     video, models = torch.rand(2, 3, 4, 32, 32), []
     for checkpointed in (False, True):
         model = float32_model("std").train()
+        if flat:
+            s3dg.compute_in_2d(model)
         model.grad_checkpoint = checkpointed
         calls = []
         model.mixed_4d.conv_b0.register_forward_hook(lambda *_, calls=calls: calls.append(1))
