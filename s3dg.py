@@ -365,12 +365,35 @@ def in_full_precision(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return layer(x.to(layer.weight.dtype))
 
 
-def to_unit_range(video: torch.Tensor) -> torch.Tensor:
-    """Convert uint8 clips [.., 3, T, H, W] to the model's input, float32 in [0, 1].
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type in which autocast computes on a device, or None if it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
+
+def to_unit_range(
+    video: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> torch.Tensor:
+    """Convert uint8 clips [.., 3, T, H, W] to the model's input, in [0, 1].
+
+    dtype, memory_format: of the result, see input_format. bfloat16 and float16 have the values that
+    autocast would round from float32: bytes are exact in both, and the division is in float32.
     Convert on the device: transferring bytes takes a quarter of the time.
     """
-    return video.to(torch.float32, copy=True).div_(255)
+    return video.to(dtype, memory_format=memory_format, copy=True).div_(255)
+
+
+def input_format(network: nn.Module) -> tuple[torch.dtype, torch.memory_format]:
+    """Return type and layout of the network's first 3-d convolution, for to_unit_range.
+
+    Clips in them need no further conversion. Without one: float32, contiguous.
+    """
+    weight = next((p for p in network.parameters() if p.ndim == 5), torch.empty(0))
+    innermost = weight.ndim == 5 and weight.is_contiguous(memory_format=torch.channels_last_3d)
+    return weight.dtype, torch.channels_last_3d if innermost else torch.contiguous_format
 
 
 def check_video(video: torch.Tensor, *, check_range: bool) -> None:
@@ -537,7 +560,8 @@ class S3D(nn.Module):
         ValueError for another shape or type and, in evaluation mode, for another range.
         """
         check_video(video, check_range=not self.training)
-        net = video.to(self.conv1.conv1.weight.dtype)
+        converted = video.dtype == autocast_type(video.device)  # as the convolutions would do
+        net = video if converted else video.to(self.conv1.conv1.weight.dtype)
         for stage in (
             self.stem,
             self.conv_2b,

@@ -353,6 +353,29 @@ def test_an_inference_copy_leaves_the_model_as_it_is_and_shares_its_word_vectors
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_become_the_values_that_autocast_rounds_from_float32(dtype, layout):
+    video = torch.arange(256, dtype=torch.uint8).expand(3, 256).reshape(1, 3, 4, 8, 8)
+    clips = s3dg.to_unit_range(video, dtype, layout)
+    assert clips.dtype == dtype and clips.is_contiguous(memory_format=layout)
+    assert torch.equal(clips, (video.float() / 255).to(dtype))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("stem", STEMS)
+def test_clips_in_the_type_and_layout_of_autocast_embed_the_same(stem, layout):
+    model = float32_model(stem).to(memory_format=layout)
+    assert s3dg.input_format(model) == (torch.float32, layout)
+    video = torch.randint(0, 256, (1, 3, 4, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model.forward_video(s3dg.to_unit_range(video))
+        value = model.forward_video(s3dg.to_unit_range(video, torch.bfloat16, layout))
+    assert torch.equal(value, expected)
+    fast = s3dg.fuse_for_inference(model, torch.bfloat16)
+    assert s3dg.input_format(fast) == (torch.bfloat16, layout)
+
+
 @pytest.mark.parametrize("size", [(4, 8, 8), (5, 9, 7), (2, 25, 50)])
 @pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (2, 2, 2)])
 def test_pooling_pads_with_zeros_as_tensorflow_does(kernel, size):
