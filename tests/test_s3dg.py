@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import s3dg
@@ -286,6 +287,110 @@ def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, ca
         s3dg.load_model(path)
     assert "\n" not in str(refused.value)
     assert "must not run" not in capsys.readouterr().out
+
+
+def test_safetensors_load_like_torch_save(tmp_path, small):
+    save_file(small.state_dict(), tmp_path / "weights.safetensors")
+    model = s3dg.load_model(tmp_path / "weights.safetensors")
+    for name, value in small.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    (tmp_path / "weights.safetensors").write_bytes(b"not this")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
+        s3dg.load_model(tmp_path / "weights.safetensors")
+
+
+def test_safetensors_without_the_package_are_refused_by_its_name(tmp_path, small, monkeypatch):
+    save_file(small.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match=r"weights\.safetensors needs the package safetensors"):
+        s3dg.load_model(tmp_path / "weights.safetensors")
+
+
+# --- the weights of torchvision's S3D ------------------------------------------------------------
+
+
+def torchvision_model():
+    """torchvision's S3D, or None where torchvision does not load, as beside another torch."""
+    try:
+        from torchvision.models.video import s3d
+    except (ImportError, RuntimeError):
+        return None
+    return s3d()
+
+
+def kinetics_state():
+    """Weights with the names and shapes of torchvision's S3D.
+
+    torchvision_s3d.json lists them, in their order. It was made with torchvision 0.29.1 by loading
+    its models/video/s3d.py and ops/misc.py alone, with stubs for what they import, as
+    [[name, list(value.shape)] for name, value in s3d().state_dict().items()].
+    """
+    generator, state = torch.Generator().manual_seed(1), {}
+    for name, shape in golden_json("torchvision_s3d"):
+        value = torch.rand(shape, generator=generator) + 0.5
+        if len(shape) == 5:
+            value = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
+        state[name] = value.long() if not shape else value
+    return state
+
+
+def test_every_weight_of_torchvision_has_its_place(tmp_path):
+    state = kinetics_state()
+    torch.save(state, tmp_path / "s3d.pth")
+    model = s3dg.load_model(tmp_path / "s3d.pth", num_classes=16)
+    assert model.torchvision and model.num_classes == 16 and not model.training
+    own = {name: value for name, value in model.state_dict().items() if "gating" not in name}
+    own = {n: v for n, v in own.items() if not n.startswith(("fc.", "text_module."))}
+    theirs = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    assert len(own) == len(theirs)
+    # Both register their layers in the order of their use, if the branches are in order, too.
+    for (name, value), other in zip(own.items(), theirs.values(), strict=True):
+        expected = other + (1e-3 - 1e-5) if "running_var" in name else other
+        assert torch.equal(value, expected), name
+    gates = [m for m in model.modules() if isinstance(m, s3dg.SelfGating)]
+    assert len(gates) == 37
+    x = torch.rand(1, 192, 2, 3, 3)
+    torch.testing.assert_close(model.gating(x), x, rtol=1e-4, atol=0)
+
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "epoch0001.pth.tar")
+    again, video = s3dg.load_model(tmp_path / "epoch0001.pth.tar"), torch.rand(1, 3, 14, 48, 48)
+    with torch.inference_mode():
+        assert torch.equal(again.encode_video(video), model.encode_video(video))
+
+
+def test_its_text_network_has_the_given_word_vectors(tmp_path):
+    torch.save(kinetics_state(), tmp_path / "s3d.pth")
+    vectors = torch.randn(8, 300)
+    torch.save(vectors, tmp_path / "word2vec.pth")
+    model = s3dg.load_model(tmp_path / "s3d.pth", word2vec_path=tmp_path / "word2vec.pth")
+    assert torch.equal(model.text_module.word_embd.weight, vectors)
+
+
+def test_incomplete_weights_of_torchvision_are_refused(tmp_path):
+    state = kinetics_state()
+    del state["features.5.branch1.1.0.0.weight"]
+    torch.save(state, tmp_path / "s3d.pth")
+    with pytest.raises(ValueError, match=r"s3d\.pth .*lacks mixed_3b\.conv_b1_b\.conv1\.weight"):
+        s3dg.load_model(tmp_path / "s3d.pth")
+
+
+def test_it_has_the_features_of_torchvision(tmp_path):
+    theirs = torchvision_model()
+    if theirs is None:
+        pytest.skip("torchvision does not load here; its names and shapes are tested above")
+    state = theirs.state_dict()
+    assert [[name, list(v.shape)] for name, v in state.items()] == golden_json("torchvision_s3d")
+    theirs.load_state_dict(kinetics_state())
+    torch.save(theirs.state_dict(), tmp_path / "s3d.pth")
+    model, video = s3dg.load_model(tmp_path / "s3d.pth"), torch.rand(1, 3, 14, 64, 64)
+    normalized = (video - model.mean) / model.std
+    with torch.inference_mode():
+        features = theirs.eval().features(normalized).mean((2, 3, 4))
+        gated = model.forward_video(video, mixed5c=True)
+        ungated = S3D(gating=False, torchvision=True).eval()
+        ungated.load_state_dict(model.state_dict(), strict=False)
+        assert relative_difference(ungated.forward_video(video, mixed5c=True), features) < 1e-4
+    assert relative_difference(gated, features) < 0.02
 
 
 # --- the same maths, sooner or in less memory -----------------------------------------------------
