@@ -182,9 +182,10 @@ def test_raw_text_equals_its_token_ids(tmp_path):
     torch.save(torch.randn(4, 300), tmp_path / "word2vec.pth")
     model = S3D(word2vec_path=tmp_path / "word2vec.pth", token_to_word_path=tmp_path / "dict.npy")
     tokens = torch.tensor([[1, 2, 3] + [0] * 13])
-    assert torch.equal(
-        model.text_module(["Cut the tomato!"], raw_text=True), model(None, tokens, "text")
-    )
+    expected = model(None, tokens, "text")
+    assert torch.equal(model.text_module(["Cut the tomato!"], raw_text=True), expected)
+    for text in ("Cut the tomato!", ["Cut the tomato!"], tokens):
+        assert torch.equal(model.encode_text(text), expected)
 
 
 def test_raw_text_without_a_vocabulary_names_the_missing_file(tmp_path):
@@ -509,6 +510,64 @@ def test_a_temporal_convolution_is_a_three_dimensional_one(frames, dtype):
     tolerance = 1e-12 if dtype == torch.float64 else 0.02
     for one, other in zip((value, *found), (expected, *wanted), strict=True):
         assert one.shape == other.shape and relative_difference(one, other) < tolerance
+
+
+# --- recorded by others ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (2, 2, 2)])
+def test_a_recorded_pool_is_right_at_other_sizes(kernel):
+    pool = s3dg.MaxPool3dTFPadding(kernel, tuple(min(k, 2) for k in kernel))
+    x = torch.rand(1, 2, 4, 8, 8)
+    axes = {axis: torch.export.Dim.DYNAMIC for axis in (2, 3, 4)}
+    traced = torch.jit.trace(pool, x)
+    exported = torch.export.export(pool, (x,), dynamic_shapes=(axes,)).module()
+    for size in ((4, 8, 8), (5, 9, 7), (3, 25, 50), (3, 6, 11)):
+        x = torch.rand(1, 2, *size).sub(0.7).relu_()
+        assert torch.equal(traced(x), pool(x)) and torch.equal(exported(x), pool(x))
+
+
+class VideoTower(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, video):
+        return self.model.encode_video(video)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_is_right_at_other_sizes_and_needs_no_vocabulary():
+    model = float32_model("s2d")
+    model.text_module.token_to_word_path = "absent.npy"
+    with torch.no_grad():
+        traced = torch.jit.trace(VideoTower(model), torch.rand(1, 3, 4, 32, 32))
+        for shape in ((2, 3, 4, 32, 32), (1, 3, 6, 50, 38)):
+            video = torch.rand(shape)
+            assert relative_difference(traced(video), model.encode_video(video)) < 1e-6
+        with pytest.raises(RuntimeError):
+            traced(torch.rand(1, 3, 6, 33, 32))  # odd
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", [*STEMS, "torchvision"])
+def test_an_exported_model_is_right_at_other_sizes_and_refuses_the_rest(stem):
+    model = S3D(torchvision=True).eval() if stem == "torchvision" else float32_model(stem)
+    video, axes = torch.rand(2, 3, 16, 64, 64), model.clip_dims()
+    exported = torch.export.export(VideoTower(model), (video,), dynamic_shapes=(axes,)).module()
+    with torch.no_grad():
+        for shape in ((2, 3, 16, 64, 64), (1, 3, 14, 50, 70)):
+            video = torch.rand(shape)
+            assert relative_difference(exported(video), model.encode_video(video)) < 1e-6
+        refused = [(1, 3, 8, 64, 64), (1, 3, 16, 64, 32)]
+        refused += [(1, 3, 15, 64, 64), (1, 3, 16, 65, 64)] * (stem == "s2d")
+        for shape in refused:
+            with pytest.raises(AssertionError, match="Guard failed"):
+                exported(torch.rand(shape))
+
+
+# --- two dimensions, and gradient checkpointing ---------------------------------------------------
 
 
 LAYERS = {
