@@ -443,17 +443,21 @@ def build_model(args, words, resumed=None):
 
     It is that of the checkpoint, of given weights (--pretrain_cnn_path), or a new one.
     """
+    torch.manual_seed(args.seed)  # the same new weights on every rank
     if resumed:
         with input_error("--resume"):
             model = S3D.from_state_dict(resumed["state_dict"], resumed["path"])
     elif args.pretrain_cnn_path:
         check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
         with input_error("--pretrain_cnn_path"):
-            model = s3dg.load_model(args.pretrain_cnn_path)
+            model = s3dg.load_model(
+                args.pretrain_cnn_path,
+                num_classes=args.num_class,
+                word2vec_path=args.word2vec_path,
+            )
     else:
         if args.word2vec_path:
             check_file(args.word2vec_path, "word2vec_path")
-        torch.manual_seed(args.seed)  # the same weights on every rank
         with input_error("--word2vec_path"):
             model = S3D(args.num_class, word2vec_path=args.word2vec_path, init=args.weight_init)
     with input_error("--num_frames, --video_size"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.export
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -27,6 +28,9 @@ HIDDEN_DIM = 2048
 WORD = re.compile(r"[\w']+")
 VALUE_RANGE = -1, 2  # of video: what filters that overshoot may make of [0, 1] is within
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
+KINETICS_MEAN = 0.43216, 0.394666, 0.37645  # of RGB, as torchvision normalizes it
+KINETICS_STD = 0.22803, 0.22145, 0.216989
+OPEN_GATE = 10.0  # a gate's bias: sigmoid(10) is 0.99995
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -97,13 +101,15 @@ def load_word_vectors(path: str | os.PathLike) -> torch.Tensor:
 
 
 def read_data(path: str | os.PathLike, load: Callable, kind: str) -> Any:
-    """Return load(path). Raises ValueError of one line if the file is invalid."""
+    """Return load(path). Raises ValueError of one line if it is invalid or a package is absent."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of {kind}")
     try:
         return load(path)
     except (OSError, MemoryError):  # the file may be intact
         raise
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package {error.name}; install it") from None
     except Exception as error:  # np.load and torch.load raise many exception types on invalid files
         raise ValueError(
             f"{path} is damaged or is not {kind} ({type(error).__name__}); give another file"
@@ -111,7 +117,11 @@ def read_data(path: str | os.PathLike, load: Callable, kind: str) -> Any:
 
 
 def load_tensors(path: str | os.PathLike) -> Any:
-    """Read a file of torch.save to the CPU, as data: nothing pickled is run."""
+    """Read a file of torch.save, or .safetensors, to the CPU, as data: nothing pickled is run."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file  # an extra
+
+        return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -135,6 +145,67 @@ class TemporalConv3d(nn.Conv3d):
         kernel = self.weight.flatten(3)
         net = F.conv2d(x.flatten(3), kernel, self.bias, (stride, 1), (padding, 0))
         return net.unflatten(3, size)
+
+
+class FrameConv3d(nn.Conv3d):
+    """A 1xkxk convolution, computed as the equivalent 2-d one on frames."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (_, *stride), (_, *padding) = self.stride, self.padding
+        frames = F.conv2d(frames_of(x), self.weight.squeeze(2), self.bias, stride, padding)
+        return clips_of(frames, x.shape[0])
+
+
+class FrameBatchNorm3d(nn.BatchNorm3d):
+    """BatchNorm, computed as the equivalent 2-d one on frames."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return clips_of(super().forward(frames_of(x)), x.shape[0])
+
+
+class FrameMaxPool3d(nn.MaxPool3d):
+    """A max-pool, computed as a 2-d one on frames and then, if it has one, a 2-d one over time.
+
+    Gradients are the same, too: both take the first of the largest values.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel, stride, padding = map(triple, (self.kernel_size, self.stride, self.padding))
+        options = {"ceil_mode": self.ceil_mode}
+        frames = F.max_pool2d(frames_of(x), kernel[1:], stride[1:], padding[1:], **options)
+        x = clips_of(frames, x.shape[0])
+        if kernel[0] == 1:
+            return x
+        over_time = (kernel[0], 1), (stride[0], 1), (padding[0], 0)
+        return F.max_pool2d(x.flatten(3), *over_time, **options).unflatten(3, x.shape[3:])
+
+
+def frames_of(clips: torch.Tensor) -> torch.Tensor:
+    """Reshape [B, C, T, H, W] to [B*T, C, H, W], a view if the channels are innermost."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def clips_of(frames: torch.Tensor, clips: int) -> torch.Tensor:
+    """Undo frames_of, for that many clips: a view."""
+    return frames.unflatten(0, (clips, -1)).transpose(1, 2)
+
+
+def compute_in_2d(model: nn.Module) -> nn.Module:
+    """Have a model compute all layers but the first convolution in two dimensions; return it.
+
+    Weights and keys stay, and values but for rounding. Meant for a GPU with the channels innermost:
+    the 2-d kernels may be faster there. On a CPU they are slower.
+    """
+    for module in model.modules():
+        if type(module) is nn.BatchNorm3d:
+            module.__class__ = FrameBatchNorm3d
+        elif type(module) is nn.MaxPool3d:
+            module.__class__ = FrameMaxPool3d
+        elif type(module) is nn.Conv3d and module.kernel_size[0] == module.stride[0] == 1:
+            module.__class__ = FrameConv3d
+    return model
 
 
 class STConv3D(nn.Module):
@@ -166,9 +237,11 @@ class STConv3D(nn.Module):
             self.bn1 = nn.BatchNorm3d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        # In place on a view, autograd would copy the gradient of what it is a view of.
+        inplace = not isinstance(self.bn1, FrameBatchNorm3d)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=inplace)
         if self.separable:
-            x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+            x = F.relu(self.bn2(self.conv2(x)), inplace=inplace)
         return x
 
 
@@ -184,6 +257,11 @@ class SelfGating(nn.Module):
         return x * weights[:, :, None, None, None]
 
 
+def is_recorded() -> bool:
+    """Tell whether torch.jit.trace or torch.export, also for ONNX, is recording the model."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 class MaxPool3dTFPadding(nn.Module):
     """Max-pool of non-negative values, padded with zeros as TensorFlow's 'SAME' does.
 
@@ -197,10 +275,15 @@ class MaxPool3dTFPadding(nn.Module):
             for total in (max(k - s, 0) for k, s in zip(kernel, stride, strict=True))
         ]
         self.padding = [side for pair in reversed(sides) for side in pair]  # F.pad: last axis first
-        self.stride = stride
+        self.kernel, self.stride = kernel, stride
         self.pool = nn.MaxPool3d(kernel, stride, ceil_mode=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_recorded():
+            # Without ceil_mode, and without a branch, the graph is right for all sizes.
+            rest = [side for s in reversed(self.stride) for side in (0, s - 1)]
+            padding = [a + b for a, b in zip(self.padding, rest, strict=True)]
+            return F.max_pool3d(F.pad(x, padding), self.kernel, self.stride)
         in_front = any(self.padding[::2])
         if in_front or any(
             size % step for size, step in zip(x.shape[2:], self.stride, strict=True)
@@ -262,7 +345,7 @@ class SentenceEmbedding(nn.Module):
     ):
         super().__init__()
         self.token_to_word_path = token_to_word_path
-        self._tokenizer: Tokenizer | None = None
+        self.tokenizer: Tokenizer | None = None  # see load_tokenizer
         if word2vec_path:
             table = load_word_vectors(word2vec_path)
         else:
@@ -271,25 +354,25 @@ class SentenceEmbedding(nn.Module):
         self.fc1 = nn.Linear(WORD_DIM, HIDDEN_DIM)
         self.fc2 = nn.Linear(HIDDEN_DIM, dim)
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of raw text. It reads the vocabulary at first use: token ids need none.
+    def load_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of raw text; read the vocabulary at first use: token ids need none.
 
         Raises FileNotFoundError, or ValueError if the vocabulary does not fit the word embedding.
         """
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             words = load_words(self.token_to_word_path)
             check_vocabulary(words, self.word_embd.num_embeddings, self.token_to_word_path)
-            self._tokenizer = Tokenizer(words, RAW_TEXT_WORDS)
-        return self._tokenizer
+            self.tokenizer = Tokenizer(words, RAW_TEXT_WORDS)
+        return self.tokenizer
 
     def forward(
         self, x: torch.Tensor | str | Sequence[str], raw_text: bool = False
     ) -> torch.Tensor:
         """Embed word indices [N, words] or, with raw_text, N sentences: [N, dim]."""
         if raw_text:
+            tokenizer = self.load_tokenizer()
             sentences = [x] if isinstance(x, str) else x
-            x = torch.stack([self.tokenizer(sentence) for sentence in sentences])
+            x = torch.stack([tokenizer(sentence) for sentence in sentences])
             x = x.to(self.word_embd.weight.device)
         words = F.relu(self.fc1(self.word_embd(x)), inplace=True)
         words = words.amax(dim=1)  # over the padding, too, as in the release
@@ -302,12 +385,35 @@ def in_full_precision(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return layer(x.to(layer.weight.dtype))
 
 
-def to_unit_range(video: torch.Tensor) -> torch.Tensor:
-    """Convert uint8 clips [.., 3, T, H, W] to the model's input, float32 in [0, 1].
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type in which autocast computes on a device, or None if it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
+
+def to_unit_range(
+    video: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> torch.Tensor:
+    """Convert uint8 clips [.., 3, T, H, W] to the model's input, in [0, 1].
+
+    dtype, memory_format: of the result, see input_format. bfloat16 and float16 have the values that
+    autocast would round from float32: bytes are exact in both, and the division is in float32.
     Convert on the device: transferring bytes takes a quarter of the time.
     """
-    return video.to(torch.float32, copy=True).div_(255)
+    return video.to(dtype, memory_format=memory_format, copy=True).div_(255)
+
+
+def input_format(network: nn.Module) -> tuple[torch.dtype, torch.memory_format]:
+    """Return type and layout of the network's first 3-d convolution, for to_unit_range.
+
+    Clips in them need no further conversion. Without one: float32, contiguous.
+    """
+    weight = next((p for p in network.parameters() if p.ndim == 5), torch.empty(0))
+    innermost = weight.ndim == 5 and weight.is_contiguous(memory_format=torch.channels_last_3d)
+    return weight.dtype, torch.channels_last_3d if innermost else torch.contiguous_format
 
 
 def check_video(video: torch.Tensor, *, check_range: bool) -> None:
@@ -319,7 +425,7 @@ def check_video(video: torch.Tensor, *, check_range: bool) -> None:
         raise ValueError(f"video is [B, 3, T, H, W], not {list(video.shape)}; convert it")
     if not video.is_floating_point():
         raise ValueError(f"video is float in [0, 1], not {video.dtype}; convert it: to_unit_range")
-    if torch.compiler.is_compiling() or video.is_meta or not video.numel():
+    if is_recorded() or torch.compiler.is_compiling() or video.is_meta or not video.numel():
         return
     if check_range and not (video.is_cuda and torch.cuda.is_current_stream_capturing()):
         low, high = (bound.item() for bound in video.detach().aminmax())
@@ -355,6 +461,8 @@ class S3D(nn.Module):
     word2vec_path: word vectors [words + 1, 300]. Without them the table is random, 66250 rows.
     init: 'uniform' (PyTorch's defaults) or 'kaiming_normal' for the convolutions.
     token_to_word_path: the vocabulary, read only when raw text is given.
+    torchvision: the video network of torchvision's S3D, see load_model: a separable stem, pools
+    with the same padding at both ends, and RGB normalized by mean and deviation, in the model.
 
     The attribute grad_checkpoint, False at first, trades time for memory: the backward pass then
     recomputes the activations within each stage. Embeddings have the type of the weights, also
@@ -369,6 +477,7 @@ class S3D(nn.Module):
         word2vec_path: str | os.PathLike = "",
         init: str = "uniform",
         token_to_word_path: str | os.PathLike = "data/dict.npy",
+        torchvision: bool = False,
     ):
         super().__init__()
         if init not in ("uniform", "kaiming_normal"):
@@ -376,28 +485,39 @@ class S3D(nn.Module):
         self.num_classes = num_classes
         self.grad_checkpoint = False
         self.space_to_depth = space_to_depth
-        if space_to_depth:
+        self.torchvision = torchvision
+        if torchvision:
+            self.conv1 = STConv3D(3, 64, 7, 2, 3, separable=True)
+            for name, values in (("mean", KINETICS_MEAN), ("std", KINETICS_STD)):
+                self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
+        elif space_to_depth:
             self.conv1 = STConv3D(24, 64, (2, 4, 4), 1, (1, 2, 2))
         else:
             self.conv1 = STConv3D(3, 64, (3, 7, 7), 2, (1, 3, 3))
         self.conv_2b = STConv3D(64, 64, 1)
         self.conv_2c = STConv3D(64, 192, 3, padding=1, separable=True)
         self.gating = SelfGating(192) if gating else nn.Identity()
-        self.maxpool_2a = MaxPool3dTFPadding((1, 3, 3), (1, 2, 2))
-        self.maxpool_3a = MaxPool3dTFPadding((1, 3, 3), (1, 2, 2))
+
+        def max_pool(kernel, stride):
+            if torchvision:
+                return nn.MaxPool3d(kernel, stride, [(k - 1) // 2 for k in kernel])
+            return MaxPool3dTFPadding(kernel, stride)
+
+        self.maxpool_2a = max_pool((1, 3, 3), (1, 2, 2))
+        self.maxpool_3a = max_pool((1, 3, 3), (1, 2, 2))
 
         def inception(in_channels, *branches):
             return InceptionBlock(in_channels, *branches, gating=gating)
 
         self.mixed_3b = inception(192, 64, 96, 128, 16, 32, 32)
         self.mixed_3c = inception(256, 128, 128, 192, 32, 96, 64)
-        self.maxpool_4a = MaxPool3dTFPadding((3, 3, 3), (2, 2, 2))
+        self.maxpool_4a = max_pool((3, 3, 3), (2, 2, 2))
         self.mixed_4b = inception(480, 192, 96, 208, 16, 48, 64)
         self.mixed_4c = inception(512, 160, 112, 224, 24, 64, 64)
         self.mixed_4d = inception(512, 128, 128, 256, 24, 64, 64)
         self.mixed_4e = inception(512, 112, 144, 288, 32, 64, 64)
         self.mixed_4f = inception(528, 256, 160, 320, 32, 128, 128)
-        self.maxpool_5a = MaxPool3dTFPadding((2, 2, 2), (2, 2, 2))
+        self.maxpool_5a = max_pool((2, 2, 2), (2, 2, 2))
         self.mixed_5b = inception(832, 256, 160, 320, 32, 128, 128)
         self.mixed_5c = inception(832, 384, 192, 384, 48, 128, 128)
         self.fc = nn.Linear(self.mixed_5c.output_channels, num_classes)
@@ -424,6 +544,7 @@ class S3D(nn.Module):
             num_classes=shape("fc.weight", 2)[0],
             gating="gating.fc.weight" in state,
             space_to_depth=shape("conv1.conv1.weight", 5)[1] == 24,
+            torchvision="conv1.conv2.weight" in state,
         )
         rows = shape("text_module.word_embd.weight", 2)[0]
         if rows != model.text_module.word_embd.num_embeddings:
@@ -441,6 +562,19 @@ class S3D(nn.Module):
                 f"{num_frames} frames of {size}x{size} pixels do not fit this model, whose "
                 "space_to_depth stem needs even numbers; give even ones"
             )
+
+    def clip_dims(self) -> dict[int, Any]:
+        """Return the axes of clips that torch.export may leave open, for its dynamic_shapes.
+
+        Batch, frames, height and width: even ones for the space_to_depth stem, and large enough
+        for the last block to have more than one position in each direction. Others are refused by
+        the exported program.
+        """
+        step = 2 if self.space_to_depth else 1
+        frames, size = (12, 48) if self.torchvision else (8, 32)
+        least = {"frames": frames, "height": size, "width": size}
+        dims = [step * torch.export.Dim(name, min=n // step + 1) for name, n in least.items()]
+        return dict(zip((0, 2, 3, 4), (torch.export.Dim("batch"), *dims), strict=True))
 
     def forward(
         self,
@@ -474,7 +608,8 @@ class S3D(nn.Module):
         ValueError for another shape or type and, in evaluation mode, for another range.
         """
         check_video(video, check_range=not self.training)
-        net = video.to(self.conv1.conv1.weight.dtype)
+        converted = video.dtype == autocast_type(video.device)  # as the convolutions would do
+        net = video if converted else video.to(self.conv1.conv1.weight.dtype)
         for stage in (
             self.stem,
             self.conv_2b,
@@ -500,11 +635,24 @@ class S3D(nn.Module):
         net = net.mean(dim=(2, 3, 4), dtype=self.fc.weight.dtype)
         return net if mixed5c else in_full_precision(self.fc, net)
 
+    def encode_video(self, video: torch.Tensor) -> torch.Tensor:
+        """Embed videos, float [B, 3, T, H, W] in [0, 1]: [B, num_classes], not normalized."""
+        return self.forward_video(video)
+
+    def encode_text(self, text: torch.Tensor | str | Sequence[str]) -> torch.Tensor:
+        """Embed N sentences, or word indices [N, words]: [N, num_classes], not normalized.
+
+        Sentences need the vocabulary, see SentenceEmbedding.load_tokenizer.
+        """
+        return self.text_module(text, raw_text=not isinstance(text, torch.Tensor))
+
     def stem(self, video: torch.Tensor) -> torch.Tensor:
         """Apply conv1, of either kind, and its pooling: [B, 64, T/2, H/4, W/4]."""
         if self.space_to_depth:
             net = self.conv1(space_to_depth(video))
             net = net[:, :, 1:, 1:, 1:]  # even kernels need one row of padding less at the front
+        elif self.torchvision:
+            net = self.conv1(((video - self.mean) / self.std).to(video.dtype))
         else:
             net = self.conv1(video)
         return self.maxpool_2a(net)
@@ -562,22 +710,78 @@ def fuse_for_inference(model: S3D, dtype: torch.dtype | None = None) -> S3D:
 # --- weights ------------------------------------------------------------------------------------
 
 
-def load_model(weights: str | os.PathLike, vocabulary: str | os.PathLike | None = None) -> S3D:
+def load_model(
+    weights: str | os.PathLike,
+    vocabulary: str | os.PathLike | None = None,
+    *,
+    num_classes: int = 512,
+    word2vec_path: str | os.PathLike = "",
+) -> S3D:
     """Load a trained model, on the CPU, in evaluation mode.
 
-    weights: the released `s3d_howto100m.pth`, or a checkpoint of the training. Stem, gating,
-    embedding size and vocabulary size are read off the weights.
+    weights: the released `s3d_howto100m.pth`, a checkpoint of the training, or torchvision's S3D of
+    Kinetics-400; `.safetensors` with the same names needs that package. Stem, gating, embedding
+    size and vocabulary size are read off the weights.
     vocabulary: the words that belong to the weights, the released `s3d_dict.npy` or the training's
     `dict.npy`. It is read and checked now if given, otherwise only raw text needs one.
+    num_classes, word2vec_path: see S3D; for torchvision's weights, which have a video network only.
 
-    Both files are read as data: nothing pickled is run. Raises FileNotFoundError, or ValueError of
-    one line that names the file if it is invalid or the two do not belong together.
+    The files are read as data: nothing pickled is run. Raises FileNotFoundError, or ValueError of
+    one line that names the file if it is invalid or they do not belong together.
     """
-    model = S3D.from_state_dict(read_weights(weights)["state_dict"], weights)
+    state = read_weights(weights)["state_dict"]
+    if "features.0.0.0.weight" in state:
+        model = S3D(num_classes, word2vec_path=word2vec_path, torchvision=True)
+        load_kinetics(model, state, weights)
+    else:
+        model = S3D.from_state_dict(state, weights)
     if vocabulary is not None:
         model.text_module.token_to_word_path = vocabulary
-        _ = model.text_module.tokenizer  # reads and checks it
+        model.text_module.load_tokenizer()
     return model.eval()
+
+
+def load_kinetics(model: S3D, state: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Load the weights of torchvision's S3D into one made with torchvision=True.
+
+    The classifier is left out, and what torchvision has not stays: the projection and the text
+    network. Gates start open: their weights are 0 and their bias is OPEN_GATE, so that 0.05 % of a
+    value is lost at each. path: the file, for messages. Raises ValueError if it does not fit.
+    """
+    for module in model.modules():
+        if isinstance(module, SelfGating):
+            nn.init.zeros_(module.fc.weight)
+            nn.init.constant_(module.fc.bias, OPEN_GATE)
+    own = ("fc.", "text_module.", "gating.")
+    found = {n: v for n, v in model.state_dict().items() if n.startswith(own) or ".gating_" in n}
+    for name, value in state.items():
+        if not name.startswith("classifier."):
+            # Its epsilon is 0.001, ours 0.00001.
+            shift = 1e-3 - 1e-5 if name.endswith("running_var") else 0
+            found[rename_from_torchvision(name)] = value + shift
+    load_state_dict_checked(model, found, path)
+
+
+def rename_from_torchvision(name: str) -> str:
+    """Return our name of a parameter of torchvision's S3D, or the same if there is none."""
+    stages = "conv1 - conv_2b conv_2c - mixed_3b mixed_3c - mixed_4b mixed_4c mixed_4d mixed_4e "
+    stages += "mixed_4f - mixed_5b mixed_5c"
+    branches = {
+        "0": "b0",
+        "1.0": "b1_a",
+        "1.1": "b1_b",
+        "2.0": "b2_a",
+        "2.1": "b2_b",
+        "3.1": "b3_b",
+    }
+    # Stage, branch, which of the two of a separable convolution, convolution or BatchNorm.
+    pattern = r"features\.(\d+)\.(?:branch(0|[123]\.[01])\.)?(?:([01])\.)?([01])\.(\w+)"
+    if not (match := re.fullmatch(pattern, name)):
+        return name
+    stage, branch, second, kind, parameter = match.groups()
+    block = f".conv_{branches.get(branch, 'b3_b')}" if branch else ""
+    layer = f"{('conv', 'bn')[int(kind)]}{1 + int(second or 0)}"
+    return f"{stages.split()[int(stage)]}{block}.{layer}.{parameter}"
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:

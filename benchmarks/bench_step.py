@@ -45,6 +45,7 @@ from ways import (
     our_evaluation,
     our_forward,
     our_step,
+    our_step_in_2d,
     plain_copy,
     plain_evaluation,
     plain_forward,
@@ -86,6 +87,7 @@ def list_rows(short, compiled):
         if ours is our_step:
             flags = ["--grad_checkpoint", "--accum_steps=4", *["--compile"] * compiled]
             rows += [Row(table, f"{named}, {flag}", ours, short, (flag,)) for flag in flags]
+            rows.append(Row(table, f"{named}, 2D", our_step_in_2d, short))
     return rows
 
 

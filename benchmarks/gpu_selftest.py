@@ -13,7 +13,7 @@ file is written after every section. It has the numbers of the report and nothin
                weights, each against the 3-d layer in float32 on the same bfloat16 numbers
     ms         of a layer: forward and backward; of a step: the time from step to step, that which
                the GPU takes by its own clock, and that which the host takes to launch one
-    2D         the layer on a view of its input that has two dimensions, see `two_dimensional`
+    2D         the layers as s3dg.compute_in_2d makes them
 """
 
 import argparse
@@ -44,7 +44,6 @@ import bench_step
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import ways
 from bench_decode import processor
 from torch import nn
@@ -211,64 +210,21 @@ def label(module: nn.Module) -> str:
     return " ".join(f"{kind} {' / '.join(words)} {channels}".split())
 
 
-def frames_of(x: torch.Tensor) -> torch.Tensor:
-    """View [B, C, T, H, W] as [B*T, C, H, W], a view if the channels are innermost."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def clips_of(x: torch.Tensor, clips: int) -> torch.Tensor:
-    """Undo frames_of."""
-    return x.unflatten(0, (clips, -1)).transpose(1, 2)
-
-
 def three_dimensional(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Apply a layer as PyTorch does, also one that s3dg.py computes another way."""
     kind = next(k for k in (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d) if isinstance(module, k))
     return kind.forward(module, x)
 
 
-def has_two_dimensional(module: nn.Module) -> bool:
-    """Tell whether two_dimensional can compute a layer: not a kernel over both time and space."""
-    if not isinstance(module, nn.Conv3d) or isinstance(module, s3dg.TemporalConv3d):
-        return True
-    return module.kernel_size[0] == 1 and module.stride[0] == 1
-
-
 def two_dimensional(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Apply a layer to frames, or to [B, C, T, H*W], instead of to clips."""
-    if isinstance(module, s3dg.TemporalConv3d):
-        return module(x)
-    frames = frames_of(x)
-    if isinstance(module, nn.Conv3d):
-        stride, padding = module.stride[1:], module.padding[1:]
-        frames = F.conv2d(frames, module.weight.squeeze(2), module.bias, stride, padding)
-    elif isinstance(module, nn.BatchNorm3d):
-        frames = F.batch_norm(
-            frames,
-            module.running_mean,
-            module.running_var,
-            module.weight,
-            module.bias,
-            module.training,
-            module.momentum,
-            module.eps,
-        )
-    else:
-        return pool_in_two_passes(module, x)
-    return clips_of(frames, len(x))
+    """Apply a layer as s3dg.compute_in_2d makes it."""
+    return s3dg.compute_in_2d(copy.copy(module))(x)
 
 
-def pool_in_two_passes(module: nn.MaxPool3d, x: torch.Tensor) -> torch.Tensor:
-    """Pool space, then time: the first largest value of a window is the same one."""
-    kernel, stride, padding = map(s3dg.triple, (module.kernel_size, module.stride, module.padding))
-    frames = F.max_pool2d(
-        frames_of(x), kernel[1:], stride[1:], padding[1:], ceil_mode=module.ceil_mode
-    )
-    x = clips_of(frames, len(x))
-    if kernel[0] == 1:
-        return x
-    size, time_only = x.shape[3:], ((kernel[0], 1), (stride[0], 1), (padding[0], 0))
-    return F.max_pool2d(x.flatten(3), *time_only, ceil_mode=module.ceil_mode).unflatten(3, size)
+def has_two_dimensional(module: nn.Module) -> bool:
+    """Tell whether there is a two-dimensional way: not of a kernel over both time and space."""
+    module = s3dg.compute_in_2d(copy.copy(module))
+    return type(module) not in (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d)
 
 
 def measure_layers(bench: Bench) -> dict[str, Any]:
@@ -396,6 +352,7 @@ def check_step(bench: Bench) -> dict[str, Any]:
             "layouts: against contiguous, by autograd alone": same(way=ways.plain_step),
             "--grad_checkpoint": same("--grad_checkpoint"),
             "--accum_steps=2": same("--accum_steps=2"),
+            "2D": same(way=ways.our_step_in_2d),
             **{
                 f"a NaN batch, {name}": lambda dtype=dtype: check_nan(bench, model, dtype)
                 for name, dtype in SHORT.items()
@@ -587,8 +544,9 @@ def measure_clip_size(
     Each way differs from "as is" in one thing.
     """
     options, baseline = clip_options(frames, size), []
+    in_2d = s3dg.compute_in_2d(copy.deepcopy(model))
 
-    def row(clips, dtype, *flags, micro_batches=1, benchmark=False):
+    def row(clips, dtype, *flags, micro_batches=1, benchmark=False, model=model):
         def measure():
             before = torch.backends.cudnn.benchmark
             torch.backends.cudnn.benchmark = benchmark
@@ -626,6 +584,10 @@ def measure_clip_size(
         plans |= {
             f"cudnn.benchmark, {clips} clips": bench.on_gpu(row(clips, fast, benchmark=True)),
             f"fp16, {clips} clips": bench.on_gpu(row(clips, torch.float16)),
+            f"2D, {clips} clips": row(clips, fast, model=in_2d),
+            f"2D, cudnn.benchmark, {clips} clips": bench.on_gpu(
+                row(clips, fast, benchmark=True, model=in_2d)
+            ),
         }
     count = 8192 // most if bench.gpu and not bench.quick else 2
     plans |= {

@@ -29,7 +29,14 @@ from s3dg import to_unit_range
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from args import get_args
 from evaluation.features import video_features
-from s3dg import S3D, VOCABULARY_ROWS, MaxPool3dTFPadding, TemporalConv3d, fuse_for_inference
+from s3dg import (
+    S3D,
+    VOCABULARY_ROWS,
+    MaxPool3dTFPadding,
+    TemporalConv3d,
+    compute_in_2d,
+    fuse_for_inference,
+)
 from training.optimizer import build_optimizer, build_scheduler
 from training.step import TrainingStep
 from video_loader import TRAINING_WORDS
@@ -187,6 +194,11 @@ def our_step(model, batch, device, dtype, *flags):
     parts = zip(*(tensor.chunk(args.accum_steps) for tensor in batch.values()), strict=True)
     batches = [dict(zip(batch, part, strict=True)) for part in parts]
     return lambda: compute_gradients(network, step, batches)
+
+
+def our_step_in_2d(model, batch, device, dtype, *flags):
+    """Return the function of our_step, with the layers as s3dg.compute_in_2d makes them."""
+    return our_step(compute_in_2d(copy.deepcopy(model)), batch, device, dtype, *flags)
 
 
 def compute_gradients(network, step, batches):

@@ -29,7 +29,14 @@ from tqdm import tqdm
 
 from distributed.device import PRECISIONS, check_compiler, inference_amp
 from distributed.workers import describe_error, sample_batches
-from s3dg import S3D, Tokenizer, fuse_for_inference, load_model, to_unit_range
+from s3dg import (
+    S3D,
+    Tokenizer,
+    fuse_for_inference,
+    input_format,
+    load_model,
+    to_unit_range,
+)
 from utils import lines_above, log
 from video_decoder import ClipSpec, DecodeError, decode_windows, probe_duration
 
@@ -98,8 +105,10 @@ def window_features(
 
     items: see clip_batches. The model needs to be in evaluation mode.
     """
+    form = input_format(model)
     for owners, clips in clip_batches(items, batch_size):
-        output = model(to_unit_range(clips.to(device)), None, mode="video", mixed5c=mixed5c)
+        video = to_unit_range(clips.to(device), *form)
+        output = model(video, None, mode="video", mixed5c=mixed5c)
         yield from zip(owners, output.float().cpu().numpy(), strict=True)
 
 

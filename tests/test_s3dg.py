@@ -1,3 +1,4 @@
+import copy
 import functools
 import pickle
 import subprocess
@@ -7,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import s3dg
 from loss import MILNCELoss
@@ -179,9 +182,10 @@ def test_raw_text_equals_its_token_ids(tmp_path):
     torch.save(torch.randn(4, 300), tmp_path / "word2vec.pth")
     model = S3D(word2vec_path=tmp_path / "word2vec.pth", token_to_word_path=tmp_path / "dict.npy")
     tokens = torch.tensor([[1, 2, 3] + [0] * 13])
-    assert torch.equal(
-        model.text_module(["Cut the tomato!"], raw_text=True), model(None, tokens, "text")
-    )
+    expected = model(None, tokens, "text")
+    assert torch.equal(model.text_module(["Cut the tomato!"], raw_text=True), expected)
+    for text in ("Cut the tomato!", ["Cut the tomato!"], tokens):
+        assert torch.equal(model.encode_text(text), expected)
 
 
 def test_raw_text_without_a_vocabulary_names_the_missing_file(tmp_path):
@@ -286,6 +290,110 @@ def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, ca
     assert "must not run" not in capsys.readouterr().out
 
 
+def test_safetensors_load_like_torch_save(tmp_path, small):
+    save_file(small.state_dict(), tmp_path / "weights.safetensors")
+    model = s3dg.load_model(tmp_path / "weights.safetensors")
+    for name, value in small.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    (tmp_path / "weights.safetensors").write_bytes(b"not this")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
+        s3dg.load_model(tmp_path / "weights.safetensors")
+
+
+def test_safetensors_without_the_package_are_refused_by_its_name(tmp_path, small, monkeypatch):
+    save_file(small.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match=r"weights\.safetensors needs the package safetensors"):
+        s3dg.load_model(tmp_path / "weights.safetensors")
+
+
+# --- the weights of torchvision's S3D ------------------------------------------------------------
+
+
+def torchvision_model():
+    """torchvision's S3D, or None where torchvision does not load, as beside another torch."""
+    try:
+        from torchvision.models.video import s3d
+    except (ImportError, RuntimeError):
+        return None
+    return s3d()
+
+
+def kinetics_state():
+    """Weights with the names and shapes of torchvision's S3D.
+
+    torchvision_s3d.json lists them, in their order. It was made with torchvision 0.29.1 by loading
+    its models/video/s3d.py and ops/misc.py alone, with stubs for what they import, as
+    [[name, list(value.shape)] for name, value in s3d().state_dict().items()].
+    """
+    generator, state = torch.Generator().manual_seed(1), {}
+    for name, shape in golden_json("torchvision_s3d"):
+        value = torch.rand(shape, generator=generator) + 0.5
+        if len(shape) == 5:
+            value = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
+        state[name] = value.long() if not shape else value
+    return state
+
+
+def test_every_weight_of_torchvision_has_its_place(tmp_path):
+    state = kinetics_state()
+    torch.save(state, tmp_path / "s3d.pth")
+    model = s3dg.load_model(tmp_path / "s3d.pth", num_classes=16)
+    assert model.torchvision and model.num_classes == 16 and not model.training
+    own = {name: value for name, value in model.state_dict().items() if "gating" not in name}
+    own = {n: v for n, v in own.items() if not n.startswith(("fc.", "text_module."))}
+    theirs = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    assert len(own) == len(theirs)
+    # Both register their layers in the order of their use, if the branches are in order, too.
+    for (name, value), other in zip(own.items(), theirs.values(), strict=True):
+        expected = other + (1e-3 - 1e-5) if "running_var" in name else other
+        assert torch.equal(value, expected), name
+    gates = [m for m in model.modules() if isinstance(m, s3dg.SelfGating)]
+    assert len(gates) == 37
+    x = torch.rand(1, 192, 2, 3, 3)
+    torch.testing.assert_close(model.gating(x), x, rtol=1e-4, atol=0)
+
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "epoch0001.pth.tar")
+    again, video = s3dg.load_model(tmp_path / "epoch0001.pth.tar"), torch.rand(1, 3, 14, 48, 48)
+    with torch.inference_mode():
+        assert torch.equal(again.encode_video(video), model.encode_video(video))
+
+
+def test_its_text_network_has_the_given_word_vectors(tmp_path):
+    torch.save(kinetics_state(), tmp_path / "s3d.pth")
+    vectors = torch.randn(8, 300)
+    torch.save(vectors, tmp_path / "word2vec.pth")
+    model = s3dg.load_model(tmp_path / "s3d.pth", word2vec_path=tmp_path / "word2vec.pth")
+    assert torch.equal(model.text_module.word_embd.weight, vectors)
+
+
+def test_incomplete_weights_of_torchvision_are_refused(tmp_path):
+    state = kinetics_state()
+    del state["features.5.branch1.1.0.0.weight"]
+    torch.save(state, tmp_path / "s3d.pth")
+    with pytest.raises(ValueError, match=r"s3d\.pth .*lacks mixed_3b\.conv_b1_b\.conv1\.weight"):
+        s3dg.load_model(tmp_path / "s3d.pth")
+
+
+def test_it_has_the_features_of_torchvision(tmp_path):
+    theirs = torchvision_model()
+    if theirs is None:
+        pytest.skip("torchvision does not load here; its names and shapes are tested above")
+    state = theirs.state_dict()
+    assert [[name, list(v.shape)] for name, v in state.items()] == golden_json("torchvision_s3d")
+    theirs.load_state_dict(kinetics_state())
+    torch.save(theirs.state_dict(), tmp_path / "s3d.pth")
+    model, video = s3dg.load_model(tmp_path / "s3d.pth"), torch.rand(1, 3, 14, 64, 64)
+    normalized = (video - model.mean) / model.std
+    with torch.inference_mode():
+        features = theirs.eval().features(normalized).mean((2, 3, 4))
+        gated = model.forward_video(video, mixed5c=True)
+        ungated = S3D(gating=False, torchvision=True).eval()
+        ungated.load_state_dict(model.state_dict(), strict=False)
+        assert relative_difference(ungated.forward_video(video, mixed5c=True), features) < 1e-4
+    assert relative_difference(gated, features) < 0.02
+
+
 # --- the same maths, sooner or in less memory -----------------------------------------------------
 
 
@@ -351,6 +459,29 @@ def test_an_inference_copy_leaves_the_model_as_it_is_and_shares_its_word_vectors
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_become_the_values_that_autocast_rounds_from_float32(dtype, layout):
+    video = torch.arange(256, dtype=torch.uint8).expand(3, 256).reshape(1, 3, 4, 8, 8)
+    clips = s3dg.to_unit_range(video, dtype, layout)
+    assert clips.dtype == dtype and clips.is_contiguous(memory_format=layout)
+    assert torch.equal(clips, (video.float() / 255).to(dtype))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("stem", STEMS)
+def test_clips_in_the_type_and_layout_of_autocast_embed_the_same(stem, layout):
+    model = float32_model(stem).to(memory_format=layout)
+    assert s3dg.input_format(model) == (torch.float32, layout)
+    video = torch.randint(0, 256, (1, 3, 4, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model.forward_video(s3dg.to_unit_range(video))
+        value = model.forward_video(s3dg.to_unit_range(video, torch.bfloat16, layout))
+    assert torch.equal(value, expected)
+    fast = s3dg.fuse_for_inference(model, torch.bfloat16)
+    assert s3dg.input_format(fast) == (torch.bfloat16, layout)
+
+
 @pytest.mark.parametrize("size", [(4, 8, 8), (5, 9, 7), (2, 25, 50)])
 @pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (2, 2, 2)])
 def test_pooling_pads_with_zeros_as_tensorflow_does(kernel, size):
@@ -381,10 +512,153 @@ def test_a_temporal_convolution_is_a_three_dimensional_one(frames, dtype):
         assert one.shape == other.shape and relative_difference(one, other) < tolerance
 
 
-def test_grad_checkpoint_changes_neither_gradients_nor_running_averages():
+# --- recorded by others ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (2, 2, 2)])
+def test_a_recorded_pool_is_right_at_other_sizes(kernel):
+    pool = s3dg.MaxPool3dTFPadding(kernel, tuple(min(k, 2) for k in kernel))
+    x = torch.rand(1, 2, 4, 8, 8)
+    axes = {axis: torch.export.Dim.DYNAMIC for axis in (2, 3, 4)}
+    traced = torch.jit.trace(pool, x)
+    exported = torch.export.export(pool, (x,), dynamic_shapes=(axes,)).module()
+    for size in ((4, 8, 8), (5, 9, 7), (3, 25, 50), (3, 6, 11)):
+        x = torch.rand(1, 2, *size).sub(0.7).relu_()
+        assert torch.equal(traced(x), pool(x)) and torch.equal(exported(x), pool(x))
+
+
+class VideoTower(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, video):
+        return self.model.encode_video(video)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_is_right_at_other_sizes_and_needs_no_vocabulary():
+    model = float32_model("s2d")
+    model.text_module.token_to_word_path = "absent.npy"
+    with torch.no_grad():
+        traced = torch.jit.trace(VideoTower(model), torch.rand(1, 3, 4, 32, 32))
+        for shape in ((2, 3, 4, 32, 32), (1, 3, 6, 50, 38)):
+            video = torch.rand(shape)
+            assert relative_difference(traced(video), model.encode_video(video)) < 1e-6
+        with pytest.raises(RuntimeError):
+            traced(torch.rand(1, 3, 6, 33, 32))  # odd
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", [*STEMS, "torchvision"])
+def test_an_exported_model_is_right_at_other_sizes_and_refuses_the_rest(stem):
+    model = S3D(torchvision=True).eval() if stem == "torchvision" else float32_model(stem)
+    video, axes = torch.rand(2, 3, 16, 64, 64), model.clip_dims()
+    exported = torch.export.export(VideoTower(model), (video,), dynamic_shapes=(axes,)).module()
+    with torch.no_grad():
+        for shape in ((2, 3, 16, 64, 64), (1, 3, 14, 50, 70)):
+            video = torch.rand(shape)
+            assert relative_difference(exported(video), model.encode_video(video)) < 1e-6
+        refused = [(1, 3, 8, 64, 64), (1, 3, 16, 64, 32)]
+        refused += [(1, 3, 15, 64, 64), (1, 3, 16, 65, 64)] * (stem == "s2d")
+        for shape in refused:
+            with pytest.raises(AssertionError, match="Guard failed"):
+                exported(torch.rand(shape))
+
+
+# --- two dimensions, and gradient checkpointing ---------------------------------------------------
+
+
+LAYERS = {
+    "1x1x1": nn.Conv3d(8, 12, 1),
+    "1xkxk": nn.Conv3d(8, 12, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False),
+    "BatchNorm": nn.BatchNorm3d(8),
+    "pool of a block": nn.MaxPool3d(3, stride=1, padding=1),
+    "pool of space": nn.MaxPool3d((1, 3, 3), (1, 2, 2), ceil_mode=True),
+    "pool 4a": nn.MaxPool3d((3, 3, 3), (2, 2, 2), ceil_mode=True),
+    "pool 5a": nn.MaxPool3d((2, 2, 2), (2, 2, 2), ceil_mode=True),
+}
+
+
+def outputs_and_gradients(layer, x):
+    own = x.clone().requires_grad_()
+    output = layer(own)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view(output.shape)
+    return [output, *torch.autograd.grad((output * weights).sum(), [own, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_layer_of_two_dimensions_equals_that_of_three(name, layout):
+    layer = copy.deepcopy(LAYERS[name]).double().train()
+    flat = s3dg.compute_in_2d(copy.deepcopy(layer))
+    assert type(flat) is not type(layer)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 8, 4, 9, 9, generator=generator, dtype=torch.float64)
+    x = x.relu().to(memory_format=layout)  # zeros, as of activations, are ties of the pools
+    three, two = outputs_and_gradients(layer, x), outputs_and_gradients(flat, x)
+    for found, expected in zip(two, three, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert "pool" not in name or torch.equal(two[0], three[0])
+    for found, expected in zip(flat.buffers(), layer.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_frames_are_a_view_of_clips_with_the_channels_innermost():
+    x = torch.randn(2, 8, 4, 5, 5).to(memory_format=torch.channels_last_3d)
+    frames = s3dg.frames_of(x)
+    assert frames.data_ptr() == x.data_ptr()
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(s3dg.clips_of(frames, 2), x)
+
+
+@pytest.mark.parametrize(
+    ("stem", "train"),
+    [
+        ("std", False),
+        ("s2d", False),
+        ("std", True),
+        pytest.param("s2d", True, marks=pytest.mark.slow),
+    ],
+)
+def test_in_two_dimensions_the_network_computes_the_same(stem, train):
+    """BatchNorm of few values would amplify the rounding: clips are larger in training mode."""
+    video, found = torch.rand(*((4, 3, 8, 64, 64) if train else (2, 3, 4, 32, 32))).double(), []
+    for flat in (False, True):
+        model = float32_model(stem).double().to(memory_format=torch.channels_last_3d).train(train)
+        if flat:
+            assert s3dg.compute_in_2d(model) is model
+            kinds = nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d
+            assert [m for m in model.modules() if type(m) in kinds] == [model.conv1.conv1]
+            assert model.state_dict().keys() == float32_state(stem).keys()
+        embedding = model.forward_video(video.to(memory_format=torch.channels_last_3d))
+        embedding.square().sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((embedding, torch.cat(gradients), list(model.buffers())))
+    (embedding, gradient, buffers), (own_embedding, own_gradient, own_buffers) = found
+    assert relative_difference(own_embedding, embedding) < 1e-12
+    assert relative_difference(own_gradient, gradient) < 1e-10
+    for own, other in zip(own_buffers, buffers, strict=True):
+        assert torch.equal(own, other) or relative_difference(own, other) < 1e-12
+
+
+def test_an_inference_copy_of_a_model_in_two_dimensions_gives_its_embeddings():
+    model, video = s3dg.compute_in_2d(float32_model("std")), torch.rand(1, 3, 4, 32, 32)
+    with torch.inference_mode():
+        expected = model.forward_video(video)
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+            value = s3dg.fuse_for_inference(model, dtype).forward_video(video)
+            assert relative_difference(value, expected) < limit
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_grad_checkpoint_changes_neither_gradients_nor_running_averages(flat):
     video, models = torch.rand(2, 3, 4, 32, 32), []
     for checkpointed in (False, True):
         model = float32_model("std").train()
+        if flat:
+            s3dg.compute_in_2d(model)
         model.grad_checkpoint = checkpointed
         calls = []
         model.mixed_4d.conv_b0.register_forward_hook(lambda *_, calls=calls: calls.append(1))

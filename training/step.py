@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from loss import MILNCELoss
-from s3dg import to_unit_range
+from s3dg import input_format, to_unit_range
 
 Batch = dict[str, torch.Tensor]  # "video" uint8 [b, 3, T, H, W], "text" int64 [b, (K,) words]
 
@@ -39,6 +39,7 @@ class TrainingStep:
         self.dtype, self.enter_stage = dtype, enter_stage
         self.criterion = MILNCELoss()
         self.device = next(network.parameters()).device
+        _, self.layout = input_format(network)
         self.bn_buffers = BatchNormBuffers(network)
         self.to_device = HostToDevice(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
@@ -108,7 +109,8 @@ class TrainingStep:
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
         with autocast, self.bn_buffers.without_counting():
-            return self.network(to_unit_range(video), text.flatten(0, -2))
+            clips = to_unit_range(video, self.dtype, self.layout)
+            return self.network(clips, text.flatten(0, -2))
 
     def no_sync_unless_last(self, last: bool) -> contextlib.AbstractContextManager:
         """Have DistributedDataParallel sum the ranks' gradients with the last micro-batch only."""

@@ -21,6 +21,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from s3dg import to_unit_range
 from video_decoder.ffmpeg import (
     check_program,
     decode_whole_ffmpeg,
@@ -67,6 +68,7 @@ __all__ = [
     "find_video",
     "is_shard",
     "locate",
+    "preprocess",
     "probe_duration",
     "probe_size",
     "read_bytes",
@@ -171,6 +173,15 @@ def decode_clips(
     or if the ffmpeg program fails; ValueError for arguments out of range.
     """
     return _decode(path, starts, ClipSpec(num_frames, size, fps, backend), crop_only, crop, flip)[0]
+
+
+def preprocess(path: FilePath, start: float = 0, clip: ClipSpec = ClipSpec()) -> torch.Tensor:
+    """Decode one clip to the model's input, float32 [3, num_frames, size, size] in [0, 1].
+
+    Like the windows of the evaluations: the centre square, scaled. start: seconds. Errors are those
+    of decode_clips.
+    """
+    return to_unit_range(decode_clip(path, start, **clip.options))
 
 
 def decode_windows(

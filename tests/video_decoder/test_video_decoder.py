@@ -21,6 +21,7 @@ from video_decoder import (
     decode_clips,
     decode_frames,
     decode_windows,
+    preprocess,
     pyav,
     timing,
 )
@@ -193,6 +194,12 @@ def test_windows_equal_the_clips_decoded_one_by_one(video, name, backend):
     assert windows.shape == (6, 3, 12, 40, 40)
     for start, clip in zip(starts, windows, strict=True):
         assert torch.equal(clip, decode_clip(video(name), start, **settings))
+
+
+def test_a_preprocessed_clip_is_the_models_input(video):
+    clip = ClipSpec(num_frames=4, size=32)
+    bytes_ = decode_clip(video(BASE), 1.5, fps=5, num_frames=4, size=32)
+    assert torch.equal(preprocess(video(BASE), 1.5, clip), bytes_.float() / 255)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
