@@ -791,7 +791,7 @@ def stop_training(bench: Bench, flags: list[str], kill: bool) -> dict[str, Any]:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
             workers = [pid for pid in map(int, children.split()) if is_python(pid)]
             os.kill(workers[0], signal.SIGKILL)
-            reached = await_steps(4)  # three batches were being read
+            reached = await_steps(4)  # three batches are read ahead
         process.send_signal(signal.SIGTERM)
         status = process.wait()
     finally:
