@@ -10,7 +10,8 @@ ways.py describes the plain way, which is the release's, and ours. Each round ru
 on a new copy of the model, so that noise affects all of them; a time is the fastest pass of all
 rounds. On a GPU each way has the largest power of two of clips that fits, in memory and in tensors
 of 2^31 elements; PyTorch's default lets float32 convolutions use TF32 there, in both ways, and
-cuDNN tries its algorithms for both.
+cuDNN tries its algorithms for both. The row "2D" has the layers of s3dg.compute_in_2d, which no
+script uses.
 
     of the peak    floating-point operations of the plain model per second (convolutions and matrix
                    products, without the recomputation of --grad_checkpoint and --accum_steps) over

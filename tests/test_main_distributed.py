@@ -15,7 +15,15 @@ import distributed.process
 import main_distributed
 from args import get_args
 from s3dg import S3D, load_model, load_words, read_weights
-from tests.helpers import FAILURES, await_gone, run_python, scalars, toy_flags, write_csv
+from tests.helpers import (
+    FAILURES,
+    await_gone,
+    golden_json,
+    run_python,
+    scalars,
+    toy_flags,
+    write_csv,
+)
 from training.optimizer import lr_multiplier
 from utils import run_script
 from video_loader import QUARANTINE, StepSampler, training_batches
@@ -188,6 +196,19 @@ def released_run(toy, tmp_path_factory):
 
 def test_released_style_weights_start_a_training_with_their_stem(released_run):
     assert load_model(released_run / "checkpoint/run/epoch0001.pth.tar").space_to_depth
+
+
+def test_torchvisions_weights_start_a_training_with_the_given_word_vectors(toy, tmp_path):
+    state = {name: torch.ones(shape) for name, shape in golden_json("torchvision_s3d")}
+    torch.save(state, tmp_path / "s3d.pth")
+    flags = [*toy_flags(toy), f"--pretrain_cnn_path={tmp_path}/s3d.pth", "--num_class=16"]
+    args = get_args(argv=flags)
+    model, again = (main_distributed.build_model(args, load_words(toy / "dict.npy")) for _ in "12")
+    vectors = torch.load(toy / "word2vec.pth", weights_only=True)
+    assert torch.equal(model.text_module.word_embd.weight, vectors)
+    assert torch.equal(model.conv_2b.conv1.weight, state["features.2.0.weight"])
+    assert model.fc.out_features == 16  # new, and the same on every rank:
+    assert torch.equal(model.fc.weight, again.fc.weight)
 
 
 def test_the_shared_clips_train(toy, tmp_path, shared_videos):
