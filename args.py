@@ -132,7 +132,8 @@ FLAGS = {
         flag(TRAINING, "--prefetch", type=positive(int), default=None,
              help="Clips that a process reads ahead of its step, two per data worker or more, of "
                   "3 x num_frames x video_size^2 bytes of memory each (default: 1000, or a step's "
-                  "if they are more, in at most an eighth of the node's memory)."),
+                  "if they are more, fewer if all that is held would not fit in an eighth of the "
+                  "node's memory)."),
     ],
     "clips": [
         flag(ALL, "--num_frames", type=positive(int), default=16, help="Frames per clip."),

@@ -540,6 +540,7 @@ def prepare_loop(state, context):
         world_size=context.world_size,
     )
     workers = workers_per_rank(args.num_thread_reader, context.nproc_per_node)
+    lend = args.accum_steps + 1  # a step's, and the last one that is being copied to the GPU
     state.batches = training_batches(
         state.dataset,
         sampler,
@@ -551,9 +552,10 @@ def prepare_loop(state, context):
             wanted=args.prefetch,
             # The next step's micro-batches are read while this one's are computed.
             step=sampler.share * args.accum_steps,
+            lend=lend,
             processes=context.nproc_per_node,
         ),
-        lend=args.accum_steps + 1,  # a step's, and the last one that is being copied to the GPU
+        lend=lend,
         timeout=args.sample_timeout,
         quarantined=state.bad.quarantined,
         pin_memory=context.device.type == "cuda",

@@ -16,7 +16,6 @@ import pickle
 import selectors
 import signal
 import struct
-import threading
 import time
 import traceback
 import weakref
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,6 +34,8 @@ from utils import STOP_SIGNALS, die_with_parent, log
 
 DEFAULT_PREFETCH = 1000  # items
 MEMORY_SHARE = 8  # of a machine's memory, its processes may fill an eighth by reading ahead
+QUEUED_BATCHES = 3  # that all workers together have tasks of at a time
+PAGE_LOCKED: list[np.ndarray] = []  # memory that must not be unmapped
 LENGTH = struct.Struct("i")  # of the text in a worker's result, see worker_main
 LONGEST_WAIT = 1e6  # seconds; epoll's limit is near
 
@@ -106,12 +108,11 @@ def sample_batches(
         prefetch = prefetch_items(size, workers)
     depth = math.ceil(prefetch / size) if workers else 0
     memory = BatchMemory(dataset.item_spec, size, max(1, depth) + lend)
-    locked = pin_memory and memory.page_lock()
-    pool = (
-        Pool(dataset, memory.batches, workers, timeout)
-        if workers
-        else SerialPool(dataset, memory.batches)
-    )
+    if workers:
+        queued = max(2, math.ceil(QUEUED_BATCHES * size / workers))
+        pool = Pool(dataset, memory.batches, workers, timeout, queued)
+    else:
+        pool = SerialPool(dataset, memory.batches)
     pending: dict[int, PendingBatch] = {}  # by place, the oldest first
 
     def submit(depth):
@@ -121,6 +122,7 @@ def sample_batches(
             pool.submit([Task((place, number), key) for number, key in enumerate(keys)])
 
     try:
+        locked = pin_memory and memory.page_lock()
         while True:
             submit(max(1, depth))
             if not pending:
@@ -131,7 +133,7 @@ def sample_batches(
                     on_sample()
                     other = retry(key, error) if error else None
                     if other is not None:
-                        pool.submit([Task(slot, other)])
+                        pool.submit([Task(slot, other)], first=True)
                         continue
                     place, number = slot
                     pending[place].errors[number] = error
@@ -150,7 +152,6 @@ def sample_batches(
             del tensors  # their memory is the caller's to free
     finally:
         pool.close()
-        memory.unlock()
 
 
 def prefetch_items(size: int, workers: int) -> int:
@@ -159,20 +160,45 @@ def prefetch_items(size: int, workers: int) -> int:
 
 
 def training_prefetch(
-    item_spec: dict, size: int, workers: int, *, wanted: int | None, step: int, processes: int
+    item_spec: dict,
+    size: int,
+    workers: int,
+    *,
+    wanted: int | None,
+    step: int,
+    lend: int,
+    processes: int,
 ) -> int:
     """Choose how many items of a training a process reads ahead.
 
-    What decodes slowly in one process, for a while, then does not hold up the others. wanted: the
+    A process whose videos decode slowly for a while then does not hold up the others. wanted: the
     user's choice; otherwise DEFAULT_PREFETCH, or the items of a step if they are more, unless the
-    node's processes would fill more than 1/MEMORY_SHARE of its memory. In any case those of
-    prefetch_items.
+    node's processes would fill more than 1/MEMORY_SHARE of memory_limit with these and the batches
+    that they lend. In any case those of prefetch_items.
     """
     if wanted is None:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         item = sum(math.prod(shape) * dtype.itemsize for shape, dtype in item_spec.values())
-        wanted = min(max(DEFAULT_PREFETCH, step), machine // MEMORY_SHARE // processes // item)
+        fitting = memory_limit() // MEMORY_SHARE // processes // item - lend * size
+        wanted = min(max(DEFAULT_PREFETCH, step), fitting)
     return max(wanted, prefetch_items(size, workers))
+
+
+def memory_limit(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """Return the bytes of memory of this machine, or of this process's cgroup if they are fewer.
+
+    Containers and SLURM limit the memory of cgroups. Of version 1 only a container's is found.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    files = [Path(root, "memory", "memory.limit_in_bytes"), Path(root, "memory.max")]
+    with contextlib.suppress(OSError):
+        for line in Path(cgroup).read_text().splitlines():
+            if line.startswith("0::"):  # version 2
+                own = Path(root, line[3:].lstrip("/"))
+                files += [f / "memory.max" for f in (own, *own.parents) if f.is_relative_to(root)]
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int(file.read_text()))
+    return min(limits)
 
 
 def describe_error(error: str, path: Any) -> str:
@@ -194,7 +220,6 @@ class BatchMemory:
             end += math.ceil(size * math.prod(shape) * dtype.itemsize / 64) * 64  # aligned
         self.place_bytes = max(1, math.ceil(end / mmap.PAGESIZE)) * mmap.PAGESIZE
         self.memory = np.frombuffer(mmap.mmap(-1, places * self.place_bytes), np.uint8)
-        self.locked_for: int | None = None  # the GPU
         self.batches = [self.tensors(self.part(place), size) for place in range(places)]
         self.free = list(range(places))[::-1]
 
@@ -217,7 +242,11 @@ class BatchMemory:
         return self.tensors(part, size)
 
     def page_lock(self) -> bool:
-        """Lock the memory, so that the GPU copies from it by itself. Logs why it cannot be."""
+        """Lock the memory until the process ends, so that the GPU copies from it by itself.
+
+        Unlocking would wait for the GPU, which after a failure may wait for other ranks forever.
+        Logs a warning on failure.
+        """
         start, size = self.memory.ctypes.data, self.memory.nbytes
         if code := int(torch.cuda.cudart().cudaHostRegister(start, size, 0)):
             log.warning(
@@ -229,22 +258,8 @@ class BatchMemory:
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device="cuda")
             return False
-        self.locked_for = torch.cuda.current_device()
+        PAGE_LOCKED.append(self.memory)
         return True
-
-    def unlock(self) -> None:
-        """Unlock the memory once the GPU is done with it.
-
-        A thread waits for that: after a failure the GPU may wait for other ranks, for ever.
-        """
-        if self.locked_for is not None:
-            threading.Thread(target=self.unregister, daemon=True).start()
-
-    def unregister(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the GPU has failed, and the process ends
-            torch.cuda.set_device(self.locked_for)  # of this thread
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self.memory.ctypes.data)
 
 
 def read_item(
@@ -267,8 +282,8 @@ class SerialPool:
         self.dataset, self.batches = dataset, batches
         self.tasks: deque[Task] = deque()
 
-    def submit(self, tasks: list[Task]) -> None:
-        self.tasks.extend(tasks)
+    def submit(self, tasks: list[Task], first: bool = False) -> None:
+        self.tasks.extendleft(tasks) if first else self.tasks.extend(tasks)
 
     def collect(self) -> list[Result]:
         slot, key = self.tasks.popleft()
@@ -287,8 +302,11 @@ class Pool:
         batches: list[dict[str, torch.Tensor]],
         workers: int,
         timeout: float,
+        queued: int,
     ):
+        """queued: how many tasks a worker has at most, so that none waits for all that follow."""
         self.dataset, self.batches, self.timeout = dataset, batches, timeout
+        self.queued = queued
         self.queue: deque[Task] = deque()  # that no worker has yet
         self.retried: list[Task] = []  # their worker was killed; keys may be unhashable
         self.workers: list[Worker] = []
@@ -300,25 +318,25 @@ class Pool:
         for _ in range(workers):
             self.workers.append(Worker(dataset, batches, self.selector))
 
-    def submit(self, tasks: list[Task]) -> None:
-        self.queue.extend(tasks)
+    def submit(self, tasks: list[Task], first: bool = False) -> None:
+        """Queue tasks, or put them first: a batch waits for them."""
+        self.queue.extendleft(tasks) if first else self.queue.extend(tasks)
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Give each task to the worker that has the fewest."""
-        if not self.queue:
-            return
+        """Give tasks to the workers that have done half of theirs, each to the one with fewest."""
         loads = [(len(worker.tasks), place) for place, worker in enumerate(self.workers)]
+        loads = [(load, place) for load, place in loads if load <= self.queued // 2]
         heapq.heapify(loads)
         shares = [[] for _ in self.workers]
-        for task in self.queue:
-            load, place = loads[0]
-            shares[place].append(task)
-            heapq.heapreplace(loads, (load + 1, place))
-        self.queue.clear()
+        while self.queue and loads:
+            load, place = heapq.heappop(loads)
+            shares[place].append(self.queue.popleft())
+            if load + 1 < self.queued:
+                heapq.heappush(loads, (load + 1, place))
         for worker, tasks in zip(self.workers, shares, strict=True):
             if tasks and not worker.send(tasks):
-                self.queue.extend(tasks)
+                self.queue.extendleft(reversed(tasks))
             elif tasks:
                 self.check_at = min(self.check_at, worker.since + self.timeout)
 

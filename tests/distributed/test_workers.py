@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from distributed import workers
-from distributed.workers import WorkerFailure, sample_batches, training_prefetch
+from distributed.workers import WorkerFailure, memory_limit, sample_batches, training_prefetch
 from tests.helpers import ROOT
 from utils import STOP_SIGNALS
 
@@ -155,16 +155,11 @@ class Runtime:
     """What of the CUDA runtime is asked for."""
 
     def __init__(self, code):
-        self.code, self.registered, self.unregistered = code, [], FORK.Event()
+        self.code, self.registered = code, []
 
     def cudaHostRegister(self, start, size, flags):
         self.registered.append((start, start + size))
         return self.code
-
-    def cudaHostUnregister(self, start):
-        assert start == self.registered[0][0]
-        self.unregistered.set()
-        return 0
 
 
 @pytest.fixture
@@ -174,15 +169,13 @@ def runtime(monkeypatch):
     def put(code):
         made = Runtime(code)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda device: device == 3 or 1 / 0)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(workers, "PAGE_LOCKED", [])
         return made
 
     return put
 
 
-def test_all_that_is_lent_is_registered_until_the_batches_are_closed(runtime):
+def test_all_that_is_lent_is_registered_and_stays_mapped(runtime):
     """A mock: what a GPU makes of it, it cannot show."""
     made = runtime(0)
     settings = {"workers": 2, "timeout": PATIENCE, "pin_memory": True}
@@ -190,9 +183,9 @@ def test_all_that_is_lent_is_registered_until_the_batches_are_closed(runtime):
         for batch in batches:
             [(start, end)] = made.registered
             assert start <= address(batch) and address(batch) + batch["row"].nbytes <= end
-            assert not made.unregistered.is_set()
             del batch
-    assert made.unregistered.wait(PATIENCE) and len(made.registered) == 1
+    [kept] = workers.PAGE_LOCKED
+    assert made.registered == [(kept.ctypes.data, kept.ctypes.data + kept.nbytes)]
 
 
 def test_memory_that_cannot_be_registered_is_reported_and_batches_are_copied(
@@ -215,26 +208,40 @@ def test_memory_that_cannot_be_registered_is_reported_and_batches_are_copied(
     ]
     assert pinned == [True] * 6  # two tensors per batch
     assert milnce_log.text.count("could not page-lock") == 1 and "CUDA error 2" in milnce_log.text
-    assert made.code == "cuda" and not made.unregistered.wait(0.1)
+    assert made.code == "cuda" and workers.PAGE_LOCKED == []
 
 
 def test_a_training_reads_ahead_a_thousand_items_or_a_share_of_the_memory(monkeypatch):
     items = {"video": ((3, 10, 100, 100), torch.uint8), "text": ((5,), torch.int64)}  # 300,040 B
 
-    def choose(batch, workers, *, wanted=None, step=0, processes=1, memory=10**6):
-        sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory * 10**6}
-        monkeypatch.setattr(os, "sysconf", sizes.get)
-        settings = {"wanted": wanted, "step": step or batch, "processes": processes}
-        return training_prefetch(items, batch, workers, **settings)
+    def choose(batch, readers, *, wanted=None, step=0, lend=0, processes=1, memory=10**6):
+        monkeypatch.setattr(workers, "memory_limit", lambda: memory * 10**6)
+        settings = {"wanted": wanted, "step": step or batch, "lend": lend, "processes": processes}
+        return training_prefetch(items, batch, readers, **settings)
 
     assert choose(256, 20) == 1000
     assert choose(256, 20, step=4096) == 4096
     assert choose(256, 20, step=4096, memory=3000) == 1249  # of 375 MB
+    assert choose(256, 20, step=4096, memory=3000, lend=2) == 1249 - 2 * 256
     assert choose(64, 20, step=4096, memory=3000, processes=8) == 156
     assert choose(64, 100, memory=3000, processes=8) == 200  # two per worker
     assert choose(256, 20, memory=3000, processes=8) == 256  # a batch
     assert choose(256, 20, wanted=5000, memory=3000) == 5000
     assert choose(256, 20, wanted=1) == 256 and choose(4, 20, wanted=1) == 40
+
+
+def test_the_memory_limit_is_that_of_the_innermost_cgroup(tmp_path):
+    whole = memory_limit(tmp_path / "absent", tmp_path / "absent")
+    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    root, own = tmp_path / "root", tmp_path / "cgroup"
+    (root / "job/step").mkdir(parents=True)
+    own.write_text("0::/job/step\n")
+    (root / "job/step/memory.max").write_text("max\n")
+    (root / "job/memory.max").write_text("4096\n")
+    assert memory_limit(own, root) == 4096
+    (root / "memory").mkdir()
+    (root / "memory/memory.limit_in_bytes").write_text("2048\n")  # version 1
+    assert memory_limit(own, root) == 2048
 
 
 # --- the order of reading -------------------------------------------------------------------------
@@ -247,6 +254,22 @@ def test_prefetch_items_are_read_while_one_is_used():
         for done, _ in enumerate(batches, start=1):
             await_(lambda done=done: numbers.read.value >= min(4 * (done + 2), 40))
             assert numbers.read.value == min(4 * (done + 2), 40)
+
+
+def test_an_item_in_anothers_place_does_not_wait_for_all_that_is_read_ahead():
+    numbers = Numbers({0: lambda: "0 is bad"})
+    settings = {"workers": 1, "timeout": PATIENCE, "prefetch": 400}
+    replacing = sample_batches(
+        numbers,
+        batches_of(4, 400),
+        retry=lambda key, error: 1000,
+        on_sample=lambda: counted.append(0),
+        **settings,
+    )
+    counted = []
+    with closing(replacing) as batches:
+        assert next(batches)["number"].tolist() == [1000, 1, 2, 3]
+        assert len(counted) < 100  # of 400
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
