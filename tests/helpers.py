@@ -247,3 +247,11 @@ class Evil:
 
     def __reduce__(self):
         return print, ("this must not run",)
+
+
+DETAILS = ["counts", "intervals", "command", "weights_checksum"]  # of a metrics file, at its end
+
+
+def without_command(metrics):
+    """The content of a metrics file, which runs with the same results share."""
+    return {name: value for name, value in metrics.items() if name != "command"}

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.helpers import run_python
+from tests.helpers import DETAILS, run_python, without_command
 from tests.test_eval_scripts import BAD_INPUTS, BAD_TEXT_INPUTS, page_data, run_main
 
 SETS = {
@@ -71,7 +71,7 @@ def kept(request, toy, weights, tmp_path_factory):
 def test_metrics_are_written_and_missing_videos_are_counted_and_named(kept):
     script, folder, _, output = kept
     metrics = json.loads((folder / "out.json").read_text())
-    assert list(metrics) == KEYS[script]
+    assert list(metrics) == [*KEYS[script], *DETAILS]
     assert metrics["num_missing"] == 2
     assert "skipped: 1 videos, absent: " in output and "1 videos, undecodable: " in output
     assert output.splitlines()[-1] == f"report: {folder}/page/index.html"
@@ -104,14 +104,18 @@ def test_the_page_agrees_with_the_metrics(kept):
     else:
         assert total == metrics["num_alignable"]
         assert hits / total == pytest.approx(metrics["R1"])
-    assert str(folder) not in (folder / "page" / "index.html").read_text()
+    page = (folder / "page" / "index.html").read_text()
+    command = json.dumps(metrics["command"])[1:-1].replace("<", "\\u003c")
+    assert page.count(command) == 1
+    assert str(folder) not in page.replace(command, "")  # the only paths are the command's
 
 
 def test_a_second_run_needs_no_videos(kept, tmp_path, monkeypatch):
     script, folder, flags, _ = kept
     more = ["--eval_video_root=", f"--metrics_json={tmp_path}/out.json"]
     run_main(script, [*flags, *more], monkeypatch)
-    assert (tmp_path / "out.json").read_text() == (folder / "out.json").read_text()
+    again, first = (json.loads((at / "out.json").read_text()) for at in (tmp_path, folder))
+    assert without_command(again) == without_command(first)
 
 
 def refusal(script, flags, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from evaluation.feature_file import read_features
-from tests.helpers import run_python, write_csv
+from tests.helpers import DETAILS, run_python, without_command, write_csv
 from utils import run_script
 
 
@@ -23,13 +23,6 @@ def small(weights, toy):
         f"--token_to_word_path={toy}/dict.npy",
         *("--num_frames=4", "--video_size=32", "--num_windows_test=2", "--num_thread_reader=2"),
     ]
-
-
-DETAILS = ["counts", "intervals", "command", "weights_checksum"]  # after the metrics
-
-
-def without_command(metrics):
-    return {name: value for name, value in metrics.items() if name != "command"}
 
 
 def evaluate(script, tmp_path, *flags):
