@@ -331,7 +331,7 @@ def check_step(bench: Bench) -> dict[str, Any]:
         def compare():
             return within(
                 bench_step.distance(gradients(bench, precise, batch, *flags, **others), exact()),
-                1e-6,
+                1e-5,  # BatchNorm of a few values amplifies rounding
             )
 
         return compare
@@ -352,13 +352,13 @@ def check_step(bench: Bench) -> dict[str, Any]:
             "layouts: against contiguous, by autograd alone": same(way=ways.plain_step),
             "--grad_checkpoint": same("--grad_checkpoint"),
             "--accum_steps=2": same("--accum_steps=2"),
-            "2D": same(way=ways.our_step_in_2d),
             **{
                 f"a NaN batch, {name}": lambda dtype=dtype: check_nan(bench, model, dtype)
                 for name, dtype in SHORT.items()
             },
             "two runs": lambda: compare_runs(bench, model),
             "50 steps": lambda: check_learning(bench, model),
+            "2D": same(way=ways.our_step_in_2d),
             "--compile, against eager": bench.on_gpu(compiled),
         },
     )
