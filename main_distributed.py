@@ -449,7 +449,7 @@ def build_model(args, words, resumed=None):
             model = S3D.from_state_dict(resumed["state_dict"], resumed["path"])
     elif args.pretrain_cnn_path:
         check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
-        with input_error("--pretrain_cnn_path"):
+        with input_error("--pretrain_cnn_path, --word2vec_path"):  # the latter with torchvision's
             model = s3dg.load_model(
                 args.pretrain_cnn_path,
                 num_classes=args.num_class,
