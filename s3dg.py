@@ -751,7 +751,7 @@ def load_kinetics(model: S3D, state: dict[str, torch.Tensor], path: str | os.Pat
 
     The classifier is skipped. What torchvision does not have stays: the projection and the text
     network. Gates start open: their weights are 0 and their bias is OPEN_GATE, so that 0.005 % of a
-    value is lost at each. Adam can close them; SGD hardly moves them, as their gradient is a 5,500th
+    value is lost at each. Adam can close them; SGD hardly moves them, as their gradient is 1/5500
     of an even gate's. path: the file, for messages. Raises ValueError if it does not fit.
     """
     for module in model.modules():
