@@ -45,13 +45,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations.video_ids import read_video_ids
 from args import Parser, check_absent, check_new_output, files_below, not_negative, positive
 from captions.packing import write_store
-from captions.readers import CaptionError, CaptionStore, check_root, is_store, lookup_keys
+from captions.readers import CaptionError, CaptionStore, is_store, lookup_keys
 from captions.sources import (
     OtherLanguage,
     find_caption_files,
+    find_tag,
     is_language,
+    is_one_file,
     iter_captions,
-    split_name,
+    read_folder,
 )
 from utils import DataError, InputError, atomic_write, input_error, printable, run_stoppable_script
 
@@ -71,7 +73,7 @@ def pack(options: argparse.Namespace) -> None:
     check_absent(options.out, "out")  # before the work
     if is_store(source):
         raise InputError(f"--caption_root: {source} is already a store; use it as it is")
-    by_id = options.by_id or os.path.isfile(source)
+    by_id = options.by_id or is_one_file(source)
     packed = pack_source(
         source, options.out, by_id=by_id, language=options.language, workers=options.num_workers
     )
@@ -194,35 +196,34 @@ def make_list(options: argparse.Namespace) -> None:
 def find_captions(root: str, language: str, count: bool, num_workers: int) -> Found:
     """Find the captions in a folder, a store or a file for all videos.
 
-    count: read the files of a folder, to count their captions; otherwise names are compared.
-    Raises DataError or OSError.
+    count: read the files of a folder, to count their captions; otherwise names are compared, and
+    only JSON is read, as it may be a video's metadata. Raises DataError or OSError.
     """
-    if is_file := os.path.isfile(root):
-        by_id = True
-    else:
-        check_root(root)
-        if is_store(root):
-            store = CaptionStore(root)
-            return Found(
-                dict(zip(store.names, store.counts, strict=True)), store.by_id, set(), set()
-            )
-        by_id = False
+    if is_store(root):
+        store = CaptionStore(root)
+        return Found(dict(zip(store.names, store.counts, strict=True)), store.by_id, set(), set())
     counts, unusable, others = {}, set(), set()
-    if is_file or count:
-        for name, captions, _ in iter_captions(root, num_workers, language=language):
-            if isinstance(captions, OtherLanguage):
-                others.add(name)
-            elif isinstance(captions, CaptionError):
-                unusable.add(name)
-            else:
-                counts[name] = len(captions[2])
+    if by_id := is_one_file(root):
+        outcomes = iter_captions(root, num_workers, language=language)
     else:
-        for name, paths in find_caption_files(root, language):
-            tags = [split_name(path)[1] for path in paths]
-            if all(tag and not is_language(tag, language) for tag in tags):
-                others.add(name)
+        unread = []
+        for video in find_caption_files(root, language):
+            tags = {path: find_tag(video.name, path) for path in video.paths}
+            paths = [path for path, tag in tags.items() if not tag or is_language(tag, language)]
+            if not paths:
+                others.add(video.name)
+            elif count or all(path.lower().endswith(".json") for path in paths):
+                unread.append(video)
             else:
-                counts[name] = 1
+                counts[video.name] = 1
+        outcomes = read_folder(root, unread, num_workers, language) if unread else ()
+    for name, captions, _ in outcomes:
+        if isinstance(captions, OtherLanguage):
+            others.add(name)
+        elif isinstance(captions, CaptionError):
+            unusable.add(name)
+        else:
+            counts[name] = len(captions[2])
     if not counts:
         raise DataError(root, "has no captions that can be used; give another source")
     return Found(counts, by_id, unusable, others)

@@ -482,11 +482,24 @@ def test_videos_that_are_too_short_or_long_can_be_left_out(tmp_path, capsys):
 
 
 def test_the_list_of_a_folder_counts_subtitles_in_other_languages(tmp_path, capsys):
-    touch(tmp_path, "a.mp4", "a.en.vtt", "b.mp4", "b.de.vtt", "b.fr.vtt", "c.mp4", "c.json")
-    assert list_videos(tmp_path, tmp_path, tmp_path / "list.csv") == ["a.mp4", "c.mp4"]
+    touch(tmp_path, "a.mp4", "a.en.vtt", "b.mp4", "b.de.vtt", "b.fr.vtt")
+    assert list_videos(tmp_path, tmp_path, tmp_path / "list.csv") == ["a.mp4"]
     assert "1 videos whose captions are in another language, such as b" in not_in_it(
         capsys.readouterr()
     )
+
+
+def test_metadata_of_a_shard_are_no_captions(tmp_path, capsys):
+    """video2dataset leaves `<key>.json` beside each video."""
+    touch(tmp_path / "in", "a.mp4", "b.mp4")
+    (tmp_path / "in" / "a.json").write_text(json.dumps(WHISPER))
+    (tmp_path / "in" / "b.json").write_text('{"url": "b", "status": "success"}')
+    shard = pack_folder(tmp_path / "in", tmp_path / "s.tar")
+    for videos in (tmp_path / "in", shard):
+        (tmp_path / "list.csv").unlink(missing_ok=True)
+        assert list_videos(videos, videos, tmp_path / "list.csv") == ["a.mp4"]
+        unusable = "1 videos whose captions are unusable, such as b"
+        assert unusable in not_in_it(capsys.readouterr())
 
 
 # ---- the command ---------------------------------------------------------------------------------
