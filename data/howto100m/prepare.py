@@ -21,7 +21,7 @@ alone, whatever folder it is in. Videos without a usable caption are reported an
 `list` writes the training's video list: the files below VIDEOS that have captions in CAPTIONS,
 which is any source of pack or a store. It compares names and opens no file of a folder, except for
 --min_captions, which counts captions, and for --min_duration and --max_duration, which open each
-video. --exclude leaves out the videos of evaluations. It takes HTM-Align's JSON, CrossTask's
+video. --exclude skips the videos of evaluations. It takes HTM-Align's JSON, CrossTask's
 videos.csv or videos_val.csv, YouCook2's table or official JSON, or a list with an id per line.
 """
 
@@ -61,7 +61,7 @@ from utils import DataError, InputError, atomic_write, input_error, printable, r
 
 
 class Packed(NamedTuple):
-    """What a store has, and by video why others are not in it."""
+    """What a store has, and by video why others are skipped."""
 
     videos: int
     captions: int
@@ -77,15 +77,21 @@ def pack(options: argparse.Namespace) -> None:
     packed = pack_source(
         source, options.out, by_id=by_id, language=options.language, workers=options.num_workers
     )
-    others = Counter(e.language for e in packed.left_out.values() if isinstance(e, OtherLanguage))
-    unusable = [e for e in packed.left_out.values() if not isinstance(e, OtherLanguage)]
+    unusable, others = report_left_out(packed.left_out)
+    print(f"{options.out}: {packed.captions:,} captions of {packed.videos:,} videos", end="")
+    print(f"; {unusable:,} videos have no usable caption" if unusable else "")
+    if others:
+        print(f"skipped: {others}")
+
+
+def report_left_out(left_out: dict[str, CaptionError]) -> tuple[int, str]:
+    """Print why videos have no usable caption. Returns how many, and those in other languages."""
+    others = Counter(e.language for e in left_out.values() if isinstance(e, OtherLanguage))
+    unusable = [e for e in left_out.values() if not isinstance(e, OtherLanguage)]
     for error in unusable:
         print(f"skipped: {error}", file=sys.stderr)
-    print(f"{options.out}: {packed.captions:,} captions of {packed.videos:,} videos", end="")
-    print(f"; {len(unusable):,} videos have no usable caption" if unusable else "")
-    if others:
-        counts = ", ".join(f"{printable(tag)} {n:,}" for tag, n in others.most_common())
-        print(f"not in it: {others.total():,} videos in other languages ({counts})")
+    counts = ", ".join(f"{printable(tag)} {n:,}" for tag, n in others.most_common())
+    return len(unusable), f"{others.total():,} videos in other languages ({counts})" * bool(others)
 
 
 def pack_source(
@@ -111,9 +117,12 @@ def pack_source(
                     formats[kind] += 1
                     yield name, *captions
             if not formats:
-                reason = "".join(f" ({error})" for error in list(left_out.values())[:1])
+                unusable, others = report_left_out(left_out)
+                unusable = f"{unusable:,} videos have none that are intact" * bool(unusable)
                 raise DataError(
-                    source, f"has no captions that can be used{reason}; give another source"
+                    source,
+                    f"has no captions that can be used: {'; '.join(filter(None, (unusable, others)))}"
+                    "; give another source" + " or --language" * bool(others),
                 )
 
     origin = {"source": str(source), "formats": formats, "language": language}
@@ -187,10 +196,14 @@ def make_list(options: argparse.Namespace) -> None:
     print(f"{options.out}: {len(pairs):,} videos with captions")
     for some, what, more in left_out:
         if some:
-            print(f"not in it: {len(some):,} {what}, such as {printable(min(some))}{more}")
+            print(f"skipped: {len(some):,} {what}, such as {printable(min(some))}{more}")
     for path in exclude:
         if not excluded[path]:
-            print(f"not in it: 0 videos of {printable(path)}")
+            print(
+                f"--exclude: no video has an id of {printable(path)}; an id is a file's name, or "
+                "the end of it in brackets",
+                file=sys.stderr,
+            )
 
 
 def find_captions(root: str, language: str, count: bool, num_workers: int) -> Found:
@@ -359,7 +372,7 @@ def parse_arguments(arguments=None):
         "--min_duration",
         type=not_negative(float),
         default=0.0,
-        help="seconds; shorter videos are left out",
+        help="seconds; shorter videos are skipped",
     )
     add("--max_duration", type=positive(float), default=math.inf, help="seconds, likewise")
     add("--min_captions", type=positive(int), default=1, help="fewest captions of a video")
@@ -368,7 +381,7 @@ def parse_arguments(arguments=None):
         nargs="+",
         default=[],
         metavar="FILE",
-        help="annotations of evaluations, or lists of ids: their videos are left out",
+        help="annotations of evaluations, or lists of ids: their videos are skipped",
     )
     add_common(add)
     commands.choices["list"].set_defaults(run=make_list)
