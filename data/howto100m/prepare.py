@@ -119,11 +119,9 @@ def pack_source(
             if not formats:
                 unusable, others = report_left_out(left_out)
                 unusable = f"{unusable:,} videos have none that are intact" * bool(unusable)
-                raise DataError(
-                    source,
-                    f"has no captions that can be used: {'; '.join(filter(None, (unusable, others)))}"
-                    "; give another source" + " or --language" * bool(others),
-                )
+                reasons = "; ".join(filter(None, (unusable, others)))
+                advice = "give another source" + " or --language" * bool(others)
+                raise DataError(source, f"has no captions that can be used: {reasons}; {advice}")
 
     origin = {"source": str(source), "formats": formats, "language": language}
     with closing(outcomes), input_error("--out"):
