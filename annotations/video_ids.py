@@ -25,12 +25,13 @@ def read_video_ids(path: AnyPath) -> set[str]:
 
 def parse_json_ids(path: AnyPath) -> set[str]:
     content = read_json(path)
-    if isinstance(content, dict):
-        content = content.get("database", content)
+    if official := isinstance(content, dict) and "database" in content:
+        content = content["database"]
     if not isinstance(content, dict):
         raise DataError(path, "is not an object of annotations by video id; give one")
     for key, value in content.items():
-        if not isinstance(value, dict | list):
+        lists = isinstance(value, list) and all(isinstance(item, list) for item in value)
+        if not (isinstance(value, dict) if official else lists):
             raise DataError(path, f"has {shorten(value)} as annotations of {shorten(key)}; fix it")
     return set(content)
 
@@ -47,7 +48,7 @@ def parse_line_ids(path: AnyPath) -> set[str]:
         with data_error(path, number):
             if len(cells) > 2 and cells[2].startswith("http"):
                 ids.add(cells[1])
-            elif len(cells) == 1 and len(cells[0].split()) == 1:
+            elif len(cells) == 1 and len(cells[0].split()) == 1 and "/" not in cells[0]:
                 ids.add(cells[0])
             elif any(cells):
                 raise ValueError(

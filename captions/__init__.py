@@ -1,1 +1,1 @@
-"""The captions of HowTo100M: read, packed, listed."""
+"""Captions of videos, of HowTo100M and others: parsed, read, packed."""

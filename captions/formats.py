@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,10 @@ KEYS = ("start", "end", "text")  # of a caption, in JSON
 # What a line with an arrow has to be, in WebVTT and in SubRip.
 TIME = r"(\d+:)?[0-5]?\d:[0-5]?\d[.,]\d+"
 TIMES = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(\s|$)")
+TIME_LINE = re.compile(r"^.*-->.*$", re.MULTILINE)
+FRACTION = re.compile(r"(?<=\d)([.,])(\d+)")  # of a second
 SUBRIP = re.compile(r"\d+\s*\n.*-->|[\d:.,]+\s*-->")  # its beginning; the number may be missing
+SUBRIP_STYLE = re.compile(r"\{\\[^{}]*\}")  # as in `{\an8}above`
 WORD_TIME = re.compile(r"<(\d+:)?\d+:\d+\.\d+>")
 PAUSE = 0.1  # seconds between two cues, above which the first is not held by the second
 HOLD = 0.05  # seconds; YouTube holds a line for a cue of 10 ms
@@ -54,7 +57,13 @@ def parse_transcript(source: object, data: bytes) -> Transcript:
         raise CaptionError(f"{source}: is not UTF-8 text ({error})") from None
     except (ValueError, RecursionError) as error:
         raise CaptionError(f"{source}: {error}") from None
-    return Transcript(parse_csv(source, data), "CSV")
+    try:
+        return Transcript(parse_csv(source, data), "CSV")
+    except CaptionError:
+        if re.search(r"[.,]\d{1,3} --> \d", text):
+            reason = "has times of subtitles, but does not start as WebVTT or SubRip do"
+            raise CaptionError(f"{source}: {reason}") from None
+        raise
 
 
 # ---- JSON ----------------------------------------------------------------------------------------
@@ -72,20 +81,26 @@ def parse_whisper(source: object, text: str) -> Transcript:
     if type(language) is not str:
         raise ValueError(f"'language' is {shorten(language)}, not a text")
     starts, ends, texts = parse_columns("'segments'", content["segments"])
-    captions = starts, ends, [text.strip() for text in texts]
+    captions = sort_captions(starts, ends, [text.strip() for text in texts])
     return Transcript(usable_captions(*captions, source), "Whisper JSON", language)
+
+
+def sort_captions(starts: np.ndarray, ends: np.ndarray, texts: list[str]) -> Captions:
+    """Return the captions in the order of their starts, as a training takes neighbours of one."""
+    order = np.argsort(starts, kind="stable")
+    return starts[order], ends[order], [texts[place] for place in order]
 
 
 def parse_columns(place: str, value: object) -> Captions:
     """Return starts and ends (float arrays) and texts of captions in JSON.
 
     value: three lists, {"start": [...], "end": [...], "text": [...]}, or a list of captions,
-    [{"start": .., "end": .., "text": ..}, ...]. null and NaN are a missing time, or an empty text.
-    place: what it is the value of, for messages. Raises ValueError for other values, and unless the
-    three lists are of the same length.
+    [{"start": .., "end": .., "text": ..}, ...]. null and NaN are a missing time, or an empty text;
+    a caption of a list may also lack the time. place: what it is the value of, for messages. Raises
+    ValueError for other values, and unless the three lists are of the same length.
     """
-    if type(value) is list and all(type(c) is dict and {*KEYS} <= c.keys() for c in value):
-        value = {key: [caption[key] for caption in value] for key in KEYS}
+    if type(value) is list and all(type(c) is dict and "text" in c for c in value):
+        value = {key: [caption.get(key) for caption in value] for key in KEYS}
     columns = [value.get(key) for key in KEYS] if type(value) is dict else [0]
     if any(type(column) is not list for column in columns):
         raise ValueError(f"{place} lacks the lists start, end and text")
@@ -109,43 +124,57 @@ def parse_columns(place: str, value: object) -> Captions:
 
 
 class Cue(NamedTuple):
-    """Lines of text, without markup, that are shown from `start` to `end` (seconds)."""
+    """Lines of text, without markup, that are shown from `start` to `end` (seconds).
+
+    written: of each line, whether its words have times, so that it is spoken in this cue.
+    """
 
     start: float
     end: float
     lines: list[str]
+    written: list[bool]
 
 
-def parse_subtitles(source: object, text: str, kind: str) -> Transcript:
+def parse_subtitles(source: object, text: str, suffix: str) -> Transcript:
     """Parse WebVTT ("vtt") or SubRip ("srt"). Raises ValueError or CaptionError.
 
-    Each line that rolls on from cue to cue is in the result once, see unroll.
+    A cue whose times are broken is skipped. Each line that rolls on from cue to cue is in the
+    result once, see unroll.
     """
-    for number, line in enumerate(text.splitlines(), 1):
-        if "-->" in line and not TIMES.match(line):  # the library would skip the cue
-            raise ValueError(f"line {number}: {shorten(line.strip())} is not a cue's times")
+    # The library takes the 5 of SubRip's 00:00:01,5 for milliseconds.
+    text = TIME_LINE.sub(lambda line: FRACTION.sub(to_milliseconds, line[0]), text)
+    if suffix == "srt":
+        text = SUBRIP_STYLE.sub("", text)
     try:
-        subtitles = webvtt.from_buffer(io.StringIO(text, newline=None), format=kind)
+        subtitles = webvtt.from_buffer(io.StringIO(text, newline=None), format=suffix)
         cues = [to_cue(caption) for caption in subtitles]
     except (webvtt.errors.MalformedFileError, webvtt.errors.MalformedCaptionError) as error:
         raise ValueError(f"is damaged ({one_line(error)})") from None
     cues = [cue for cue in cues if cue.lines]
+    if not cues:
+        for number, line in enumerate(text.splitlines(), 1):
+            if "-->" in line and not TIMES.match(line):
+                raise ValueError(f"line {number}: {shorten(line.strip())} is not a cue's times")
     cues = unroll(cues, rolls=WORD_TIME.search(text) is not None)
-    captions = usable_captions(
+    captions = sort_captions(
         np.array([cue.start for cue in cues]),
         np.array([cue.end for cue in cues]),
         [" ".join(cue.lines) for cue in cues],
-        source,
     )
     header = dict(line.split(":", 1) for line in subtitles.metadata if ":" in line)
-    kind = {"vtt": "WebVTT", "srt": "SubRip"}[kind]
-    return Transcript(captions, kind, header.get("Language", "").strip())
+    name = {"vtt": "WebVTT", "srt": "SubRip"}[suffix]
+    return Transcript(usable_captions(*captions, source), name, header.get("Language", "").strip())
+
+
+def to_milliseconds(fraction: re.Match) -> str:
+    return f"{fraction[1]}{fraction[2]:0<3.3}"
 
 
 def to_cue(caption: webvtt.Caption) -> Cue:
     times = (time.in_milliseconds() / 1000 for time in (caption.start_time, caption.end_time))
-    lines = (" ".join(html.unescape(line).split()) for line in caption.text.splitlines())
-    return Cue(*times, [line for line in lines if line])
+    lines = [" ".join(html.unescape(line).split()) for line in caption.text.split("\n")]
+    written = [WORD_TIME.search(line) is not None for line in caption.raw_text.split("\n")]
+    return Cue(*times, list(filter(None, lines)), list(compress(written, lines)))
 
 
 def unroll(cues: Sequence[Cue], rolls: bool = False) -> list[Cue]:
@@ -155,14 +184,14 @@ def unroll(cues: Sequence[Cue], rolls: bool = False) -> list[Cue]:
     and moves up while the next one is written. It is in three cues. It is spoken in the first.
     rolls: whether the cues are known to roll, as their words have times. Others, such as WebVTT
     that was converted to SubRip, roll if at least half of them start with the end of the one
-    before, and one of them adds a line or only holds. Subtitles that do not roll stay as they are:
-    what they repeat is repeated in the video.
+    before, and one of them only holds it. Subtitles that do not roll stay as they are: what they
+    repeat is repeated in the video.
     """
     carried = [0] * bool(cues) + [count_carried(*pair) for pair in pairwise(cues)]
     rolls = rolls or (
         2 * sum(map(bool, carried)) >= len(cues) - 1
         and any(
-            count and (count < len(cue.lines) or cue.end - cue.start < HOLD)
+            count == len(cue.lines) and cue.end - cue.start < HOLD
             for count, cue in zip(carried, cues, strict=True)
         )
     )
@@ -175,8 +204,10 @@ def unroll(cues: Sequence[Cue], rolls: bool = False) -> list[Cue]:
 def count_carried(before: Cue, cue: Cue) -> int:
     """Return how many of the first lines of a cue are the last ones of the cue before.
 
-    After a pause, a cue that has no other lines repeats what was spoken.
+    A line that is written in the cue is spoken again, and so is all of a cue after a pause that has
+    no other lines.
     """
-    longest = min(len(before.lines), len(cue.lines))
+    unwritten = [*cue.written, True].index(True)
+    longest = min(len(before.lines), unwritten)
     count = next((n for n in range(longest, 0, -1) if before.lines[-n:] == cue.lines[:n]), 0)
     return 0 if count == len(cue.lines) and cue.start - before.end > PAUSE else count

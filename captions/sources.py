@@ -9,7 +9,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -40,7 +40,23 @@ FILES_PER_TASK = 64  # caption files that a process reads at a time
 
 SUFFIXES = (".csv", ".json", ".vtt", ".srt")  # of caption files; of a video's, the first counts
 NOT_CAPTIONS = (".info.json", ".live_chat.json")  # which yt-dlp also leaves beside videos
-LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")  # as in `<video>.en-US.vtt`
+# As in `<video>.en-US.vtt`; yt-dlp also leaves `en_US` and a creator's `en-eEY6_EpapPo`.
+LANGUAGE_TAG = re.compile(r"[a-z]{2,3}([-_][\w-]*)?")
+# As some programs state the language in JSON.
+LANGUAGE_NAMES = {
+    "arabic": "ar",
+    "chinese": "zh",
+    "english": "en",
+    "french": "fr",
+    "german": "de",
+    "hindi": "hi",
+    "italian": "it",
+    "japanese": "ja",
+    "korean": "ko",
+    "portuguese": "pt",
+    "russian": "ru",
+    "spanish": "es",
+}
 HTM_AA = ["vid", "timestamp", "text"]  # the columns of its CSV file
 
 
@@ -70,12 +86,19 @@ def iter_captions(
     a file or its name states one; others are an OtherLanguage. Raises DataError or OSError if the
     source as a whole cannot be used.
     """
-    if os.path.isfile(root):
+    if is_one_file(root):
         return read_caption_table(root) if is_caption_table(root) else read_caption_json(root)
     if is_store(root):
         return read_store(CaptionStore(root))
     files = find_caption_files(root, language)
     return read_folder(root, name_by_id(root, files) if by_id else files, num_workers, language)
+
+
+def is_one_file(root: str | os.PathLike[str]) -> bool:
+    """Whether a source is a file with the captions of all videos, not a folder or a shard."""
+    from video_decoder import is_shard  # loads torch, for which --help should not wait
+
+    return os.path.isfile(root) and not is_shard(root)
 
 
 def read_store(store: CaptionStore) -> Iterator[Outcome]:
@@ -227,22 +250,30 @@ class CaptionFiles(NamedTuple):
     paths: tuple[str, ...]
 
 
-def split_name(path: str) -> tuple[str, str, str]:
-    """Return the video's name, the language and the suffix in the path of a caption file.
+def find_name(path: str, videos: Collection[str]) -> str:
+    """Return the name of the video whose captions are in a file.
 
-    Only names of subtitles have a language, and not all: `talk.en.vtt`, `talk.vtt`.
+    Only names of subtitles may have a language after it: `talk.en.vtt`, `talk.vtt`. videos: the
+    names of videos that are known; `fix.it.vtt` is of `fix.it` if there is one.
     """
     name, suffix = os.path.splitext(path)
-    if suffix in (".vtt", ".srt"):
+    if suffix.lower() in (".vtt", ".srt") and name not in videos:
         video, _, tag = name.rpartition(".")
         if PurePosixPath(video).name and LANGUAGE_TAG.fullmatch(tag):
-            return video, tag, suffix
-    return name, "", suffix
+            return video
+    return name
+
+
+def find_tag(name: str, path: str) -> str:
+    """Return the language in the path of a caption file of the video, "" without one."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return stem.removeprefix(os.path.basename(name))[1:]
 
 
 def is_language(tag: str, language: str) -> bool:
     """Whether a tag names the language, or a variety of it: en-GB and en-orig are en."""
-    return f"{tag.lower()}-".startswith(f"{language.lower()}-")
+    tag = LANGUAGE_NAMES.get(tag.lower(), tag.lower()).replace("_", "-")
+    return f"{tag}-".startswith(f"{language.lower()}-")
 
 
 def check_language(path: str, stated: str, language: str) -> None:
@@ -251,28 +282,42 @@ def check_language(path: str, stated: str, language: str) -> None:
         raise OtherLanguage(f"{path}: its language is {shorten(stated)}, not {language}", stated)
 
 
-def rank(path: str, language: str) -> tuple:
-    """Return the sort key of a caption file: by video, and among a video's by preference."""
-    name, tag, suffix = split_name(path)
+def rank(name: str, path: str, language: str) -> tuple:
+    """Return the sort key of a video's caption file, by which the preferred one is the first."""
+    tag, suffix = find_tag(name, path), os.path.splitext(path)[1].lower()
     variety = tag != language, tag != ""  # the language itself, none, a variety
-    return name, tag != "" and not is_language(tag, language), SUFFIXES.index(suffix), variety, path
+    return tag != "" and not is_language(tag, language), SUFFIXES.index(suffix), variety, path
 
 
 def find_caption_files(folder: str, language: str = "en") -> list[CaptionFiles]:
-    """Return the caption files below a folder and in its shards, sorted by their videos' names."""
-    from video_decoder import walk_files  # loads torch, for which --help should not wait
+    """Return the caption files below a folder and in its shards, sorted by their videos' names.
 
-    check_root(folder)
-    found = tqdm(walk_files(folder, SUFFIXES), "caption files", unit="file", disable=None)
-    paths = [path for path in found if path.endswith(SUFFIXES) and not path.endswith(NOT_CAPTIONS)]
+    folder: it may also be a shard.
+    """
+    from video_decoder import EXTENSIONS, is_shard, walk_files
+
+    if not is_shard(folder):
+        check_root(folder)
+    found = walk_files(folder, {*SUFFIXES, *EXTENSIONS})
+    paths, videos = [], set()
+    for path in tqdm(found, "caption files", unit="file", disable=None):
+        if not path.lower().endswith(SUFFIXES):
+            videos.add(os.path.splitext(path)[0])
+        elif not path.lower().endswith(NOT_CAPTIONS):
+            paths.append(path)
     if not paths:
         raise DataError(
             folder,
             f"has no caption file ({', '.join(SUFFIXES)}); give the folder of the captions",
         )
-    paths.sort(key=lambda path: rank(path, language))
-    groups = groupby(paths, key=lambda path: split_name(path)[0])
-    return [CaptionFiles(name, tuple(paths)) for name, paths in groups]
+    named = sorted((find_name(path, videos), path) for path in paths)
+    groups = groupby(named, key=lambda pair: pair[0])
+    return [
+        CaptionFiles(
+            name, tuple(sorted((p for _, p in some), key=lambda p: rank(name, p, language)))
+        )
+        for name, some in groups
+    ]
 
 
 def name_by_id(folder: str, files: list[CaptionFiles]) -> list[CaptionFiles]:
@@ -356,7 +401,7 @@ def read_file(name: str, path: str, language: str) -> Outcome:
 
     try:
         path.encode()
-        check_language(path, split_name(path)[1], language)
+        check_language(path, find_tag(name, path), language)
         if (size := locate(path).size) > LARGEST_VIDEO:
             raise CaptionError(f"{path}: has {size:,} bytes, too many for the captions of a video")
         captions, kind, stated = parse_transcript(path, read_bytes(path))

@@ -207,7 +207,13 @@ def walk_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
         elif extension in extensions:
             yield name
         elif COMPRESSED_TAR.search(name):
-            log.warning("skipped: %s: is compressed; decompress it", printable(path))
+            warn_once(f"skipped: {printable(path)}: is compressed; decompress it")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning. A command walks a folder twice, for videos and for captions beside them."""
+    log.warning("%s", message)
 
 
 def list_members(shard: str, extensions: Collection[str]) -> Iterator[str]:
@@ -216,19 +222,22 @@ def list_members(shard: str, extensions: Collection[str]) -> Iterator[str]:
     try:
         index = open_index(shard, status.st_size, status.st_mtime_ns, status.st_ino)
     except ValueError as error:
-        log.warning("skipped: %s: %s", printable(shard), error)
+        warn_once(f"skipped: {printable(shard)}: {error}")
         return
     if index.damaged_at >= 0:
-        log.warning(
-            "%s: is cut short or damaged at byte %d; only what is before is used",
-            *(printable(shard), index.damaged_at),
+        warn_once(
+            f"{printable(shard)}: is cut short or damaged at byte {index.damaged_at}; only what is "
+            "before is used"
         )
     for number in range(len(index)):
         name = os.fsdecode(index.name(number))
         if os.path.splitext(name)[1].lower() not in extensions:
             continue
-        if (start := index.starts[number].item()) < 0:
-            log.warning("skipped: %s: %s", printable(f"{shard}/{name}"), FAULTS[-start])
+        start = index.starts[number].item()
+        if start >= 0 and escapes_root(name):  # the index was not made here
+            start = -OUTSIDE
+        if start < 0:
+            warn_once(f"skipped: {printable(f'{shard}/{name}')}: {FAULTS[-start]}")
         else:
             yield name
 
@@ -253,9 +262,19 @@ class ShardIndex:
         _, checksum, self.size, self.mtime_ns, count, self.damaged_at = HEADER.unpack(header)
         if checksum != zlib.crc32(rest):
             raise ValueError("is damaged")
-        numbers = rest[: 24 * count].view("<i8")
-        self.starts, self.sizes, self.ends = numbers.reshape(3, count)
+        if not 0 <= 24 * count <= len(rest):
+            raise ValueError("is damaged")
+        self.starts, self.sizes, self.ends = rest[: 24 * count].view("<i8").reshape(3, count)
         self.names = rest[24 * count :]
+        # Whoever can write beside a shard must not choose what else is read. No sum overflows.
+        ends = [0, *self.ends[:1], *self.ends[-1:], len(self.names)]
+        if not (
+            np.all((self.starts > -len(FAULTS)) & (self.sizes >= 0) & (self.sizes <= self.size))
+            and np.all(self.starts <= self.size - self.sizes)
+            and np.all(self.ends[1:] >= self.ends[:-1])
+            and ends == sorted(ends)
+        ):
+            raise ValueError("has members outside the shard")
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -363,7 +382,9 @@ def read_headers(shard: str, length: int) -> tuple[dict[bytes, tuple[int, int]],
                 name, place = describe_member(member, length)
                 members[name] = (-DUPLICATE, 0) if name in members else place
             file.seek(tar.offset)
-            complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            # What follows the end mark is zeros, unless two files were joined.
+            end = file.read(MAX_HEADER_BYTES)
+            complete = len(end) >= tarfile.BLOCKSIZE and not end.strip(b"\0")
         except OSError:
             raise
         except Exception:

@@ -21,7 +21,7 @@ alone, whatever folder it is in. Videos without a usable caption are reported an
 `list` writes the training's video list: the files below VIDEOS that have captions in CAPTIONS,
 which is any source of pack or a store. It compares names and opens no file of a folder, except for
 --min_captions, which counts captions, and for --min_duration and --max_duration, which open each
-video. --exclude leaves out the videos of evaluations. It takes HTM-Align's JSON, CrossTask's
+video. --exclude skips the videos of evaluations. It takes HTM-Align's JSON, CrossTask's
 videos.csv or videos_val.csv, YouCook2's table or official JSON, or a list with an id per line.
 """
 
@@ -45,13 +45,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from annotations.video_ids import read_video_ids
 from args import Parser, check_absent, check_new_output, files_below, not_negative, positive
 from captions.packing import write_store
-from captions.readers import CaptionError, CaptionStore, check_root, is_store, lookup_keys
+from captions.readers import CaptionError, CaptionStore, is_store, lookup_keys
 from captions.sources import (
     OtherLanguage,
     find_caption_files,
+    find_tag,
     is_language,
+    is_one_file,
     iter_captions,
-    split_name,
+    read_folder,
 )
 from utils import DataError, InputError, atomic_write, input_error, printable, run_stoppable_script
 
@@ -59,7 +61,7 @@ from utils import DataError, InputError, atomic_write, input_error, printable, r
 
 
 class Packed(NamedTuple):
-    """What a store has, and by video why others are not in it."""
+    """What a store has, and by video why others are skipped."""
 
     videos: int
     captions: int
@@ -71,19 +73,25 @@ def pack(options: argparse.Namespace) -> None:
     check_absent(options.out, "out")  # before the work
     if is_store(source):
         raise InputError(f"--caption_root: {source} is already a store; use it as it is")
-    by_id = options.by_id or os.path.isfile(source)
+    by_id = options.by_id or is_one_file(source)
     packed = pack_source(
         source, options.out, by_id=by_id, language=options.language, workers=options.num_workers
     )
-    others = Counter(e.language for e in packed.left_out.values() if isinstance(e, OtherLanguage))
-    unusable = [e for e in packed.left_out.values() if not isinstance(e, OtherLanguage)]
+    unusable, others = report_left_out(packed.left_out)
+    print(f"{options.out}: {packed.captions:,} captions of {packed.videos:,} videos", end="")
+    print(f"; {unusable:,} videos have no usable caption" if unusable else "")
+    if others:
+        print(f"skipped: {others}")
+
+
+def report_left_out(left_out: dict[str, CaptionError]) -> tuple[int, str]:
+    """Print why videos have no usable caption. Returns how many, and those in other languages."""
+    others = Counter(e.language for e in left_out.values() if isinstance(e, OtherLanguage))
+    unusable = [e for e in left_out.values() if not isinstance(e, OtherLanguage)]
     for error in unusable:
         print(f"skipped: {error}", file=sys.stderr)
-    print(f"{options.out}: {packed.captions:,} captions of {packed.videos:,} videos", end="")
-    print(f"; {len(unusable):,} videos have no usable caption" if unusable else "")
-    if others:
-        counts = ", ".join(f"{printable(tag)} {n:,}" for tag, n in others.most_common())
-        print(f"not in it: {others.total():,} videos in other languages ({counts})")
+    counts = ", ".join(f"{printable(tag)} {n:,}" for tag, n in others.most_common())
+    return len(unusable), f"{others.total():,} videos in other languages ({counts})" * bool(others)
 
 
 def pack_source(
@@ -109,10 +117,11 @@ def pack_source(
                     formats[kind] += 1
                     yield name, *captions
             if not formats:
-                reason = "".join(f" ({error})" for error in list(left_out.values())[:1])
-                raise DataError(
-                    source, f"has no captions that can be used{reason}; give another source"
-                )
+                unusable, others = report_left_out(left_out)
+                unusable = f"{unusable:,} videos have none that are intact" * bool(unusable)
+                reasons = "; ".join(filter(None, (unusable, others)))
+                advice = "give another source" + " or --language" * bool(others)
+                raise DataError(source, f"has no captions that can be used: {reasons}; {advice}")
 
     origin = {"source": str(source), "formats": formats, "language": language}
     with closing(outcomes), input_error("--out"):
@@ -185,44 +194,47 @@ def make_list(options: argparse.Namespace) -> None:
     print(f"{options.out}: {len(pairs):,} videos with captions")
     for some, what, more in left_out:
         if some:
-            print(f"not in it: {len(some):,} {what}, such as {printable(min(some))}{more}")
+            print(f"skipped: {len(some):,} {what}, such as {printable(min(some))}{more}")
     for path in exclude:
         if not excluded[path]:
-            print(f"not in it: 0 videos of {printable(path)}")
+            print(
+                f"--exclude: no video has an id of {printable(path)}; an id is a file's name, or "
+                "the end of it in brackets",
+                file=sys.stderr,
+            )
 
 
 def find_captions(root: str, language: str, count: bool, num_workers: int) -> Found:
     """Find the captions in a folder, a store or a file for all videos.
 
-    count: read the files of a folder, to count their captions; otherwise names are compared.
-    Raises DataError or OSError.
+    count: read the files of a folder, to count their captions; otherwise names are compared, and
+    only JSON is read, as it may be a video's metadata. Raises DataError or OSError.
     """
-    if is_file := os.path.isfile(root):
-        by_id = True
-    else:
-        check_root(root)
-        if is_store(root):
-            store = CaptionStore(root)
-            return Found(
-                dict(zip(store.names, store.counts, strict=True)), store.by_id, set(), set()
-            )
-        by_id = False
+    if is_store(root):
+        store = CaptionStore(root)
+        return Found(dict(zip(store.names, store.counts, strict=True)), store.by_id, set(), set())
     counts, unusable, others = {}, set(), set()
-    if is_file or count:
-        for name, captions, _ in iter_captions(root, num_workers, language=language):
-            if isinstance(captions, OtherLanguage):
-                others.add(name)
-            elif isinstance(captions, CaptionError):
-                unusable.add(name)
-            else:
-                counts[name] = len(captions[2])
+    if by_id := is_one_file(root):
+        outcomes = iter_captions(root, num_workers, language=language)
     else:
-        for name, paths in find_caption_files(root, language):
-            tags = [split_name(path)[1] for path in paths]
-            if all(tag and not is_language(tag, language) for tag in tags):
-                others.add(name)
+        unread = []
+        for video in find_caption_files(root, language):
+            tags = {path: find_tag(video.name, path) for path in video.paths}
+            paths = [path for path, tag in tags.items() if not tag or is_language(tag, language)]
+            if not paths:
+                others.add(video.name)
+            elif count or all(path.lower().endswith(".json") for path in paths):
+                unread.append(video)
             else:
-                counts[name] = 1
+                counts[video.name] = 1
+        outcomes = read_folder(root, unread, num_workers, language) if unread else ()
+    for name, captions, _ in outcomes:
+        if isinstance(captions, OtherLanguage):
+            others.add(name)
+        elif isinstance(captions, CaptionError):
+            unusable.add(name)
+        else:
+            counts[name] = len(captions[2])
     if not counts:
         raise DataError(root, "has no captions that can be used; give another source")
     return Found(counts, by_id, unusable, others)
@@ -358,7 +370,7 @@ def parse_arguments(arguments=None):
         "--min_duration",
         type=not_negative(float),
         default=0.0,
-        help="seconds; shorter videos are left out",
+        help="seconds; shorter videos are skipped",
     )
     add("--max_duration", type=positive(float), default=math.inf, help="seconds, likewise")
     add("--min_captions", type=positive(int), default=1, help="fewest captions of a video")
@@ -367,7 +379,7 @@ def parse_arguments(arguments=None):
         nargs="+",
         default=[],
         metavar="FILE",
-        help="annotations of evaluations, or lists of ids: their videos are left out",
+        help="annotations of evaluations, or lists of ids: their videos are skipped",
     )
     add_common(add)
     commands.choices["list"].set_defaults(run=make_list)

@@ -11,7 +11,7 @@ The command writes to --out
     captions/               the caption store
     dict.npy, word2vec.pth  a vocabulary and its vectors, trained on the captions
 
-lists the videos that are not in it and why, and prints the command that trains on the rest. To take
+lists the videos that are skipped and why, and prints the command that trains on the rest. To take
 given word vectors, such as those of the release (data/README.md), give --word2vec_path and
 --token_to_word_path.
 """
@@ -64,17 +64,24 @@ def prepare(options: argparse.Namespace) -> None:
             flag="FOLDER",
         )
         names = set(CaptionStore(partial / CAPTIONS).names)
-        with input_error("FOLDER"):
-            pairs, without, unlistable = pair(videos, names, by_id=False)
-        left_out = explain(without, packed, options.language)
-        left_out += [
+        firsts = {}
+        for video in videos:
+            firsts.setdefault(caption_name(video), video)
+        pairs, without, unlistable = pair(list(firsts.values()), names, by_id=False)
+        skipped = explain(without, packed, options.language)
+        skipped += [
             (video, "its name is not UTF-8, or has a line end in it") for video in unlistable
         ]
-        left_out += take_unreadable(options.folder, pairs, workers)
-        for video, reason in left_out:
-            print(f"left out: {printable(video)}: {reason}")
-        for name in sorted((names | packed.left_out.keys()) - set(map(caption_name, videos))):
-            print(f"left out: the captions of {printable(name)}: there is no such video")
+        skipped += [
+            (video, f"{printable(first)} has the same captions")
+            for video in videos
+            if (first := firsts[caption_name(video)]) != video
+        ]
+        skipped += take_unreadable(options.folder, pairs, workers)
+        for video, reason in skipped:
+            print(f"skipped: {printable(video)}: {reason}")
+        for name in sorted((names | packed.left_out.keys()) - firsts.keys()):
+            print(f"skipped: the captions of {printable(name)}: there is no such video")
         if not pairs:
             raise InputError(
                 f"FOLDER: none of its {len(videos):,} videos can be trained on; see above"
@@ -184,7 +191,8 @@ def training_command(options: argparse.Namespace, out: Path, num_videos: int) ->
         "epochs": EPOCHS,
         "warmup_steps": steps // 10,
         "num_thread_reader": len(os.sched_getaffinity(0)),
-        "checkpoint_dir": out.name,
+        # Another training's, in a folder of the same name, is not to be resumed.
+        "checkpoint_dir": str(out).strip(os.sep).replace(os.sep, "-"),
     }
     flags = [f"--{name}={value}" for name, value in flags.items()]
     return ["python", "main_distributed.py", *flags, "--resume"]

@@ -30,6 +30,9 @@ WRONG = {
     "list.json": ("[1]", "is not an object"),
     "cut.json": ('{"a": [', "is not JSON"),
     "other.json": ('{"version": 3}', "has '3' as annotations of 'version'"),
+    "msrvtt.json": ('{"videos": [{"video_id": "video1"}], "sentences": []}', "of 'videos'; fix it"),
+    "info.json": ('{"info": {}, "videos": []}', "has '{}' as annotations of 'info'"),
+    "paths.csv": ("video_path\na/b.mp4\n", r"line 2: 'a/b.mp4' is no video id"),
     "words.txt": ("a-1\nnot an id\n", r"words\.txt, line 2: 'not an id' is no video id"),
     "other.csv": ("start,end,text\n0,1,a\n", r"other\.csv, line 1: 'start,end,text' is no video"),
 }

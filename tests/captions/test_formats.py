@@ -99,17 +99,48 @@ def test_subtitles_that_do_not_roll_keep_what_they_repeat(kind):
 
 
 def cues(*rows):
-    return [Cue(start, end, text.split("/")) for start, end, text in rows]
+    return [Cue(start, end, text.split("/"), [False] * 4) for start, end, text in rows]
+
+
+def texts(shown):
+    return [(cue.start, "/".join(cue.lines)) for cue in shown]
 
 
 def test_a_line_that_is_shown_again_after_a_pause_is_spoken_again():
     rolled = unroll(cues((0, 1, "cake"), (5, 6, "cake"), (6, 6.01, "cake")), rolls=True)
-    assert rolled == cues((0, 1, "cake"), (5, 6, "cake"))
+    assert texts(rolled) == [(0, "cake"), (5, "cake")]
 
 
 def test_two_lines_may_roll_at_once():
-    shown = cues((0, 1, "a/b"), (1, 2, "a/b/c"), (2, 3, "b/c"), (3, 4, "c/d/e"))
-    assert unroll(shown) == cues((0, 1, "a/b"), (1, 2, "c"), (3, 4, "d/e"))
+    shown = cues((0, 1, "a/b"), (1, 2, "a/b/c"), (2, 2.01, "b/c"), (2.01, 4, "c/d/e"))
+    assert texts(unroll(shown)) == [(0, "a/b"), (1, "c"), (2.01, "d/e")]
+
+
+@pytest.mark.parametrize(
+    "shown", [[(0, 1, "no"), (1, 2, "no"), (2, 3, "no/- yes")], [(0, 1, "again"), (1, 2, "again")]]
+)
+def test_subtitles_without_a_hold_do_not_roll(shown):
+    assert texts(unroll(cues(*shown))) == [(start, text) for start, _, text in shown]
+
+
+def test_a_line_whose_words_have_times_is_spoken_even_if_it_was_just_shown():
+    twice = [(0, 2, "stir it"), (2, 4, "stir it")]
+    one_line = rolling_vtt(twice).replace(" \nstir<", "stir<").replace("stir it\nstir<", "stir<")
+    assert parse(one_line)[0] == without_hold(twice)
+
+
+@pytest.mark.parametrize("bad", ["00:03.000 --> 00:0x.000", "00:03.000 -->", "1:0 --> 00:61.000"])
+def test_a_cue_without_times_costs_only_itself(bad):
+    vtt = f"{VTT}{bad}\nthere\n\n00:05.000 --> 00:06.000\nyou\n"
+    assert parse(vtt)[0] == [(1, 2, "hello"), (5, 6, "you")]
+    srt = SUBRIP.replace("00:00:02,500 --> 00:00:03,000", bad)
+    assert [text for _, _, text in parse(srt)[0]] == ["Stir the batter.", "Stir."]
+
+
+def test_subrips_fractions_and_styles_are_read_and_captions_sorted():
+    srt = SUBRIP.replace("01,000", "03,5").replace("02,500", "02,1234567", 1)
+    found = parse(srt.replace("Stir.", "{\\an8}Stir{!}"))[0]
+    assert found == [(2.5, 3, "Stir{!}"), (3, 3604, "Stir{!}"), (3.5, 2.123, "Stir the batter.")]
 
 
 # ---- JSON ----------------------------------------------------------------------------------------
@@ -119,10 +150,12 @@ def test_whispers_segments_are_the_captions():
     segments = [
         {"id": 0, "start": 0.5, "end": 2, "text": " Hello.", "words": [{"word": "Hello."}]},
         {"start": 2, "end": None, "text": "no end"},
+        {"start": 2, "text": "no end"},
+        {"start": 5, "end": 6, "text": "later"},
         {"start": 3.25, "end": 4, "text": "日本 "},
     ]
     text = json.dumps({"segments": segments, "word_segments": [], "language": "de"})
-    expected = [(0.5, 2, "Hello."), (3.25, 4, "日本")]
+    expected = [(0.5, 2, "Hello."), (3.25, 4, "日本"), (5, 6, "later")]
     assert parse(text, "talk.json") == (expected, "Whisper JSON", "de")
     assert parse(json.dumps({"segments": segments}))[2] == ""
 
@@ -147,9 +180,8 @@ WRONG = {
     "hello\n": "no column",
     "WEBVTT\n": "no caption with usable times",
     "WEBVTT\n\n00:01.000 --> 00:02.000\n\n": "no caption with usable times",
-    f"{VTT}00:03.000 --> 00:0x.000\nthere\n": "line 6: '00:03.000 --> 00:0x.000' is not a cue's",
-    f"{VTT}00:03.000 -->\nthere\n": "line 6: '00:03.000 -->' is not a cue's",
-    f"{VTT}00:03.000 --> 00:61.000\nthere\n": "line 6: '00:03.000 --> 00:61.000' is not a cue's",
+    VTT.replace("2.000", "61.000"): "line 3: '00:01.000 --> 00:061.000' is not a cue's times",
+    f"Kind: captions\n{VTT}": "has times of subtitles, but does not start as WebVTT or SubRip do",
     "1\n\n": "no column",
     "1\n00:00:01,000 --> 2\nhello\n": "line 2: '00:00:01,000 --> 2' is not a cue's",
     "00:00:01,000 --> 00:00:02,000\nhello\n\n": "Invalid format",

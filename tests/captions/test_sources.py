@@ -42,6 +42,12 @@ def test_captions_in_shards_are_found_beside_their_videos(tmp_path):
     assert isinstance(found["00000.tar/b"], CaptionError)
 
 
+def test_a_shard_is_a_source_as_its_folder(tmp_path):
+    write(tmp_path / "in", {"a.json": WHISPER, "b.en.vtt": rolling_vtt([(0, 1, "b")])})
+    shard = pack_folder(tmp_path / "in", tmp_path / "s.tar")
+    assert read(shard) == read(tmp_path / "in") == {"a": ["from json"], "b": ["b"]}
+
+
 # ---- a folder ------------------------------------------------------------------------------------
 
 
@@ -122,10 +128,32 @@ def test_a_dot_in_a_name_is_not_always_a_languages(tmp_path):
     assert read(tmp_path) == expected
 
 
+def test_a_name_that_ends_as_a_language_does_is_that_of_a_video_beside_it(tmp_path):
+    write(tmp_path, {"x/fix.it.mp4": "", "x/fix.mp4": "", "x/fix.it.srt": SRT.format("fix.it")})
+    write(tmp_path, {"x/fix.it.it.vtt": "", "x/fix.en.srt": SRT.format("fix"), "day.de.srt": ""})
+    pack_folder(tmp_path / "x", tmp_path / "s.tar", ["fix.it.mp4", "fix.it.srt"])
+    found = read(tmp_path)
+    assert isinstance(found.pop("day"), OtherLanguage)
+    assert found == {
+        "x/fix.it": ["from fix.it"],
+        "x/fix": ["from fix"],
+        "s.tar/fix.it": ["from fix.it"],
+    }
+    assert read(tmp_path / "x", by_id=True) == {"fix.it": ["from fix.it"], "fix": ["from fix"]}
+
+
+def test_languages_are_tagged_and_suffixes_written_in_several_ways(tmp_path):
+    tags = ["en-eEY6_EpapPo", "en_US", "en-", "en"]
+    write(tmp_path, {f"{n}.{tag}.VTT": rolling_vtt([(0, 1, tag)]) for n, tag in enumerate(tags)})
+    write(tmp_path, {"J.JSON": {**WHISPER, "language": "English"}, "i.INFO.json": {}})
+    expected = {str(n): [tag] for n, tag in enumerate(tags)}
+    assert read(tmp_path) == {**expected, "J": ["from json"]}
+
+
 def test_one_bad_file_costs_only_itself(tmp_path):
     good = rolling_vtt([(0, 1, "good")])
     write(tmp_path, {"html.en.vtt": "<!doctype html>", "empty.srt": "", "good.en.vtt": good})
-    write(tmp_path, {"other.json": [1], "time.vtt": good.replace("00:00:01", "00:00:0x")})
+    write(tmp_path, {"other.json": [1], "time.vtt": good.replace("00:00:0", "00:00:x")})
     (tmp_path / "latin.srt").write_bytes(SRT.format("caf\xe9").encode("latin-1"))
     (tmp_path / "secret.srt").symlink_to("/proc/self/mem")
     with open(tmp_path / "huge.json", "wb") as file:

@@ -163,7 +163,7 @@ def test_a_store_records_its_origin_and_what_is_left_out_is_counted(tmp_path, ca
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         f"{tmp_path}/store: 3 captions of 3 videos; 1 videos have no usable caption",
-        "not in it: 3 videos in other languages (de 2, ja 1)",
+        "skipped: 3 videos in other languages (de 2, ja 1)",
     ]
     assert printed.err.count("skipped: ") == 1 and "f.en.vtt: is HTML" in printed.err
     assert len(pack(tmp_path / "in", tmp_path / "german", "--language", "de")) == 3  # and the CSV
@@ -173,7 +173,7 @@ def test_a_source_without_captions_in_the_language_is_one_line(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.json").write_text(json.dumps({**WHISPER, "language": "de"}))
     with pytest.raises(
-        InputError, match=r"--caption_root: .*a\.json: its language is 'de', not en"
+        InputError, match=r"--caption_root: .*1 videos in other languages \(de 1\); .* --language"
     ):
         pack(tmp_path / "in", tmp_path / "store")
     assert written(tmp_path) == ["in"]
@@ -334,8 +334,8 @@ def test_the_list_has_the_pairs_that_exist_in_order_and_says_what_else_there_is(
     assert all(map(captions.has, listed))
     assert capsys.readouterr().out.splitlines() == [
         f"{pairs / 'list.csv'}: 3 videos with captions",
-        "not in it: 1 videos without captions, such as d.mp4",
-        "not in it: 2 captions without a video, such as y/d",
+        "skipped: 1 videos without captions, such as d.mp4",
+        "skipped: 2 captions without a video, such as y/d",
     ]
 
 
@@ -414,7 +414,7 @@ def test_odd_file_names_come_back_from_the_list(tmp_path, capsys):
     listed = list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv")
     assert listed == sorted(f"{name}.mp4" for name in names)
     told = [line for line in capsys.readouterr().out.splitlines() if "not UTF-8" in line]
-    assert len(told) == 1 and "not in it: 3 videos whose name" in told[0]
+    assert len(told) == 1 and "skipped: 3 videos whose name" in told[0]
 
 
 def test_two_videos_of_the_same_captions_are_refused_and_named(tmp_path, capsys):
@@ -429,9 +429,9 @@ def test_two_videos_of_the_same_captions_are_refused_and_named(tmp_path, capsys)
     assert not (tmp_path / "list.csv").exists()
 
 
-def not_in_it(printed):
+def skipped(printed):
     lines = printed.out.splitlines()
-    return [line.removeprefix("not in it: ") for line in lines if line.startswith("not in it: ")]
+    return [line.removeprefix("skipped: ") for line in lines if line.startswith("skipped: ")]
 
 
 def test_videos_of_evaluations_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
@@ -446,11 +446,12 @@ def test_videos_of_evaluations_can_be_left_out_and_are_counted_by_file(tmp_path,
         tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv", "--exclude", *files
     )
     assert listed == ["d [of c_3] e.mp4", "e.mp4"]
-    assert not_in_it(capsys.readouterr()) == [
+    printed = capsys.readouterr()
+    assert skipped(printed) == [
         f"2 videos of {tmp_path}/align.json, such as How to [c_3].mp4",
         f"2 videos of {tmp_path}/videos_val.csv, such as a-1.mp4",
-        f"0 videos of {tmp_path}/none.txt",
     ]
+    assert f"--exclude: no video has an id of {tmp_path}/none.txt" in printed.err
 
 
 @pytest.mark.parametrize("source", ["csv", "store", "all.json"])
@@ -461,7 +462,7 @@ def test_videos_with_few_captions_can_be_left_out(captions, capsys, source):
     found = captions / "videos", captions / source
     listed = list_videos(*found, captions / "list.csv", "--min_captions", 3)
     assert listed == ["v-1.mp4"]
-    assert "1 videos with fewer than 3 captions, such as _B2.mp4" in not_in_it(capsys.readouterr())
+    assert "1 videos with fewer than 3 captions, such as _B2.mp4" in skipped(capsys.readouterr())
     with pytest.raises(InputError, match=r"no video is left for the list: .*2 videos with fewer"):
         list_videos(*found, captions / "other.csv", "--min_captions", 4)
     assert not (captions / "other.csv").exists()
@@ -475,18 +476,31 @@ def test_videos_that_are_too_short_or_long_can_be_left_out(tmp_path, capsys):
     limits = ["--min_duration", 1.5, "--max_duration", 2.5]
     listed = list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv", *limits)
     assert listed == ["2.mp4"]
-    short, long, unknown = not_in_it(capsys.readouterr())
+    short, long, unknown = skipped(capsys.readouterr())
     assert short == "1 videos shorter than 1.5 s, such as 1.mp4"
     assert long == "1 videos longer than 2.5 s, such as 3.mp4"
     assert unknown.startswith("1 videos whose duration cannot be read, such as empty.mp4 (")
 
 
 def test_the_list_of_a_folder_counts_subtitles_in_other_languages(tmp_path, capsys):
-    touch(tmp_path, "a.mp4", "a.en.vtt", "b.mp4", "b.de.vtt", "b.fr.vtt", "c.mp4", "c.json")
-    assert list_videos(tmp_path, tmp_path, tmp_path / "list.csv") == ["a.mp4", "c.mp4"]
-    assert "1 videos whose captions are in another language, such as b" in not_in_it(
+    touch(tmp_path, "a.mp4", "a.en.vtt", "b.mp4", "b.de.vtt", "b.fr.vtt")
+    assert list_videos(tmp_path, tmp_path, tmp_path / "list.csv") == ["a.mp4"]
+    assert "1 videos whose captions are in another language, such as b" in skipped(
         capsys.readouterr()
     )
+
+
+def test_metadata_of_a_shard_are_no_captions(tmp_path, capsys):
+    """video2dataset leaves `<key>.json` beside each video."""
+    touch(tmp_path / "in", "a.mp4", "b.mp4")
+    (tmp_path / "in" / "a.json").write_text(json.dumps(WHISPER))
+    (tmp_path / "in" / "b.json").write_text('{"url": "b", "status": "success"}')
+    shard = pack_folder(tmp_path / "in", tmp_path / "s.tar")
+    for videos in (tmp_path / "in", shard):
+        (tmp_path / "list.csv").unlink(missing_ok=True)
+        assert list_videos(videos, videos, tmp_path / "list.csv") == ["a.mp4"]
+        unusable = "1 videos whose captions are unusable, such as b"
+        assert unusable in skipped(capsys.readouterr())
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -56,28 +56,29 @@ def test_what_can_be_trained_on_is_prepared_and_what_not_is_explained(tmp_path, 
         "broken.vtt": vtt,
         "gone.en.srt": "1\n00:00:01,000 --> 00:00:02,000\nhello\n",
     }
-    videos = ["a.mp4", "sub/b [x].webm", "german.mp4", "html.mp4", "silent.mp4"]
+    videos = ["a.mp4", "a.webm", "sub/b [x].webm", "german.mp4", "html.mp4", "silent.mp4"]
     fill(folder, video, videos, captions)
     (folder / "b.json").rename(folder / "sub" / "b [x].json")
     (folder / "broken.mp4").write_bytes(b"not a video")
     prepare.main([str(folder), "--out", str(tmp_path / "out")])
 
     output = capsys.readouterr().out
-    left_out = [line for line in output.splitlines() if line.startswith("left out: ")]
+    skipped = [line for line in output.splitlines() if line.startswith("skipped: ")]
     silent = "there is none of silent.en.vtt, silent.csv, silent.json, silent.vtt, silent.srt"
     for line, expected in zip(
-        left_out,
+        skipped,
         [
             f"german.mp4: {folder}/german.de.vtt: its language is 'de', not en",
             f"html.mp4: {folder}/html.vtt: is HTML or XML, not captions; download it again",
             f"silent.mp4: it has no captions: {silent}",
+            "a.webm: a.mp4 has the same captions",
             f"broken.mp4: {folder}/broken.mp4: ",
             "the captions of gone: there is no such video",
         ],
         strict=True,
     ):
-        assert line.startswith(f"left out: {expected}")
-    assert f"{tmp_path}/out: 2 of 6 videos, " in output
+        assert line.startswith(f"skipped: {expected}")
+    assert f"{tmp_path}/out: 2 of 7 videos, " in output
 
     listed = read_table(tmp_path / "out" / "videos.csv", ["video_path"])["video_path"].tolist()
     assert listed == ["a.mp4", "sub/b [x].webm"]
@@ -92,6 +93,18 @@ def test_what_can_be_trained_on_is_prepared_and_what_not_is_explained(tmp_path, 
     command = printed_command(output)
     assert command[:2] == ["python", "main_distributed.py"]
     assert {f"--video_path={folder}", f"--train_csv={tmp_path}/out/videos.csv"} <= set(command)
+    name = f"{tmp_path}/out".strip("/").replace("/", "-")  # two folders `out` are two trainings
+    assert f"--checkpoint_dir={name}" in command
+
+
+def test_without_usable_captions_every_reason_is_told(tmp_path, video, capsys):
+    captions = {"a.vtt": "<html>", "b.srt": "", "c.de.vtt": "", "d.de.vtt": "", "e.ja.vtt": ""}
+    fill(tmp_path / "in", video, [f"{name}.mp4" for name in "abcde"], captions)
+    languages = r"3 videos in other languages \(de 2, ja 1\); give another source or --language"
+    with pytest.raises(InputError, match=languages):
+        prepare.main([str(tmp_path / "in"), f"--out={tmp_path}/out"])
+    told = capsys.readouterr().err
+    assert "a.vtt: is HTML" in told and "b.srt: is empty" in told
 
 
 def test_given_word_vectors_are_checked_and_taken(tmp_path, video, capsys):
@@ -122,7 +135,7 @@ WRONG = {
     ),
     "no usable captions": (
         lambda folder, video: fill(folder, video, ["a.mp4"], {"a.vtt": "<html>"}),
-        "FOLDER: {folder}: has no captions that can be used ({folder}/a.vtt: is HTML",
+        "FOLDER: {folder}: has no captions that can be used: 1 videos have none that are intact",
     ),
     "no word": (
         lambda folder, video: fill(folder, video, ["a.mp4"], {"a.vtt": rolling_vtt([(0, 1, "-")])}),
@@ -161,17 +174,19 @@ def test_five_videos_with_subtitles_train_with_two_commands(tmp_path, video):
     fill(tmp_path / "videos", video, [f"{name}.mp4" for name in names], subtitles)
     script = [sys.executable, ROOT / "data" / "own" / "prepare.py", tmp_path / "videos"]
     first = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "left out" not in first.stdout
+    assert "skipped" not in first.stdout
     assert f"data/own/videos: 5 of 5 videos, {5 * len(LINES)} captions" in first.stdout
 
     _, main, *flags = printed_command(first.stdout)
     tiny = ["--num_frames=4", "--video_size=32", "--epochs=2", "--n_display=1", "--device=cpu"]
     second = [sys.executable, ROOT / main, *flags, *tiny]
     subprocess.run(second, cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    lines = (tmp_path / "log" / "videos.txt").read_text()
+    lines = (tmp_path / "log" / "data-own-videos.txt").read_text()
     origin = f"packed from {tmp_path}/videos: 5 WebVTT; language en"
     assert f"captions of data/own/videos/captions: {origin}" in lines
-    records = [json.loads(x) for x in (tmp_path / "log" / "videos.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(x) for x in (tmp_path / "log" / "data-own-videos.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in records] == [1, 2]
     assert all(record["loss"] > 0 and record["bad_samples"] == 0 for record in records)
-    assert (tmp_path / "checkpoint" / "videos" / "epoch0002.pth.tar").is_file()
+    assert (tmp_path / "checkpoint" / "data-own-videos" / "epoch0002.pth.tar").is_file()

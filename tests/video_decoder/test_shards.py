@@ -5,7 +5,9 @@ import os
 import random
 import subprocess
 import tarfile
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -193,6 +195,7 @@ def test_what_exists(tmp_path):
 def lines_of(folder, log):
     """What is found below a folder, and the lines that are logged."""
     log.clear()
+    shards.warn_once.cache_clear()  # as in another process
     return sorted(walk_files(folder, EXTENSIONS)), [r.getMessage() for r in log.records]
 
 
@@ -286,6 +289,14 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path, milnce_log):
     assert found == ["s.tar/0.mp4"] and f"damaged at byte {header};" in lines[0]
 
 
+def test_a_second_tar_file_behind_the_first_is_told_once(tmp_path, milnce_log):
+    first, second = (pack(tmp_path / f"{n}.x", [(f"{n}.mp4", b"x")]).read_bytes() for n in "ab")
+    (tmp_path / "s.tar").write_bytes(first + second)
+    found, lines = lines_of(tmp_path, milnce_log)
+    assert found == ["s.tar/a.mp4"] and "damaged at byte 1024;" in lines[0]
+    assert list(walk_files(tmp_path, EXTENSIONS)) == found and len(milnce_log.records) == 1
+
+
 def test_what_is_no_shard_is_one_line(tmp_path, milnce_log):
     (tmp_path / "empty.tar").write_bytes(b"")
     (tmp_path / "text.tar").write_text("not a tar file\n" * 100)
@@ -370,6 +381,29 @@ def test_a_damaged_index_is_made_again(tmp_path, made):
         shards.open_index.cache_clear()
         assert read(shard / "b.mp4") == b"b" and index.read_bytes() == whole
     assert len(made) == 1 + len(damaged)
+
+
+@pytest.mark.parametrize("place", [(4096, 9000), (1 << 62, 1 << 62), (0, -1), (-6, 0)])
+def test_an_index_with_members_outside_its_shard_is_made_again(tmp_path, made, place):
+    shard = pack(tmp_path / "s.tar", [("a.mp4", b"a")])
+    write_index(shard, {b"a.mp4": place})
+    made.clear()
+    assert read(shard / "a.mp4") == b"a" and made == ["s.tar"]
+
+
+@pytest.mark.parametrize(("count", "ends"), [(-1, [5]), (1 << 40, [5]), (1, [6]), (1, [-1])])
+def test_an_index_whose_numbers_do_not_fit_it_is_refused(count, ends):
+    rest = np.array([0, 0, *ends], "<i8").tobytes() + b"a.mp4"
+    header = shards.HEADER.pack(shards.MAGIC, zlib.crc32(rest), 10, 0, count, -1)
+    with pytest.raises(ValueError, match=r"damaged|outside"):
+        shards.ShardIndex(np.frombuffer(header + rest, np.uint8))
+
+
+def test_names_of_an_index_that_lead_out_are_not_listed(tmp_path, milnce_log):
+    shard = pack(tmp_path / "s.tar", [("a.mp4", b"a")])
+    write_index(shard, {b"../b.mp4": (512, 1), b"a.mp4": (512, 1)})
+    found, lines = lines_of(tmp_path, milnce_log)
+    assert found == ["s.tar/a.mp4"] and len(lines) == 1 and "leads out" in lines[0]
 
 
 def test_the_index_of_a_read_only_folder_is_in_the_cache_or_in_memory(tmp_path, monkeypatch, made):
