@@ -14,7 +14,7 @@ from annotations.tables import log_notes
 from args import check_decoder, check_evaluation_outputs
 from crosstask_loader import CrossTask
 from distributed.device import pick_device
-from evaluation.feature_file import checksum, log_left_out
+from evaluation.feature_file import log_left_out
 from evaluation.features import embed_texts
 from evaluation.localization import crosstask_results, place_steps
 from evaluation.report import crosstask_data
@@ -46,13 +46,12 @@ def main() -> None:
     dataset = localization_set(args, CrossTask, videos)
 
     # The model, and the embeddings of each task's steps [N, 512].
-    model, words = text_video_model(args, device)
-    weights = checksum(args.pretrain_cnn_path)
+    model, words, weights = text_video_model(args, device)
     tokenizer = Tokenizer(words, RETRIEVAL_WORDS)
     steps = {id: embed_texts(model, tokenizer, task.steps, device) for id, task in tasks.items()}
 
     # The embedding of the window around each second of a video [T, 512].
-    found = second_features(args, model, device, dataset)
+    found = second_features(args, model, weights, device, dataset)
     log_left_out(found.left_out)
 
     # All steps of the task get one second each, in their order, that maximize the sum of the dot

@@ -13,7 +13,7 @@ from annotations.htm_align import htm_align_sentences
 from annotations.tables import log_notes
 from args import check_decoder, check_evaluation_outputs
 from distributed.device import pick_device
-from evaluation.feature_file import checksum, log_left_out
+from evaluation.feature_file import log_left_out
 from evaluation.features import embed_texts
 from evaluation.localization import candidate_seconds, htm_align_results, place_sentences
 from evaluation.report import htm_align_data
@@ -46,12 +46,11 @@ def main() -> None:
     dataset = localization_set(args, HTMAlign, sentences)
 
     # The model, and the vocabulary that belongs to its weights.
-    model, words = text_video_model(args, device)
-    weights = checksum(args.pretrain_cnn_path)
+    model, words, weights = text_video_model(args, device)
     tokenizer = Tokenizer(words, RETRIEVAL_WORDS)
 
     # The embedding of the window around each second of a video [T, 512].
-    found = second_features(args, model, device, dataset)
+    found = second_features(args, model, weights, device, dataset)
     log_left_out(found.left_out)
     sentences = {name: dataset.sentences[name] for name in found.features}
 

@@ -47,7 +47,7 @@ def checksum(path: AnyPath) -> str:
 
 
 def feature_settings(
-    weights: AnyPath,
+    weights: str | None,
     *,
     num_frames: int,
     video_size: int,
@@ -57,12 +57,11 @@ def feature_settings(
 ) -> dict:
     """Return the settings that features depend on, as they are stored: {name of the flag: value}.
 
-    weights: their file, stored under weights_key as its SHA-256; if empty, as None. amp: of the
-    command line, "auto" included. others: the script's other settings, such as the stride. Raises
-    OSError if the weights cannot be read.
+    weights: the checksum of their file, stored under weights_key; None if they are unknown. amp: of
+    the command line, "auto" included. others: the script's other settings, such as the stride.
     """
     return {
-        weights_key: checksum(weights) if weights else None,
+        weights_key: weights,
         "num_frames": num_frames,
         "video_size": video_size,
         **others,
