@@ -323,6 +323,16 @@ def get_args(
     return parser.parse_args(normalize_flags(argv))
 
 
+# The annotations of each evaluation, unless --eval_csv names others.
+ANNOTATIONS = {
+    "youcook": "data/validation_youcook.csv",
+    "msrvtt": "data/msrvtt_test.csv",
+    "hmdb": "data/hmdb51.csv",
+    "ucf": "data/ucf101.csv",
+    "crosstask": "data/crosstask_release",
+    "htm_align": "data/htm_align.json",
+}
+
 # The flags that evaluate_all.py sets itself, for each evaluation.
 PER_EVALUATION = {"--eval_csv", "--eval_video_root", "--metrics_json", "--html_report"}
 PER_EVALUATION |= {"--feature_cache"}

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # --help should not wait for torch
 
 from annotations.crosstask import crosstask_videos
 from annotations.tables import log_notes
-from args import check_decoder, check_evaluation_outputs
+from args import ANNOTATIONS, check_decoder, check_evaluation_outputs
 from crosstask_loader import CrossTask
 from distributed.device import pick_device
 from evaluation.feature_file import log_left_out
@@ -39,7 +39,7 @@ def main() -> None:
     check_decoder(args)
 
     # The primary tasks, and the annotated videos of the subset.
-    release = args.eval_csv or "data/crosstask_release"
+    release = args.eval_csv or ANNOTATIONS["crosstask"]
     with input_error("--eval_csv"):
         tasks, videos, notes = crosstask_videos(release, args.eval_subset)
     log_notes(release, notes)

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # --help should not wait for torch
 
 from annotations.htm_align import htm_align_sentences
 from annotations.tables import log_notes
-from args import check_decoder, check_evaluation_outputs
+from args import ANNOTATIONS, check_decoder, check_evaluation_outputs
 from distributed.device import pick_device
 from evaluation.feature_file import log_left_out
 from evaluation.features import embed_texts
@@ -39,7 +39,7 @@ def main() -> None:
     check_decoder(args)
 
     # The sentences of each video, alignable ones and others.
-    json_file = args.eval_csv or "data/htm_align.json"
+    json_file = args.eval_csv or ANNOTATIONS["htm_align"]
     with input_error("--eval_csv"):
         sentences, notes = htm_align_sentences(json_file)
     log_notes(json_file, notes)
