@@ -48,7 +48,9 @@ def main() -> None:
     # The model, and the embeddings of each task's steps [N, 512].
     model, words, weights = text_video_model(args, device)
     tokenizer = Tokenizer(words, RETRIEVAL_WORDS)
-    steps = {id: embed_texts(model, tokenizer, task.steps, device) for id, task in tasks.items()}
+    steps = {
+        name: embed_texts(model, tokenizer, task.steps, device) for name, task in tasks.items()
+    }
 
     # The embedding of the window around each second of a video [T, 512].
     found = second_features(args, model, weights, device, dataset)
@@ -62,10 +64,10 @@ def main() -> None:
         for video in [dataset.videos[name]]
     }
     by_task = {
-        id: [places for name, places in placed.items() if dataset.videos[name].task == id]
-        for id in tasks
+        task: [places for name, places in placed.items() if dataset.videos[name].task == task]
+        for task in tasks
     }
-    titles = {id: task.title for id, task in tasks.items()}
+    titles = {name: task.title for name, task in tasks.items()}
     results = crosstask_results(by_task, titles, len(found.left_out))
     report_results(args, "CrossTask", results, weights)
     if args.html_report:
