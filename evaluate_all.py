@@ -79,7 +79,7 @@ from annotations.youcook import youcook_table
 from evaluation.feature_file import checksum
 from evaluation.published import PUBLISHED
 from evaluation.report import page_path, summary_data, write_page
-from evaluation.results import Results, describe_metric, format_metric
+from evaluation.results import NOTES, Results, describe_metric, format_metric
 from evaluation_script import text_video_model
 
 READERS = {
@@ -305,11 +305,15 @@ def write_summary(out: str, weights: str, found: dict[str, dict], statuses: dict
 def print_summary(rows: list[dict]) -> None:
     """Print the table of the page; of the published figures the first."""
     print(f"\n{'data set':<10} {'metric':<12} {'ours':>7} {'missing':>13}  published, by whom")
-    for row in rows:
-        for number, (caption, published, ours, _) in enumerate(row["metrics"]):
+    for evaluation, row in zip(EVALUATIONS, rows, strict=True):
+        missing = row["missing"]
+        for key, (caption, published, ours, _) in zip(
+            evaluation.metrics, row["metrics"], strict=True
+        ):
             source = ": ".join(published[0]) if published else ""
-            missing = row["missing"] if not number else ""
-            print(f"{row['title']:<10} {caption:<12} {ours:>7} {missing:>13}  {source}")
+            note = f" (ours: {NOTES[key]})" if key in NOTES else ""
+            print(f"{row['title']:<10} {caption:<12} {ours:>7} {missing:>13}  {source}{note}")
+            missing = ""
         if row["status"] not in ("done", "no videos given"):
             print(f"{row['title']:<10} {row['status']}")
 

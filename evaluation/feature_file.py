@@ -14,7 +14,7 @@ The file is a .npz, which numpy.load reads without pickles:
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,19 @@ class FeatureSet(NamedTuple):
 
     features: dict[str, np.ndarray]  # float32 [W, D]
     left_out: dict[str, str]  # the reasons: "absent" or "undecodable"
+
+
+def name_features(
+    found: Mapping[int, np.ndarray], names: Sequence[str], absent: Iterable[str]
+) -> FeatureSet:
+    """Return the features of a data set. found: of its decodable videos, by their place in names.
+
+    absent: the names of the videos without a file, which are not in names.
+    """
+    features = {name: found[index] for index, name in enumerate(names) if index in found}
+    undecodable = (name for name in names if name not in features)
+    reasons = {**dict.fromkeys(absent, "absent"), **dict.fromkeys(undecodable, "undecodable")}
+    return FeatureSet(features, reasons)
 
 
 def log_left_out(left_out: dict[str, str]) -> None:

@@ -111,7 +111,12 @@ def test_published_figures_ours_and_missing_videos_are_in_json_page_and_terminal
     assert (caption, ours, details) == ("top-1", "50.0%", "95% interval 25.0% to 75.0%")
     assert ["53.1", "paper [1], 2645 epochs, batch 8192"] in published
     told = capsys.readouterr().out
-    assert "CrossTask  recall         40.0%        0 of 3  40.5: S3D MIL-NCE [1]" in told
+    list_note, flags_note = "not the published list of videos", "reads the alignable flags"
+    line = "CrossTask  recall         40.0%        0 of 3  40.5: S3D MIL-NCE [1]"
+    assert f"{line} (ours: {list_note})" in told
+    assert rows["CrossTask"]["metrics"][0][3] == list_note
+    assert told.count(f"(ours: {flags_note})") == 2  # R@1 and AUC of the 64 s variant
+    assert [row[3] for row in rows["HTM-Align"]["metrics"]] == ["", "", flags_note, flags_note]
 
 
 def test_what_is_done_with_the_same_weights_and_flags_is_not_done_again(user):
