@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils import FilePath, InputError, input_error
+from utils import DataError, FilePath, InputError, input_error
 
 # The scripts, by what they do. A script's help shows the flags that it uses; the others, which the
 # release's command lines share, are accepted and ignored.
@@ -324,6 +324,16 @@ def get_args(
     return parser.parse_args(normalize_flags(argv))
 
 
+# The annotations of each evaluation, unless --eval_csv names others.
+ANNOTATIONS = {
+    "youcook": "data/validation_youcook.csv",
+    "msrvtt": "data/msrvtt_test.csv",
+    "hmdb": "data/hmdb51.csv",
+    "ucf": "data/ucf101.csv",
+    "crosstask": "data/crosstask_release",
+    "htm_align": "data/htm_align.json",
+}
+
 # The flags that evaluate_all.py sets itself, for each evaluation.
 PER_EVALUATION = {"--eval_csv", "--eval_video_root", "--metrics_json", "--html_report"}
 PER_EVALUATION |= {"--feature_cache"}
@@ -437,6 +447,18 @@ def check_file(path: FilePath, flag: str) -> None:
         raise InputError(f"{format_flag(flag)}: {path} cannot be read; change its permissions")
 
 
+def file_checksum(path: FilePath, flag: str) -> str:
+    """Compute the SHA-256 of a flag's file. Raises InputError.
+
+    Call it before the work: a training may remove its old checkpoints meanwhile.
+    """
+    from evaluation.feature_file import checksum
+
+    check_file(path, flag)
+    with input_error(format_flag(flag)):
+        return checksum(path)
+
+
 def check_folder(path: FilePath, flag: str) -> None:
     """Reject a path that is not a folder. An empty one means that the flag is missing."""
     if not path:
@@ -521,10 +543,13 @@ def clip_spec(args: argparse.Namespace):
     return ClipSpec(args.num_frames, args.video_size, args.fps, args.decoder)
 
 
-def inference_model(args: argparse.Namespace, device, weights: str = "pretrain_cnn_path"):
+def inference_model(
+    args: argparse.Namespace, device, weights: str = "pretrain_cnn_path", joint_space: bool = True
+):
     """Load the S3D of --pretrain_cnn_path, or of another flag, for inference on a torch device.
 
-    Raises InputError if the file is invalid, or the model does not fit the other flags.
+    joint_space: whether its joint embeddings are needed. Raises InputError if the file is invalid
+    or lacks them, or the model does not fit the other flags.
     """
     from distributed.device import check_compiler
     from evaluation.features import load_inference_model
@@ -542,6 +567,8 @@ def inference_model(args: argparse.Namespace, device, weights: str = "pretrain_c
             channels_last=bool(args.channels_last),
             compile=args.compile,
         )
+        if joint_space and not model.joint_space:
+            raise DataError(path, "holds a video network only; give weights trained with text")
     with input_error("--num_frames, --video_size"):
         model.check_clip(args.num_frames, args.video_size)
     return model

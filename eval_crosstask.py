@@ -11,10 +11,10 @@ if __name__ == "__main__":  # --help should not wait for torch
 
 from annotations.crosstask import crosstask_videos
 from annotations.tables import log_notes
-from args import check_decoder, check_evaluation_outputs
+from args import ANNOTATIONS, check_decoder, check_evaluation_outputs
 from crosstask_loader import CrossTask
 from distributed.device import pick_device
-from evaluation.feature_file import checksum, log_left_out
+from evaluation.feature_file import log_left_out
 from evaluation.features import embed_texts
 from evaluation.localization import crosstask_results, place_steps
 from evaluation.report import crosstask_data
@@ -39,20 +39,21 @@ def main() -> None:
     check_decoder(args)
 
     # The primary tasks, and the annotated videos of the subset.
-    release = args.eval_csv or "data/crosstask_release"
+    release = args.eval_csv or ANNOTATIONS["crosstask"]
     with input_error("--eval_csv"):
         tasks, videos, notes = crosstask_videos(release, args.eval_subset)
     log_notes(release, notes)
     dataset = localization_set(args, CrossTask, videos)
 
     # The model, and the embeddings of each task's steps [N, 512].
-    model, words = text_video_model(args, device)
-    weights = checksum(args.pretrain_cnn_path)
+    model, words, weights = text_video_model(args, device)
     tokenizer = Tokenizer(words, RETRIEVAL_WORDS)
-    steps = {id: embed_texts(model, tokenizer, task.steps, device) for id, task in tasks.items()}
+    steps = {
+        name: embed_texts(model, tokenizer, task.steps, device) for name, task in tasks.items()
+    }
 
     # The embedding of the window around each second of a video [T, 512].
-    found = second_features(args, model, device, dataset)
+    found = second_features(args, model, weights, device, dataset)
     log_left_out(found.left_out)
 
     # All steps of the task get one second each, in their order, that maximize the sum of the dot
@@ -63,10 +64,10 @@ def main() -> None:
         for video in [dataset.videos[name]]
     }
     by_task = {
-        id: [places for name, places in placed.items() if dataset.videos[name].task == id]
-        for id in tasks
+        task: [places for name, places in placed.items() if dataset.videos[name].task == task]
+        for task in tasks
     }
-    titles = {id: task.title for id, task in tasks.items()}
+    titles = {name: task.title for name, task in tasks.items()}
     results = crosstask_results(by_task, titles, len(found.left_out))
     report_results(args, "CrossTask", results, weights)
     if args.html_report:

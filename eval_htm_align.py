@@ -11,9 +11,9 @@ if __name__ == "__main__":  # --help should not wait for torch
 
 from annotations.htm_align import htm_align_sentences
 from annotations.tables import log_notes
-from args import check_decoder, check_evaluation_outputs
+from args import ANNOTATIONS, check_decoder, check_evaluation_outputs
 from distributed.device import pick_device
-from evaluation.feature_file import checksum, log_left_out
+from evaluation.feature_file import log_left_out
 from evaluation.features import embed_texts
 from evaluation.localization import candidate_seconds, htm_align_results, place_sentences
 from evaluation.report import htm_align_data
@@ -39,36 +39,35 @@ def main() -> None:
     check_decoder(args)
 
     # The sentences of each video, alignable ones and others.
-    json_file = args.eval_csv or "data/htm_align.json"
+    json_file = args.eval_csv or ANNOTATIONS["htm_align"]
     with input_error("--eval_csv"):
-        sentences, notes = htm_align_sentences(json_file)
+        annotations, notes = htm_align_sentences(json_file)
     log_notes(json_file, notes)
-    dataset = localization_set(args, HTMAlign, sentences)
+    dataset = localization_set(args, HTMAlign, annotations)
 
     # The model, and the vocabulary that belongs to its weights.
-    model, words = text_video_model(args, device)
-    weights = checksum(args.pretrain_cnn_path)
+    model, words, weights = text_video_model(args, device)
     tokenizer = Tokenizer(words, RETRIEVAL_WORDS)
 
     # The embedding of the window around each second of a video [T, 512].
-    found = second_features(args, model, device, dataset)
+    found = second_features(args, model, weights, device, dataset)
     log_left_out(found.left_out)
-    sentences = {name: dataset.sentences[name] for name in found.features}
+    said = {name: dataset.sentences[name] for name in found.features}
 
     # A sentence is placed at the second with the largest dot product; among all seconds, and among
     # those near its idle neighbours. The largest dot product tells alignable sentences from others.
     placed, placed_64 = [], []
     for name, seconds in found.features.items():
-        said = sentences[name]
-        texts = embed_texts(model, tokenizer, [sentence.text for sentence in said], device)
+        sentences = said[name]
+        texts = embed_texts(model, tokenizer, [sentence.text for sentence in sentences], device)
         scores = texts @ seconds.T
-        placed.append(place_sentences(scores, said))
-        placed_64.append(place_sentences(scores, said, candidate_seconds(said, len(seconds))))
-    said = list(sentences.values())
-    results = htm_align_results(said, placed, placed_64, len(found.left_out))
+        candidates = candidate_seconds(sentences, len(seconds))
+        placed.append(place_sentences(scores, sentences))
+        placed_64.append(place_sentences(scores, sentences, candidates))
+    results = htm_align_results(list(said.values()), placed, placed_64, len(found.left_out))
     report_results(args, "HTM-Align", results, weights)
     if args.html_report:
-        data = htm_align_data(sentences, found, placed, placed_64)
+        data = htm_align_data(said, found, placed, placed_64)
         flags = {"fps": args.fps}
         report_page(args, "HTM-Align", results, weights, data, table=json_file, **flags)
 

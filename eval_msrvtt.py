@@ -6,9 +6,14 @@ if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "eval_msrvtt")
 
 from annotations.msrvtt import msrvtt_table
-from args import check_decoder, check_evaluation_outputs, evaluation_table, retrieval_set
+from args import (
+    ANNOTATIONS,
+    check_decoder,
+    check_evaluation_outputs,
+    evaluation_table,
+    retrieval_set,
+)
 from distributed.device import pick_device
-from evaluation.feature_file import checksum
 from evaluation.features import video_features
 from evaluation.report import animate_middle_window, retrieval_data
 from evaluation.retrieval import count_videos, retrieval_results, retrieval_scores
@@ -24,11 +29,10 @@ def main() -> None:
         device = pick_device(args.device, args.gpu)
     check_evaluation_outputs(args)
     check_decoder(args)
-    model, words = text_video_model(args, device)
-    weights = checksum(args.pretrain_cnn_path)
+    model, words, weights = text_video_model(args, device)
 
     # The 1k-A test list: a sentence per video.
-    csv, table = evaluation_table(args, msrvtt_table, "data/msrvtt_test.csv")
+    csv, table = evaluation_table(args, msrvtt_table, ANNOTATIONS["msrvtt"])
     dataset = retrieval_set(args, MSRVTT, table, words)
 
     # A video is embedded as the mean of evenly spaced windows, all of them in `videos`.

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "eval_ucf")
 
 from annotations.ucf import ucf_table
-from args import check_evaluation_outputs, evaluation_table
+from args import ANNOTATIONS, check_evaluation_outputs, evaluation_table
 from evaluation.linear_probe import predict_splits
 from evaluation.recognition import top1_results
 from evaluation.report import recognition_data
@@ -25,7 +25,7 @@ def main() -> None:
     check_evaluation_outputs(args)
 
     # The clips with their labels and splits.
-    csv, table = evaluation_table(args, ucf_table, "data/ucf101.csv")
+    csv, table = evaluation_table(args, ucf_table, ANNOTATIONS["ucf"])
 
     # Pooled mixed_5c features of evenly spaced windows of each clip.
     dataset, found, checksum = recognition_features(args, UCF101, table)

@@ -6,9 +6,14 @@ if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "eval_youcook")
 
 from annotations.youcook import youcook_table
-from args import check_decoder, check_evaluation_outputs, evaluation_table, retrieval_set
+from args import (
+    ANNOTATIONS,
+    check_decoder,
+    check_evaluation_outputs,
+    evaluation_table,
+    retrieval_set,
+)
 from distributed.device import pick_device
-from evaluation.feature_file import checksum
 from evaluation.features import video_features
 from evaluation.report import animate_middle_window, retrieval_data
 from evaluation.retrieval import count_videos, retrieval_results, retrieval_scores
@@ -24,11 +29,10 @@ def main() -> None:
         device = pick_device(args.device, args.gpu)
     check_evaluation_outputs(args)
     check_decoder(args)
-    model, words = text_video_model(args, device)
-    weights = checksum(args.pretrain_cnn_path)
+    model, words, weights = text_video_model(args, device)
 
     # The sentences of the validation segments, and the segments whose videos are present.
-    csv, table = evaluation_table(args, youcook_table, "data/validation_youcook.csv")
+    csv, table = evaluation_table(args, youcook_table, ANNOTATIONS["youcook"])
     dataset = retrieval_set(args, YouCook2, table, words)
 
     # A segment is embedded as the mean of evenly spaced windows, all of them in `videos`.

@@ -2,11 +2,13 @@
 
 Give the folder of each data set's videos, such as --youcook_root DIR. Each is evaluated by its
 script, eval_<name>.py, into --out/<name>/. --out/results.json and --out/index.html have all results
-beside the published figures. Run the same command again to go on after an interruption: what is
-done with the same weights and flags is not done again. Exit status 1: an evaluation failed.
+beside the published figures. Run the same command again to resume after an interruption: data sets
+that are done with the same weights, annotations and flags are not evaluated again. Exit status 1:
+an evaluation failed.
 """
 
 import contextlib
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -18,7 +20,15 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from args import changed_flags, check_file, check_video_folder, get_all_args, make_folder
+from args import (
+    ANNOTATIONS,
+    changed_flags,
+    check_video_folder,
+    file_checksum,
+    get_all_args,
+    inference_model,
+    make_folder,
+)
 from utils import InputError, atomic_write, die_with_parent, input_error, one_line, run_script
 
 ROOT = Path(__file__).parent
@@ -27,6 +37,7 @@ ROOT = Path(__file__).parent
 MACHINE_FLAGS = {"num_thread_reader", "batch_size_val", "sample_timeout", "device", "gpu"}
 MACHINE_FLAGS |= {"verbose"}
 CACHE = "features.npz"
+LONGEST_REASON = 500  # characters: a pipe holds it until it is read
 
 
 class Evaluation(NamedTuple):
@@ -36,6 +47,7 @@ class Evaluation(NamedTuple):
     title: str
     metrics: dict[str, str]  # in the summary: key of the script's JSON -> caption
     cached: bool = True  # takes --feature_cache
+    text: bool = True  # embeds texts
 
     @property
     def script(self) -> str:
@@ -47,8 +59,8 @@ ALIGNED = {"R1": "R@1", "AUC": "AUC", "R1_64": "R@1, 64 s", "AUC_64": "AUC, 64 s
 EVALUATIONS = [
     Evaluation("youcook", "YouCook2", RECALLS, cached=False),
     Evaluation("msrvtt", "MSR-VTT", RECALLS, cached=False),
-    Evaluation("hmdb", "HMDB-51", {"mean": "top-1"}),
-    Evaluation("ucf", "UCF-101", {"mean": "top-1"}),
+    Evaluation("hmdb", "HMDB-51", {"mean": "top-1"}, text=False),
+    Evaluation("ucf", "UCF-101", {"mean": "top-1"}, text=False),
     Evaluation("crosstask", "CrossTask", {"recall": "recall"}),
     Evaluation("htm_align", "HTM-Align", ALIGNED),
 ]
@@ -56,10 +68,28 @@ EVALUATIONS = [
 if __name__ == "__main__":  # --help should not wait for torch
     get_all_args(__doc__, {evaluation.name: evaluation.title for evaluation in EVALUATIONS})
 
+import torch
+
+from annotations.crosstask import crosstask_videos
+from annotations.hmdb import hmdb_table
+from annotations.htm_align import htm_align_sentences
+from annotations.msrvtt import msrvtt_table
+from annotations.ucf import ucf_table
+from annotations.youcook import youcook_table
 from evaluation.feature_file import checksum
 from evaluation.published import PUBLISHED
 from evaluation.report import page_path, summary_data, write_page
-from evaluation.results import Results, describe_metric, format_metric
+from evaluation.results import NOTES, Results, describe_metric, format_metric
+from evaluation_script import text_video_model
+
+READERS = {
+    "youcook": youcook_table,
+    "msrvtt": msrvtt_table,
+    "hmdb": hmdb_table,
+    "ucf": ucf_table,
+    "crosstask": crosstask_videos,
+    "htm_align": htm_align_sentences,
+}
 
 
 class Plan(NamedTuple):
@@ -79,8 +109,54 @@ class Plan(NamedTuple):
         return self.folder / "settings.json"
 
 
-def make_plan(args, evaluation: Evaluation, weights: str) -> Plan:
-    """Plan an evaluation. weights: their checksum."""
+# --- the input ------------------------------------------------------------------------------------
+
+
+def annotations_path(args, name: str) -> str:
+    return getattr(args, f"{name}_csv") or ANNOTATIONS[name]
+
+
+def check_annotations(args, name: str) -> None:
+    """Read the annotations of an evaluation. Raises InputError if they are invalid."""
+    options = {"subset": args.eval_subset} if name == "crosstask" else {}
+    with input_error(f"--{name}_csv"):
+        READERS[name](annotations_path(args, name), **options)
+
+
+def check_model(args, chosen: list[Evaluation]) -> str:
+    """Check that weights and vocabulary suit the evaluations. Returns the weights' checksum."""
+    cpu = torch.device("cpu")
+    if any(evaluation.text for evaluation in chosen):
+        return text_video_model(args, cpu)[2]
+    weights = file_checksum(args.pretrain_cnn_path, "pretrain_cnn_path")
+    inference_model(args, cpu, joint_space=False)
+    return weights
+
+
+def content_checksum(path: str) -> str:
+    """Compute the SHA-256 of a file, or of a folder's files and their names. Raises OSError."""
+    os.stat(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in [Path(path), *Path(path).rglob("*")] if file.is_file()):
+        digest.update(os.fsencode(file.relative_to(path)) + checksum(file).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def input_checksums(args, evaluation: Evaluation, weights: str) -> dict[str, str]:
+    """Return the checksums of the files that an evaluation's results depend on."""
+    found = {"weights": weights}
+    with input_error(f"--{evaluation.name}_csv"):
+        found["annotations"] = content_checksum(annotations_path(args, evaluation.name))
+    if evaluation.text:
+        found["vocabulary"] = file_checksum(args.token_to_word_path, "token_to_word_path")
+    return found
+
+
+# --- the evaluations ------------------------------------------------------------------------------
+
+
+def make_plan(args, evaluation: Evaluation, checksums: dict[str, str]) -> Plan:
+    """Plan an evaluation. checksums: of input_checksums."""
     root = getattr(args, f"{evaluation.name}_root")
     csv = getattr(args, f"{evaluation.name}_csv")
     changed = changed_flags(args, evaluation.script)
@@ -97,9 +173,9 @@ def make_plan(args, evaluation: Evaluation, weights: str) -> Plan:
     depends = {
         name: value
         for name, value in changed.items()
-        if name not in MACHINE_FLAGS | {"pretrain_cnn_path"}
+        if name not in MACHINE_FLAGS | {"pretrain_cnn_path", "token_to_word_path"}
     }
-    stamp = {"weights": weights, "root": root, "csv": csv, "flags": depends}
+    stamp = {**checksums, "root": root, "flags": depends}
     return Plan(evaluation, folder, stamp, flags)
 
 
@@ -112,10 +188,12 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_results(plan: Plan) -> dict | None:
-    """Return the JSON of an evaluation that is done with the same weights and flags, or None."""
+    """Return the JSON of an evaluation that is done with the same input and flags, or None."""
     if read_json(plan.settings) != plan.stamp or not page_path(plan.folder).is_file():
         return None
-    return read_json(plan.metrics)
+    found = read_json(plan.metrics)
+    complete = isinstance(found, dict) and {"num_videos", "num_missing"} <= found.keys()
+    return found if complete else None
 
 
 def run_evaluation(plan: Plan) -> str:
@@ -124,12 +202,13 @@ def run_evaluation(plan: Plan) -> str:
     It runs in a process of its own, so that nothing that happens in it, such as a lack of memory,
     ends the others, and with the terminal's streams, on which it shows its progress.
     """
-    plan.metrics.unlink(missing_ok=True)
-    page_path(plan.folder).unlink(missing_ok=True)  # written last: with it the evaluation is done
-    if read_json(plan.settings) != plan.stamp:
-        Path(plan.folder, CACHE).unlink(missing_ok=True)  # of other weights or flags
-        with atomic_write(plan.settings) as file:
-            file.write(json.dumps(plan.stamp, indent=2).encode())
+    with input_error("--out"):
+        plan.metrics.unlink(missing_ok=True)
+        page_path(plan.folder).unlink(missing_ok=True)  # written last: with it all is done
+        if read_json(plan.settings) != plan.stamp:
+            Path(plan.folder, CACHE).unlink(missing_ok=True)  # of other weights or flags
+            with atomic_write(plan.settings) as file:
+                file.write(json.dumps(plan.stamp, indent=2).encode())
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run_main, args=(plan.evaluation.script, plan.flags, sender))
@@ -157,13 +236,13 @@ def run_main(script: str, flags: list[str], sender) -> None:
         importlib.import_module(script).main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sender.send(str(error))
+        sender.send(str(error)[:LONGEST_REASON])
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         traceback.print_exc()
-        sender.send(one_line(f"{type(error).__name__}: {error}"))
+        sender.send(one_line(f"{type(error).__name__}: {error}")[:LONGEST_REASON])
         sys.exit(1)
 
 
@@ -226,25 +305,26 @@ def write_summary(out: str, weights: str, found: dict[str, dict], statuses: dict
 def print_summary(rows: list[dict]) -> None:
     """Print the table of the page; of the published figures the first."""
     print(f"\n{'data set':<10} {'metric':<12} {'ours':>7} {'missing':>13}  published, by whom")
-    for row in rows:
-        for number, (caption, published, ours, _) in enumerate(row["metrics"]):
+    for evaluation, row in zip(EVALUATIONS, rows, strict=True):
+        missing = row["missing"]
+        for key, (caption, published, ours, _) in zip(
+            evaluation.metrics, row["metrics"], strict=True
+        ):
             source = ": ".join(published[0]) if published else ""
-            missing = row["missing"] if not number else ""
-            print(f"{row['title']:<10} {caption:<12} {ours:>7} {missing:>13}  {source}")
+            note = f" (ours: {NOTES[key]})" if key in NOTES else ""
+            print(f"{row['title']:<10} {caption:<12} {ours:>7} {missing:>13}  {source}{note}")
+            missing = ""
         if row["status"] not in ("done", "no videos given"):
             print(f"{row['title']:<10} {row['status']}")
 
 
 def main() -> None:
     args = get_all_args(__doc__, {evaluation.name: evaluation.title for evaluation in EVALUATIONS})
-    check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
     statuses = {}
     for name in (evaluation.name for evaluation in EVALUATIONS):
         root, csv = getattr(args, f"{name}_root"), getattr(args, f"{name}_csv")
         if csv and not root:
             raise InputError(f"--{name}_csv needs the videos; give --{name}_root, too")
-        if csv and not os.path.exists(csv):
-            raise InputError(f"--{name}_csv: there is no {csv}; give an existing file or folder")
         if root:
             check_video_folder(root, f"{name}_root")
         statuses[name] = "not run yet" if root else "no videos given"
@@ -255,13 +335,14 @@ def main() -> None:
     make_folder(args.out, "out")
     for evaluation in chosen:
         make_folder(Path(args.out, evaluation.name), "out")
-    with input_error("--pretrain_cnn_path"):
-        weights = checksum(args.pretrain_cnn_path)
+        check_annotations(args, evaluation.name)
+    weights = check_model(args, chosen)
+    plans = [make_plan(args, e, input_checksums(args, e, weights)) for e in chosen]
 
     # One after the other: each keeps the device and all data workers busy.
     found = {}
-    for evaluation in chosen:
-        plan = make_plan(args, evaluation, weights)
+    for plan in plans:
+        evaluation = plan.evaluation
         if results := read_results(plan):
             print(f"skipped: {evaluation.title} is done, see {plan.folder}", flush=True)
             error = ""
@@ -281,4 +362,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C
-    run_script(main, "stopped; run the same command again to go on")
+    run_script(main, "stopped; run the same command again to resume")

@@ -15,6 +15,7 @@ from args import (
     check_output,
     check_video_folder,
     clip_spec,
+    file_checksum,
     inference_model,
 )
 from distributed.device import pick_device
@@ -36,13 +37,14 @@ from s3dg import S3D, check_vocabulary, load_words
 from utils import DataError, InputError, input_error, log, one_line
 
 
-def text_video_model(args: argparse.Namespace, device: torch.device) -> tuple[S3D, list[str]]:
-    """Load the model, and the vocabulary that belongs to its weights."""
+def text_video_model(args: argparse.Namespace, device: torch.device) -> tuple[S3D, list[str], str]:
+    """Load the model: (model, the vocabulary that belongs to its weights, their checksum)."""
+    weights = file_checksum(args.pretrain_cnn_path, "pretrain_cnn_path")
     model = inference_model(args, device)
     with input_error("--token_to_word_path"):
         words = load_words(args.token_to_word_path)
         check_vocabulary(words, model.text_module.word_embd.num_embeddings, args.token_to_word_path)
-    return model, words
+    return model, words, weights
 
 
 def decoding_options(args: argparse.Namespace) -> dict:
@@ -59,10 +61,9 @@ def decoding_options(args: argparse.Namespace) -> dict:
 
 def recognition_settings(args: argparse.Namespace) -> dict:
     """Return the settings that the features depend on, see feature_settings."""
-    if args.pretrain_cnn_path:
-        check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
+    path = args.pretrain_cnn_path
     return feature_settings(
-        args.pretrain_cnn_path,
+        file_checksum(path, "pretrain_cnn_path") if path else None,
         num_windows_test=args.num_windows_test,
         num_frames=args.num_frames,
         video_size=args.video_size,
@@ -106,11 +107,10 @@ def extract_clips(
     with input_error("--eval_video_root"):
         dataset = data_set(table, root, clip_spec(args), num_windows=windows)
     check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
-    # Compute the checksum of the weights now: a training may remove its old checkpoints meanwhile.
     settings = recognition_settings(args)
     with input_error("--eval_csv, --eval_video_root"):  # before the hours of decoding
         check_splits(dataset, dataset.names)
-    model = inference_model(args, device)
+    model = inference_model(args, device, joint_space=False)
     found = clip_features(model, dataset, device, **decoding_options(args))
     with input_error("--eval_csv, --eval_video_root"):
         check_splits(dataset, found.features)
@@ -136,16 +136,18 @@ def localization_set(
 
 
 def second_features(
-    args: argparse.Namespace, model: S3D, device: torch.device, dataset: LongVideos
+    args: argparse.Namespace,
+    model: S3D,
+    weights: str,
+    device: torch.device,
+    dataset: LongVideos,
 ) -> FeatureSet:
     """Embed every second of the videos of a localization_set, or read --feature_cache if it exists.
 
-    Raises InputError if the file does not fit or no video can be decoded.
+    weights: their checksum. Raises InputError if the file does not fit or no video can be decoded.
     """
     windows = SecondWindows(clip_spec(args))
-    settings = {}
-    if args.feature_cache:
-        settings = feature_settings(args.pretrain_cnn_path, amp=args.amp, **windows.settings)
+    settings = feature_settings(weights, amp=args.amp, **windows.settings)
     if os.path.isfile(args.feature_cache):
         with input_error("--feature_cache"):
             found = read_features(args.feature_cache, settings, dataset.names)
@@ -202,7 +204,7 @@ def report_page(
 
     data: see evaluation.report.write_page. table: the path of the annotations. features: of the
     feature file, named if no weights are given. flags: {name: value} of those that the results
-    depend on, besides those of every evaluation.
+    depend on, in addition to those of every evaluation.
     """
     settings = describe_settings(
         table,

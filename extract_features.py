@@ -33,9 +33,9 @@ import torch
 from annotations.tables import cell_error, read_table, require_non_empty, require_unique
 from args import (
     check_decoder,
-    check_file,
     check_video_folder,
     clip_spec,
+    file_checksum,
     files_below,
     inference_model,
     make_folder,
@@ -196,13 +196,11 @@ def main() -> None:
         raise InputError("--feature_root is needed; give the folder that features are written to")
     make_folder(args.feature_root, "feature_root")
     check_decoder(args)
-    check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
     clip = clip_spec(args)
     windows = StridedWindows(clip, args.stride or clip.seconds)
-    settings = feature_settings(
-        args.pretrain_cnn_path, layer=args.layer, amp=args.amp, **windows.settings
-    )
-    model = inference_model(args, device)
+    weights = file_checksum(args.pretrain_cnn_path, "pretrain_cnn_path")
+    settings = feature_settings(weights, layer=args.layer, amp=args.amp, **windows.settings)
+    model = inference_model(args, device, joint_space=args.layer == "embedding")
     root = Path(args.feature_root)
     to_do = [item for item in items if not is_done(root / item.features, item.video, settings)]
     part = f", shard {shard.index} of {shard.count}" if shard.count > 1 else ""

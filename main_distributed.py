@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import s3dg
 from annotations.youcook import youcook_table
 from args import (
+    ANNOTATIONS,
     check_decoder,
     check_file,
     check_video_folder,
@@ -318,7 +319,7 @@ def setup(args, ranks, device, resume):
         )
     validation = None
     if args.evaluate:
-        _, table = evaluation_table(args, youcook_table, "data/validation_youcook.csv")
+        _, table = evaluation_table(args, youcook_table, ANNOTATIONS["youcook"])
         validation = retrieval_set(args, YouCook2, table, words)
     resumed, damaged = find_checkpoint(args, resume)
     model = build_model(args, words, resumed).to(device)

@@ -466,8 +466,9 @@ class S3D(nn.Module):
     and deviation, in the model.
 
     The attribute grad_checkpoint, False at first, trades time for memory: the backward pass then
-    recomputes the activations within each stage. Embeddings have the type of the weights, also
-    under autocast.
+    recomputes the activations within each stage. joint_space is False if projection and text
+    network are untrained beside a trained video network, see load_kinetics. Embeddings have the
+    type of the weights, also under autocast.
     """
 
     def __init__(
@@ -485,12 +486,15 @@ class S3D(nn.Module):
             raise ValueError(f"init is 'uniform' or 'kaiming_normal', not {init!r}")
         self.num_classes = num_classes
         self.grad_checkpoint = False
+        self.joint_space = True
         self.space_to_depth = space_to_depth
         self.torchvision = torchvision
         if torchvision:
             self.conv1 = STConv3D(3, 64, 7, 2, 3, separable=True)
             for name, values in (("mean", KINETICS_MEAN), ("std", KINETICS_STD)):
-                self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
+                self.register_buffer(
+                    name, torch.tensor(values).view(1, 3, 1, 1, 1), persistent=False
+                )
         elif space_to_depth:
             self.conv1 = STConv3D(24, 64, (2, 4, 4), 1, (1, 2, 2))
         else:
@@ -750,7 +754,7 @@ def load_kinetics(model: S3D, state: dict[str, torch.Tensor], path: str | os.Pat
     """Load the weights of torchvision's S3D into one made with torchvision=True.
 
     The classifier is skipped. What torchvision does not have stays: the projection and the text
-    network. Gates start open: their weights are 0 and their bias is OPEN_GATE, so that 0.005 % of a
+    network, so that the model has no joint_space yet. Gates start open: their weights are 0 and their bias is OPEN_GATE, so that 0.005 % of a
     value is lost at each. Adam can close them; SGD hardly moves them, as their gradient is 1/5500
     of an even gate's. path: the file, for messages. Raises ValueError if it does not fit.
     """
@@ -764,6 +768,7 @@ def load_kinetics(model: S3D, state: dict[str, torch.Tensor], path: str | os.Pat
         if not name.startswith("classifier."):
             found[rename_from_torchvision(name)] = value
     load_state_dict_checked(model, found, path)
+    model.joint_space = False
 
 
 def rename_from_torchvision(name: str) -> str:

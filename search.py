@@ -34,6 +34,7 @@ from args import (
     check_output,
     check_video_folder,
     clip_spec,
+    file_checksum,
     files_below,
     format_flag,
     inference_model,
@@ -98,12 +99,10 @@ def index_videos(options: argparse.Namespace) -> None:
         device = pick_device(options.device, options.gpu)
     check_output(options.out, "out")
     check_decoder(options)
-    check_file(options.weights, "weights")
     clip = clip_spec(options)
     windows = StridedWindows(clip, options.stride or clip.seconds / 2)
-    settings = feature_settings(
-        options.weights, amp=options.amp, weights_key="weights", **windows.settings
-    )
+    weights = file_checksum(options.weights, "weights")
+    settings = feature_settings(weights, amp=options.amp, weights_key="weights", **windows.settings)
     vocabulary = options.token_to_word_path
     with input_error("--token_to_word_path"):
         words = load_words(vocabulary)

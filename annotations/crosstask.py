@@ -49,6 +49,8 @@ def crosstask_videos(
     for name in FILES:
         if name not in present:
             raise DataError(folder, f"has no {name}; give the folder of the official release")
+    if not (folder / "annotations").is_dir():
+        raise DataError(folder / "annotations", "is not a folder; fetch it again")
     tasks = read_tasks(folder / "tasks_primary.txt")
     listed = read_videos(folder / "videos.csv")
     val = read_videos(folder / "videos_val.csv")
@@ -70,7 +72,10 @@ def crosstask_videos(
             annotated.append(AnnotatedVideo(task, video, segments))
     if not annotated:
         raise DataError(folder, f"has no annotated video of the subset {subset}; give another")
-    notes = [f"skipped: {count} videos {reason}" for reason, count in skipped.items()]
+    known = {f"{task}_{video}.csv" for task, video in [*listed, *val]}
+    unlisted = [file for file in (folder / "annotations").glob("*.csv") if file.name not in known]
+    skipped["with annotations that videos.csv does not list"] = len(unlisted)
+    notes = [f"skipped: {count} videos {reason}" for reason, count in skipped.items() if count]
     return tasks, annotated, notes
 
 
@@ -82,8 +87,9 @@ def read_tasks(path: Path) -> dict[str, Task]:
     lines = [line.strip() for line in read_lines(path)]
     while lines and not lines[-1]:
         lines.pop()
+    start = next((number for number, line in enumerate(lines) if line), 0)
     tasks = {}
-    for first in range(0, len(lines), 6):
+    for first in range(start, len(lines), 6):
         block = lines[first : first + 6]
         with data_error(path, first + 1):
             if len(block) < 5 or any(block[5:]):

@@ -42,7 +42,8 @@ def read_lines(path: AnyPath) -> list[str]:
     """Return the lines of a text file. Raises DataError or OSError."""
     with data_error(path):
         try:
-            return Path(path).read_text(encoding="utf-8-sig").splitlines()
+            # A title may have other characters at which str.splitlines splits.
+            return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"is not a text file ({one_line(error)}); give one") from None
 
@@ -96,4 +97,5 @@ def check_encodable(text: str, place: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{place}: {shorten(text)} is not Unicode text; fix it") from None
+        where = f"{place}: " * bool(place)
+        raise ValueError(f"{where}{shorten(text)} is not Unicode text; fix it") from None

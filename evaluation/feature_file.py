@@ -14,7 +14,7 @@ The file is a .npz, which numpy.load reads without pickles:
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,19 @@ class FeatureSet(NamedTuple):
     left_out: dict[str, str]  # the reasons: "absent" or "undecodable"
 
 
+def name_features(
+    found: Mapping[int, np.ndarray], names: Sequence[str], absent: Iterable[str]
+) -> FeatureSet:
+    """Return the features of a data set. found: of its decodable videos, by their place in names.
+
+    absent: the names of the videos without a file, which are not in names.
+    """
+    features = {name: found[index] for index, name in enumerate(names) if index in found}
+    undecodable = (name for name in names if name not in features)
+    reasons = {**dict.fromkeys(absent, "absent"), **dict.fromkeys(undecodable, "undecodable")}
+    return FeatureSet(features, reasons)
+
+
 def log_left_out(left_out: dict[str, str]) -> None:
     """Log how many videos have no features, by reason, and the first of them."""
     for reason in ("absent", "undecodable"):
@@ -47,7 +60,7 @@ def checksum(path: AnyPath) -> str:
 
 
 def feature_settings(
-    weights: AnyPath,
+    weights: str | None,
     *,
     num_frames: int,
     video_size: int,
@@ -57,12 +70,11 @@ def feature_settings(
 ) -> dict:
     """Return the settings that features depend on, as they are stored: {name of the flag: value}.
 
-    weights: their file, stored under weights_key as its SHA-256; if empty, as None. amp: of the
-    command line, "auto" included. others: the script's other settings, such as the stride. Raises
-    OSError if the weights cannot be read.
+    weights: the checksum of their file, stored under weights_key; None if they are unknown. amp: of
+    the command line, "auto" included. others: the script's other settings, such as the stride.
     """
     return {
-        weights_key: checksum(weights) if weights else None,
+        weights_key: weights,
         "num_frames": num_frames,
         "video_size": video_size,
         **others,

@@ -14,7 +14,7 @@ import torch
 
 from annotations.crosstask import Segment
 from annotations.htm_align import Sentence
-from evaluation.feature_file import FeatureSet
+from evaluation.feature_file import FeatureSet, name_features
 from evaluation.features import SecondWindows, strided_features, track_progress
 from evaluation.results import Results, bootstrap_interval
 from localization_loader import LongVideos
@@ -45,13 +45,7 @@ def localization_features(
             log.warning("skipped in the evaluation: %s", error)
         else:
             found[index] = video.features
-    features = {name: found[i] for i, name in enumerate(dataset.names) if i in found}
-    undecodable = (name for name in dataset.names if name not in features)
-    left_out = {
-        **dict.fromkeys(dataset.absent, "absent"),
-        **dict.fromkeys(undecodable, "undecodable"),
-    }
-    return FeatureSet(features, left_out)
+    return name_features(found, dataset.names, dataset.absent)
 
 
 # --- CrossTask ----------------------------------------------------------------------------------
@@ -153,6 +147,7 @@ def crosstask_metrics(
             "title": titles[task],
             "recall": pooled_recall(videos),
             "num_videos": len(videos),
+            "num_hits": sum(int(video.hits.sum()) for video in videos),
             "num_steps": sum(int(video.annotated.sum()) for video in videos),
         }
         for task, videos in placed.items()
@@ -171,7 +166,10 @@ def crosstask_metrics(
 def crosstask_results(
     placed: dict[str, Sequence[PlacedSteps]], titles: dict[str, str], num_missing: int
 ) -> Results:
-    """Return crosstask_metrics with intervals, for which videos are drawn."""
+    """Return crosstask_metrics with intervals, for which videos are drawn.
+
+    Counts are of the steps of all tasks together, whereas recalls are means over the tasks.
+    """
     task_of, annotated, hits, unordered = np.array(
         [
             (task, video.annotated.sum(), video.hits.sum(), video.hits_unordered.sum())
@@ -206,7 +204,9 @@ def crosstask_results(
             name: bootstrap_interval(np.arange(len(task_of)), statistic)
             for name, statistic in statistics.items()
         }
-    return Results(metrics, {}, intervals)
+    totals = {"recall": hits, "recall_unordered": unordered}
+    counts = {name: (int(hit.sum()), metrics["num_steps"]) for name, hit in totals.items()}
+    return Results(metrics, counts if metrics["num_steps"] else {}, intervals)
 
 
 # --- HTM-Align ----------------------------------------------------------------------------------

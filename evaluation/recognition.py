@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from annotations.clips import SPLITS, TEST, TRAIN
-from evaluation.feature_file import FeatureSet
+from evaluation.feature_file import FeatureSet, name_features
 from evaluation.features import video_features
 from evaluation.results import Results, bootstrap_interval
 from recognition_loader import Recognition
@@ -45,13 +45,7 @@ def clip_features(
     decoding: see video_features.
     """
     videos = video_features(model, dataset, device, mixed5c=True, **decoding)
-    features = {dataset.names[index]: windows for index, windows in videos.items()}
-    undecodable = (name for name in dataset.names if name not in features)
-    left_out = {
-        **dict.fromkeys(dataset.absent, "absent"),
-        **dict.fromkeys(undecodable, "undecodable"),
-    }
-    return FeatureSet(features, left_out)
+    return name_features(videos, dataset.names, dataset.absent)
 
 
 def top1_results(predictions: Sequence[Predictions], found: FeatureSet) -> Results:

@@ -200,11 +200,11 @@ def crosstask_data(
     tasks: by id. videos, placed: by the videos' names. recalls: "tasks" of crosstask_metrics.
 
     "tasks": a row per task with videos, the worst first: id, title, recall (None without annotated
-    steps), videos, annotated steps. "timelines", "missing": see timeline and missing_videos.
+    steps), videos, hits, annotated steps. "timelines", "missing": see timeline and missing_videos.
     """
     rows = [
-        (id, task["title"], task["recall"], task["num_videos"], task["num_steps"])
-        for id, task in recalls.items()
+        (name, *(task[key] for key in ("title", "recall", "num_videos", "num_hits", "num_steps")))
+        for name, task in recalls.items()
         if task["num_videos"]
     ]
     timelines = []

@@ -1,7 +1,6 @@
 """What an evaluation reports: its metrics, the counts behind them and their 95% intervals."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,6 +11,11 @@ from utils import FilePath, atomic_write
 LEVEL = 0.95  # of an interval
 RESAMPLES = 1000
 MEDIAN_RANK = "MR"  # all other metrics that are not counts are fractions
+NOTES = {  # what has to be said beside a metric, wherever it is shown
+    "recall": "not the published list of videos",
+    "R1_64": "reads the alignable flags",
+    "AUC_64": "reads the alignable flags",
+}
 
 
 class Results(NamedTuple):
@@ -33,9 +37,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the 95% interval of a statistic: percentiles over resamples with replacement.
 
-    units [n, ...]: a row per unit that was drawn from the world, such as the hit (0 or 1) of each
+    units [n, ...]: a row per unit that was sampled, such as the hit (0 or 1) of each
     query; rows of hits and totals, or indices, with a statistic of one's own. Resamples for which
-    the statistic is NaN are left out. The same units give the same interval.
+    the statistic is NaN are dropped. The same units give the same interval.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(units), size=(resamples, len(units)))
@@ -63,13 +67,15 @@ def format_metric(name: str, value: float | int | None) -> str:
 
 
 def describe_metric(results: Results, name: str) -> str:
-    """Describe what is behind a metric: its count and its interval, as far as it has them."""
+    """Describe what is behind a metric: its count, interval and note, as far as it has them."""
     parts = []
     if name in results.counts:
         parts.append("{} of {}".format(*results.counts[name]))
     if name in results.intervals:
         low, high = (format_metric(name, float(end)) for end in results.intervals[name])
         parts.append(f"95% interval {low} to {high}")
+    if name in NOTES:
+        parts.append(NOTES[name])
     return ", ".join(parts)
 
 
@@ -82,12 +88,9 @@ def print_results(title: str, results: Results) -> None:
 def write_results(path: FilePath, results: Results, **provenance: object) -> None:
     """Write the results to a JSON file: the metrics by name, then counts, intervals, provenance.
 
-    Fractions stay fractions. Raises OSError.
+    Fractions stay fractions. An interval of NaN is not written. Raises OSError.
     """
-    intervals = {
-        name: [None if math.isnan(end) else end for end in ends]
-        for name, ends in results.intervals.items()
-    }
+    intervals = {n: ends for n, ends in results.intervals.items() if not np.isnan(ends).any()}
     content = {**results.metrics, "counts": results.counts, "intervals": intervals, **provenance}
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())

@@ -1,28 +1,13 @@
 """Text-to-video retrieval: scores, ranks and metrics (paper, section 4)."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
+from evaluation.features import embed_texts
 from evaluation.results import Results, bootstrap_interval
 from retrieval_loader import Retrieval
 
 RECALLS = (1, 5, 10)  # k of R@k
-
-
-@torch.inference_mode()
-def text_features(
-    model: torch.nn.Module,
-    dataset: Retrieval,
-    indices: Sequence[int],
-    device: torch.device,
-    batch_size: int = 256,
-) -> np.ndarray:
-    """Embed the texts of these items of the data set: float32 [len(indices), 512]."""
-    tokens = torch.stack([dataset.tokenizer(dataset.pairs[index].text) for index in indices])
-    embeddings = [model(None, part.to(device), mode="text") for part in tokens.split(batch_size)]
-    return torch.cat(embeddings).float().cpu().numpy()
 
 
 def retrieval_scores(
@@ -39,7 +24,8 @@ def retrieval_scores(
     """
     if not videos:
         raise ValueError("none of the videos can be decoded; check the files")
-    texts = text_features(model, dataset, list(videos), device)
+    sentences = [dataset.pairs[index].text for index in videos]
+    texts = embed_texts(model, dataset.tokenizer, sentences, device)
     means = np.stack([windows.mean(axis=0) for windows in videos.values()])
     return texts @ means.T
 

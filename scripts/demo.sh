@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From an empty clone to figures: toy data, a training with two processes, the evaluations, a
-# table, and a page of results each. About ten minutes on two cores besides the install; --quick:
+# From an empty clone to metrics: toy data, a training with two processes, the evaluations, a
+# table, and a page of results each. About ten minutes on two cores plus the install; --quick:
 # about four. What an earlier run left in data/toy, checkpoint/ and log/ is used again.
 set -euo pipefail
 name=demo epochs=70

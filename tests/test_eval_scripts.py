@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from args import get_args, inference_model
 from evaluation.feature_file import read_features
-from tests.helpers import DETAILS, run_python, without_command, write_csv
+from tests.helpers import DETAILS, golden_json, run_python, without_command, write_csv
 from utils import run_script
 
 
@@ -272,7 +274,7 @@ def test_metrics_are_reported_even_if_the_features_cannot_be_written(
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("evaluation_script.inference_model", lambda args, device: None)
+    monkeypatch.setattr("evaluation_script.inference_model", lambda *given, **options: None)
     monkeypatch.setattr(
         "evaluation_script.clip_features",
         lambda model, dataset, device, **decoding: read_features(stored, {}, dataset.names),
@@ -350,3 +352,38 @@ def test_an_ffmpeg_program_that_does_not_run_is_one_line_and_status_2(
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1, error
     assert "--decoder ffmpeg: " in error and "status 127: no libx264; repair" in error
+
+
+COMMANDS = {
+    "eval_youcook": "--eval_video_root={toy}/youcook --eval_csv={toy}/validation_youcook.csv",
+    "eval_msrvtt": "--eval_video_root={toy}/msrvtt --eval_csv={toy}/msrvtt_test.csv",
+    "eval_crosstask": "--eval_video_root={toy}/crosstask --eval_csv={toy}/crosstask_release",
+    "eval_htm_align": "--eval_video_root={toy}/htm_align --eval_csv={toy}/htm_align.json",
+    "extract_features": "--layer=embedding --video_path={toy}/hmdb --feature_root={out}",
+    "search": "index {toy}/hmdb --out={out}/index",
+}
+
+
+@pytest.fixture
+def video_network(tmp_path):
+    """Weights with the names and shapes of torchvision's S3D."""
+    state = {name: torch.ones(shape) for name, shape in golden_json("torchvision_s3d")}
+    torch.save(state, tmp_path / "s3d.pth")
+    return tmp_path / "s3d.pth"
+
+
+def test_a_video_network_alone_has_no_joint_space(toy, video_network, monkeypatch, capsys):
+    for script, command in COMMANDS.items():
+        flag = "weights" if script == "search" else "pretrain_cnn_path"
+        flags = command.format(toy=toy, out=video_network.parent).split()
+        flags += [f"--{flag}={video_network}", "--num_frames=4", "--video_size=32"]
+        if script != "extract_features":
+            flags.append(f"--token_to_word_path={toy}/dict.npy")
+        with pytest.raises(SystemExit):
+            run_main(f"{script}.py", flags, monkeypatch)
+        assert f"--{flag}: {video_network}: holds a video network only" in capsys.readouterr().err
+
+
+def test_a_video_network_alone_has_features(video_network):
+    args = get_args(argv=[f"--pretrain_cnn_path={video_network}"])
+    assert not inference_model(args, torch.device("cpu"), joint_space=False).joint_space

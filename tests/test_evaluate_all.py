@@ -1,19 +1,30 @@
 """evaluate_all.py: what is run, what is not run again, and what is shown of failures."""
 
+import contextlib
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 import torch
 
 import evaluate_all
+from args import ANNOTATIONS, file_checksum
 from evaluation.feature_file import checksum
 from evaluation.published import PUBLISHED
 from tests.helpers import ROOT
-from utils import run_script
+from utils import InputError, run_script
+
+READERS, check_model, run_evaluation = (
+    evaluate_all.READERS,
+    evaluate_all.check_model,
+    evaluate_all.run_evaluation,
+)
 
 FAKE = {
     "youcook": {"R1": 0.25, "R5": 0.5, "R10": 0.75, "MR": 4.0, "num_videos": 8, "num_missing": 1},
@@ -33,6 +44,13 @@ def user(tmp_path, monkeypatch):
     """
     (tmp_path / "videos").mkdir()
     (tmp_path / "weights.pth").write_bytes(b"weights")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dict.npy").write_bytes(b"words")
+    for name, path in ANNOTATIONS.items():
+        file = tmp_path / path / "videos.csv" if name == "crosstask" else tmp_path / path
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(name)
+    monkeypatch.chdir(tmp_path)
     outcomes, started = {}, []
 
     def run_evaluation(plan):
@@ -55,6 +73,14 @@ def user(tmp_path, monkeypatch):
         return list(started)
 
     monkeypatch.setattr(evaluate_all, "run_evaluation", run_evaluation)
+    monkeypatch.setattr(
+        evaluate_all, "READERS", dict.fromkeys(ANNOTATIONS, lambda path, **options: None)
+    )
+
+    def check_model(args, chosen):
+        return file_checksum(args.pretrain_cnn_path, "pretrain_cnn_path")
+
+    monkeypatch.setattr(evaluate_all, "check_model", check_model)
     run.outcomes = outcomes
     run.folder = tmp_path
     return run
@@ -85,7 +111,12 @@ def test_published_figures_ours_and_missing_videos_are_in_json_page_and_terminal
     assert (caption, ours, details) == ("top-1", "50.0%", "95% interval 25.0% to 75.0%")
     assert ["53.1", "paper [1], 2645 epochs, batch 8192"] in published
     told = capsys.readouterr().out
-    assert "CrossTask  recall         40.0%        0 of 3  40.5: S3D MIL-NCE [1]" in told
+    list_note, flags_note = "not the published list of videos", "reads the alignable flags"
+    line = "CrossTask  recall         40.0%        0 of 3  40.5: S3D MIL-NCE [1]"
+    assert f"{line} (ours: {list_note})" in told
+    assert rows["CrossTask"]["metrics"][0][3] == list_note
+    assert told.count(f"(ours: {flags_note})") == 2  # R@1 and AUC of the 64 s variant
+    assert [row[3] for row in rows["HTM-Align"]["metrics"]] == ["", "", flags_note, flags_note]
 
 
 def test_what_is_done_with_the_same_weights_and_flags_is_not_done_again(user):
@@ -99,6 +130,76 @@ def test_what_is_done_with_the_same_weights_and_flags_is_not_done_again(user):
     assert user("--fps=10", table, names=names) == ["youcook", "hmdb"]
     (user.folder / "out/youcook/index.html").unlink()  # it was killed before its page
     assert user("--fps=10", table, names=names) == ["youcook"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ("data/validation_youcook.csv", ["youcook"]),
+        ("data/crosstask_release/videos.csv", ["crosstask"]),
+        ("data/dict.npy", ["youcook", "crosstask"]),
+    ],
+)
+def test_what_was_done_with_other_annotations_or_words_is_done_again(user, changed, again):
+    user()
+    (user.folder / changed).write_text("changed")
+    assert user() == again
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"num_videos": 3}'])
+def test_results_that_are_not_whole_are_made_again(user, content):
+    user(names=["hmdb"])
+    (user.folder / "out/hmdb/metrics.json").write_text(content)
+    assert user(names=["hmdb"]) == ["hmdb"]
+
+
+def test_a_folder_in_place_of_a_file_is_one_line(user, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_all, "run_evaluation", run_evaluation)
+    (user.folder / "out/hmdb/metrics.json").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stopped:
+        user(names=["hmdb"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: --out: ") and "metrics.json" in error
+
+
+def test_annotations_and_weights_are_read_before_any_evaluation(user, monkeypatch, capsys):
+    def refusal():
+        with pytest.raises(SystemExit) as stopped:
+            user("--hmdb_root=videos", names=["youcook"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1
+        return error
+
+    user.outcomes["youcook"] = AssertionError("must not be run")
+    monkeypatch.setattr(evaluate_all, "check_model", check_model)
+    assert "--pretrain_cnn_path: " in refusal() and "weights.pth" in refusal()
+    monkeypatch.setattr(evaluate_all, "READERS", {**READERS, "youcook": lambda path: None})
+    assert "--hmdb_csv: data/hmdb51.csv: " in refusal()
+    (user.folder / "data/hmdb51.csv").unlink()
+    assert "--hmdb_csv: data/hmdb51.csv: No such file" in refusal()
+
+
+def test_a_long_error_does_not_block_the_script(monkeypatch, capsys):
+    """Nobody reads the pipe before the script has ended."""
+
+    def fail():
+        raise InputError("x" * 1_000_000)
+
+    monkeypatch.setattr(evaluate_all, "die_with_parent", lambda: None)
+    monkeypatch.setitem(sys.modules, "eval_long", types.SimpleNamespace(main=fail))
+    monkeypatch.setattr(sys, "argv", [])
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def run():
+        with contextlib.suppress(SystemExit):
+            evaluate_all.run_main("eval_long", [], sender)
+
+    script = threading.Thread(target=run, daemon=True)
+    script.start()
+    script.join(30)
+    assert not script.is_alive()
+    assert receiver.recv().startswith("xxx")
 
 
 def test_a_run_that_was_killed_goes_on_with_what_was_left(user, capsys):
@@ -135,12 +236,12 @@ def test_flags_reach_the_scripts_that_use_them():
     line = "--hmdb_root=a --youcook_root=b --youcook-csv=t --num-frames=32 --fps=10 --compile"
     titles = dict.fromkeys(evaluations, "")
     parsed = evaluate_all.get_all_args("", titles, [*line.split(), "--out=o"])
-    youcook = evaluate_all.make_plan(parsed, evaluations["youcook"], "w")
+    youcook = evaluate_all.make_plan(parsed, evaluations["youcook"], {})
     assert youcook.flags == [
         *("--num_frames=32", "--fps=10", "--compile", "--eval_video_root=b", "--eval_csv=t"),
         *("--metrics_json=o/youcook/metrics.json", "--html_report=o/youcook"),
     ]
-    hmdb = evaluate_all.make_plan(parsed, evaluations["hmdb"], "w")
+    hmdb = evaluate_all.make_plan(parsed, evaluations["hmdb"], {})
     assert hmdb.flags == [
         *("--num_frames=32", "--compile", "--eval_video_root=a"),
         *("--metrics_json=o/hmdb/metrics.json", "--html_report=o/hmdb"),
@@ -154,7 +255,7 @@ def test_flags_reach_the_scripts_that_use_them():
         (["--youcook_root="], "--youcook_root"),
         (["--youcook_root=absent"], "--youcook_root: there is no folder absent"),
         (["--ucf_csv=table.csv"], "--ucf_csv needs the videos; give --ucf_root"),
-        (["--youcook_csv=absent.csv"], "--youcook_csv: there is no absent.csv"),
+        (["--youcook_csv=absent.csv"], "--youcook_csv: absent.csv: No such file"),
         (["--pretrain_cnn_path="], "--pretrain_cnn_path is needed"),
         (["--pretrain_cnn_path=absent.pth"], "absent.pth"),
         (["--out={file}"], "--out"),
@@ -188,12 +289,13 @@ def toy_command(toy, weights, out, *flags):
 
 
 def test_a_scripts_failure_is_named_and_its_neighbour_is_evaluated(toy, weights, tmp_path):
-    flags = [f"--hmdb_root={toy}/hmdb", f"--hmdb_csv={toy}/dict.npy"]
+    (tmp_path / "empty").mkdir()
+    flags = [f"--hmdb_root={tmp_path}/empty", f"--hmdb_csv={toy}/hmdb51.csv"]
     command = toy_command(toy, weights, tmp_path, *flags)
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
     found = json.loads((tmp_path / "results.json").read_text())["evaluations"]
-    assert found["hmdb"]["status"].startswith("failed: --eval_csv: ")
+    assert found["hmdb"]["status"].startswith("failed: --eval_video_root: ")
     assert found["ucf"]["status"] == "done"
     results = found["ucf"]["results"]
     assert results == json.loads((tmp_path / "ucf/metrics.json").read_text())

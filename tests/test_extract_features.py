@@ -76,7 +76,7 @@ def extract(weights, videos, monkeypatch):
     monkeypatch.setattr(
         extract_features,
         "inference_model",
-        lambda args, device: model_of(Path(args.pretrain_cnn_path)),
+        lambda args, device, joint_space: model_of(Path(args.pretrain_cnn_path)),
     )
 
     def run(out, *more):

@@ -57,12 +57,14 @@ def test_the_annotated_videos_of_a_subset_are_read(release, subset, expected):
         "202": Task("Change a Tire", ["jack up", "put things back"]),
     }
     assert videos == expected
+    unlisted = "skipped: 1 videos with annotations that videos.csv does not list"
     if subset == "val":
-        assert notes == []
+        assert notes == [unlisted]
     else:
         assert notes == [
             "skipped: 1 videos of related tasks",
             "skipped: 1 videos without annotations",
+            unlisted,
         ]
 
 
@@ -76,6 +78,13 @@ def test_the_last_task_may_lack_its_empty_line(release, ends):
 def test_a_video_that_is_listed_twice_is_one(release):
     (release / "videos.csv").write_text("101,a_0,x\n101,a_0,x\n")
     assert crosstask_videos(release, "test")[1] == [A]
+
+
+def test_blank_first_lines_and_separators_in_a_title_do_not_shift_tasks(release):
+    title = "Make\u2028Pan\x0bcakes\x85"
+    (release / "tasks_primary.txt").write_text("\n" + TASKS.replace("Make Pancakes", title))
+    tasks, _, _ = crosstask_videos(release, "all")
+    assert list(tasks) == ["101", "202"] and tasks["101"].title == title.strip()
 
 
 def refusal(release, subset="all"):
@@ -95,6 +104,9 @@ def test_a_folder_without_annotations_and_a_file_are_refused(release):
     assert "is not a folder" in refusal(release / "videos.csv")
     (release / "annotations").rename(release / "elsewhere")
     assert "has no annotations; " in refusal(release)
+    (release / "annotations").write_text("a file")
+    assert "annotations: is not a folder" in refusal(release)
+    (release / "annotations").unlink()
     (release / "annotations").mkdir()
     assert "has no annotated video of the subset val" in refusal(release, "val")
 

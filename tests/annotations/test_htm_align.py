@@ -48,6 +48,7 @@ def test_sentences_that_end_before_they_start_are_noted(tmp_path):
         ({"v": [[1, "0", 1, "a"]]}, "are not times"),
         ('{"v": [[1, 0, NaN, "a"]]}', "are not times"),
         ({"v": [[1, 0, 1, None]]}, "'None' is not a text"),
+        ({"\ud800": [[1, 0, 1, "a"]]}, "htm_align.json: '\\ud800' is not Unicode"),
         ({"../v": [[1, 0, 1, "a"]]}, "leads out of the data's folder"),
     ],
 )

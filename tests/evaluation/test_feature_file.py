@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from evaluation import feature_file
-from evaluation.feature_file import FeatureSet, feature_settings, read_features, write_features
+from evaluation.feature_file import (
+    FeatureSet,
+    checksum,
+    feature_settings,
+    read_features,
+    write_features,
+)
 from utils import DataError
 
 SETTINGS = {"pretrain_cnn_path": "sha256:aa", "num_frames": 16}
@@ -167,15 +173,15 @@ def test_settings_name_the_weights_by_their_content(tmp_path):
     def settings(weights, **others):
         (tmp_path / "w.pth").write_bytes(weights)
         clip = {"num_frames": 16, "video_size": 224, "amp": "auto", **others}
-        return feature_settings(tmp_path / "w.pth", **clip)
+        return feature_settings(checksum(tmp_path / "w.pth"), **clip)
 
-    checksum = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    digest = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     clip = {"num_frames": 16, "video_size": 224, "amp": "none"}
-    assert settings(b"abc") == {"pretrain_cnn_path": checksum, **clip}
+    assert settings(b"abc") == {"pretrain_cnn_path": digest, **clip}
     assert settings(b"abc", stride=1.5, weights_key="weights") == {
-        "weights": checksum,
+        "weights": digest,
         **clip,
         "stride": 1.5,
     }
-    assert settings(b"abd")["pretrain_cnn_path"] != checksum
-    assert feature_settings("", **clip) == {"pretrain_cnn_path": None, **clip}
+    assert settings(b"abd")["pretrain_cnn_path"] != digest
+    assert feature_settings(None, **clip) == {"pretrain_cnn_path": None, **clip}

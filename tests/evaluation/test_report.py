@@ -152,14 +152,14 @@ def localized(steps=("pour <b>milk</b>", "whisk", "flip")):
         "1/a": place_steps(scores, videos["1/a"].segments),
         "1/b": place_steps(scores[:2], videos["1/b"].segments),
     }
-    titles = {id: task.title for id, task in tasks.items()}
+    titles = {name: task.title for name, task in tasks.items()}
     metrics = crosstask_metrics({"1": list(placed.values()), "2": []}, titles, num_missing=1)
     return metrics, crosstask_data(tasks, videos, found, placed, metrics["tasks"])
 
 
 def test_a_timeline_has_the_true_segments_and_the_placed_seconds_of_each_step():
     metrics, data = localized()
-    assert data["tasks"] == [("1", "Make Pancakes", pytest.approx(1 / 3), 2, 3)]
+    assert data["tasks"] == [("1", "Make Pancakes", pytest.approx(1 / 3), 2, 1, 3)]
     assert data["missing"] == [("2/c", "absent")]
     first, second = data["timelines"]
     assert (first["name"], first["title"], first["seconds"]) == ("a", "Make Pancakes", 20)
@@ -440,7 +440,7 @@ def test_the_page_of_crosstask_places_marks_on_timelines(browser, tmp_path):
     write_page(tmp_path, "CrossTask", Results(metrics), [], data)
     open_page(browser, (tmp_path / "index.html").as_uri())
     [row] = browser.find_elements("css selector", "#tasks tbody tr")
-    assert row.text == "Make Pancakes 1 33.3% 2 3"
+    assert row.text == "Make Pancakes 1 33.3% 2 1 3"
     cards = browser.find_elements("css selector", ".query")
     assert [card.find_element("css selector", ".rank").text for card in cards] == [
         *("0 of 1 steps", "1 of 2 steps"),  # worst first

@@ -58,6 +58,20 @@ def test_the_terminal_shows_per_cent_with_counts_and_intervals(capsys):
     ]
 
 
+def test_an_interval_without_a_value_is_not_written(tmp_path):
+    write_results(tmp_path / "out.json", RESULTS._replace(intervals={"R1": (np.nan, np.nan)}))
+    assert json.loads((tmp_path / "out.json").read_text())["intervals"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [("R1_64", "reads the alignable flags"), ("recall", "not the published list of videos")],
+)
+def test_a_metric_that_needs_a_note_never_goes_without_it(name, note, capsys):
+    print_results("Toy", Results({name: 0.5}, {name: (1, 2)}))
+    assert capsys.readouterr().out == f"Toy {name}: 50.0% (1 of 2, {note})\n"
+
+
 def test_the_file_has_fractions_and_what_the_run_was(tmp_path):
     write_results(tmp_path / "out.json", RESULTS, command="python x.py", weights_checksum=None)
     assert json.loads((tmp_path / "out.json").read_text()) == {
