@@ -754,9 +754,10 @@ def load_kinetics(model: S3D, state: dict[str, torch.Tensor], path: str | os.Pat
     """Load the weights of torchvision's S3D into one made with torchvision=True.
 
     The classifier is skipped. What torchvision does not have stays: the projection and the text
-    network, so that the model has no joint_space yet. Gates start open: their weights are 0 and their bias is OPEN_GATE, so that 0.005 % of a
-    value is lost at each. Adam can close them; SGD hardly moves them, as their gradient is 1/5500
-    of an even gate's. path: the file, for messages. Raises ValueError if it does not fit.
+    network, so that the model has no joint_space yet. Gates start open: their weights are 0 and
+    their bias is OPEN_GATE, so that 0.005 % of a value is lost at each. Adam can close them; SGD
+    hardly moves them, as their gradient is 1/5500 of an even gate's. path: the file, for messages.
+    Raises ValueError if it does not fit.
     """
     for module in model.modules():
         if isinstance(module, SelfGating):

@@ -9,4 +9,4 @@ if [ $# -eq 0 ]; then
     # proofs run one by one: they start processes of their own, and some watch the clock.
     set -- -m "not slow" -n auto --dist loadfile
 fi
-python -m pytest "$@"
+python -m pytest --durations=15 "$@"
