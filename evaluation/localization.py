@@ -130,7 +130,8 @@ def crosstask_metrics(
     """Compute CrossTask's metrics, fractions, of the videos of each task.
 
     placed, titles: by task. A task is one value of each mean; those without annotated steps leave
-    it. recall pools a task's steps, recall_per_video is the mean over its videos. num_missing: the
+    it. recall pools a task's steps, recall_per_video is the mean over its videos. num_hits and
+    num_steps are of all tasks together, and so not the fraction that recall is. num_missing: the
     number of videos that are absent or cannot be decoded.
     """
 
@@ -158,6 +159,7 @@ def crosstask_metrics(
         "recall_unordered": mean_of_tasks(lambda videos: pooled_recall(videos, "hits_unordered")),
         "num_videos": sum(task["num_videos"] for task in tasks.values()),
         "num_missing": num_missing,
+        "num_hits": sum(task["num_hits"] for task in tasks.values()),
         "num_steps": sum(task["num_steps"] for task in tasks.values()),
         "tasks": tasks,
     }
@@ -166,10 +168,7 @@ def crosstask_metrics(
 def crosstask_results(
     placed: dict[str, Sequence[PlacedSteps]], titles: dict[str, str], num_missing: int
 ) -> Results:
-    """Return crosstask_metrics with intervals, for which videos are drawn.
-
-    Counts are of the steps of all tasks together, whereas recalls are means over the tasks.
-    """
+    """Return crosstask_metrics with intervals, for which videos are drawn."""
     task_of, annotated, hits, unordered = np.array(
         [
             (task, video.annotated.sum(), video.hits.sum(), video.hits_unordered.sum())
@@ -204,9 +203,7 @@ def crosstask_results(
             name: bootstrap_interval(np.arange(len(task_of)), statistic)
             for name, statistic in statistics.items()
         }
-    totals = {"recall": hits, "recall_unordered": unordered}
-    counts = {name: (int(hit.sum()), metrics["num_steps"]) for name, hit in totals.items()}
-    return Results(metrics, counts if metrics["num_steps"] else {}, intervals)
+    return Results(metrics, {}, intervals)
 
 
 # --- HTM-Align ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ SETS = {
 KEYS = {
     "eval_crosstask.py": [
         *("recall", "recall_per_video", "recall_unordered"),
-        *("num_videos", "num_missing", "num_steps", "tasks"),
+        *("num_videos", "num_missing", "num_hits", "num_steps", "tasks"),
     ],
     "eval_htm_align.py": [
         *("R1", "AUC", "R1_64", "AUC_64"),
