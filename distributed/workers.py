@@ -34,7 +34,7 @@ from utils import STOP_SIGNALS, die_with_parent, log
 
 DEFAULT_PREFETCH = 1000  # items
 MEMORY_SHARE = 8  # of a machine's memory, its processes may fill an eighth by reading ahead
-QUEUED_BATCHES = 3  # that all workers together have tasks of at a time
+QUEUED_BATCHES, MIN_QUEUED = 3, 16  # tasks: of all workers together, in batches; of each
 PAGE_LOCKED: list[np.ndarray] = []  # memory that must not be unmapped
 LENGTH = struct.Struct("i")  # of the text in a worker's result, see worker_main
 LONGEST_WAIT = 1e6  # seconds; epoll's limit is near
@@ -109,7 +109,7 @@ def sample_batches(
     depth = math.ceil(prefetch / size) if workers else 0
     memory = BatchMemory(dataset.item_spec, size, max(1, depth) + lend)
     if workers:
-        queued = max(2, math.ceil(QUEUED_BATCHES * size / workers))
+        queued = max(MIN_QUEUED, math.ceil(QUEUED_BATCHES * size / workers))
         pool = Pool(dataset, memory.batches, workers, timeout, queued)
     else:
         pool = SerialPool(dataset, memory.batches)
