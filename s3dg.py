@@ -196,7 +196,7 @@ def compute_in_2d(model: nn.Module) -> nn.Module:
     """Have a model compute all layers but the first convolution in two dimensions; return it.
 
     Weights and keys stay, and values but for rounding. Meant for a GPU with the channels innermost:
-    the 2-d kernels may be faster there. On a CPU they are slower.
+    the 2-d kernels may be faster there.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm3d:
