@@ -7,6 +7,7 @@ steps and sentences are misses.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -117,11 +118,40 @@ def mean_or_none(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def pooled_recall(videos: Sequence[PlacedSteps], hits: str = "hits") -> float | None:
-    """Return the fraction of all annotated steps of the videos that are hits; None of none."""
-    annotated = sum(int(video.annotated.sum()) for video in videos)
-    hit = sum(int(getattr(video, hits).sum()) for video in videos)
-    return hit / annotated if annotated else None
+# Columns of count_steps.
+TASK, ANNOTATED, HITS, UNORDERED = range(4)
+
+
+def count_steps(placed: Sequence[Sequence[PlacedSteps]]) -> np.ndarray:
+    """Count the steps of each of n videos: int [n, 4], see the columns. placed: by task."""
+    counts = [
+        (task, video.annotated.sum(), video.hits.sum(), video.hits_unordered.sum())
+        for task, videos in enumerate(placed)
+        for video in videos
+    ]
+    return np.array(counts, dtype=np.int64).reshape(-1, 4)
+
+
+def mean_pooled_recall(counts: np.ndarray, column: int) -> float:
+    """Return the mean over tasks of hits / annotated steps of a task's videos; NaN of none."""
+    annotated, hits = (np.bincount(counts[:, TASK], counts[:, c]) for c in (ANNOTATED, column))
+    some = annotated > 0
+    return float(np.mean(hits[some] / annotated[some])) if some.any() else math.nan
+
+
+def mean_video_recall(counts: np.ndarray) -> float:
+    """Return the mean over tasks of the mean over a task's videos of their recall; NaN of none."""
+    counts = counts[counts[:, ANNOTATED] > 0]
+    recalls = np.bincount(counts[:, TASK], counts[:, HITS] / counts[:, ANNOTATED])
+    videos = np.bincount(counts[:, TASK])
+    return float(np.mean(recalls[videos > 0] / videos[videos > 0])) if len(counts) else math.nan
+
+
+RECALLS = {
+    "recall": partial(mean_pooled_recall, column=HITS),
+    "recall_per_video": mean_video_recall,
+    "recall_unordered": partial(mean_pooled_recall, column=UNORDERED),
+}
 
 
 def crosstask_metrics(
@@ -134,33 +164,24 @@ def crosstask_metrics(
     num_steps are of all tasks together, and so not the fraction that recall is. num_missing: the
     number of videos that are absent or cannot be decoded.
     """
-
-    def mean_of_tasks(recall):
-        values = map(recall, placed.values())
-        return mean_or_none([value for value in values if value is not None])
-
-    def per_video(videos):
-        recalls = (pooled_recall([video]) for video in videos)
-        return mean_or_none([recall for recall in recalls if recall is not None])
-
-    tasks = {
-        task: {
+    counts = count_steps(list(placed.values()))
+    tasks = {}
+    for number, (task, videos) in enumerate(placed.items()):
+        _, steps, hits, _ = counts[counts[:, TASK] == number].sum(axis=0).tolist()
+        tasks[task] = {
             "title": titles[task],
-            "recall": pooled_recall(videos),
+            "recall": hits / steps if steps else None,
             "num_videos": len(videos),
-            "num_hits": sum(int(video.hits.sum()) for video in videos),
-            "num_steps": sum(int(video.annotated.sum()) for video in videos),
+            "num_hits": hits,
+            "num_steps": steps,
         }
-        for task, videos in placed.items()
-    }
+    _, steps, hits, _ = counts.sum(axis=0).tolist()
     return {
-        "recall": mean_of_tasks(pooled_recall),
-        "recall_per_video": mean_of_tasks(per_video),
-        "recall_unordered": mean_of_tasks(lambda videos: pooled_recall(videos, "hits_unordered")),
-        "num_videos": sum(task["num_videos"] for task in tasks.values()),
+        **{name: recall(counts) if steps else None for name, recall in RECALLS.items()},
+        "num_videos": len(counts),
         "num_missing": num_missing,
-        "num_hits": sum(task["num_hits"] for task in tasks.values()),
-        "num_steps": sum(task["num_steps"] for task in tasks.values()),
+        "num_hits": hits,
+        "num_steps": steps,
         "tasks": tasks,
     }
 
@@ -169,40 +190,11 @@ def crosstask_results(
     placed: dict[str, Sequence[PlacedSteps]], titles: dict[str, str], num_missing: int
 ) -> Results:
     """Return crosstask_metrics with intervals, for which videos are drawn."""
-    task_of, annotated, hits, unordered = np.array(
-        [
-            (task, video.annotated.sum(), video.hits.sum(), video.hits_unordered.sum())
-            for task, videos in enumerate(placed.values())
-            for video in videos
-        ]
-    ).T
-
-    def pooled(hits):
-        def mean_of_tasks(rows):
-            task = task_of[rows]
-            total, found = (np.bincount(task, values[rows]) for values in (annotated, hits))
-            return np.mean(found[total > 0] / total[total > 0]) if total.any() else np.nan
-
-        return mean_of_tasks
-
-    def per_video(rows):
-        rows = rows[annotated[rows] > 0]
-        task = task_of[rows]
-        videos, recalls = np.bincount(task), np.bincount(task, hits[rows] / annotated[rows])
-        return np.mean(recalls[videos > 0] / videos[videos > 0]) if len(rows) else np.nan
-
     metrics = crosstask_metrics(placed, titles, num_missing)
+    counts = count_steps(list(placed.values()))
     intervals = {}
     if metrics["num_steps"]:
-        statistics = {
-            "recall": pooled(hits),
-            "recall_per_video": per_video,
-            "recall_unordered": pooled(unordered),
-        }
-        intervals = {
-            name: bootstrap_interval(np.arange(len(task_of)), statistic)
-            for name, statistic in statistics.items()
-        }
+        intervals = {name: bootstrap_interval(counts, recall) for name, recall in RECALLS.items()}
     return Results(metrics, {}, intervals)
 
 
