@@ -26,8 +26,9 @@ class LongVideos:
             name: find_video(*(Path(video_root, stem) for stem in options))
             for name, options in stems.items()
         }
-        self.names = [name for name, path in found.items() if video_exists(path)]
+        present = {name: video_exists(path) for name, path in found.items()}
+        self.names = [name for name in found if present[name]]
         self.paths = [found[name] for name in self.names]
-        self.absent = [name for name, path in found.items() if not video_exists(path)]
+        self.absent = [name for name in found if not present[name]]
         if not self.names:
             raise DataError(video_root, "has no video of the annotations; give their folder")

@@ -397,14 +397,17 @@ def read_video(folder: str, video: CaptionFiles, language: str) -> Outcome:
 
 def read_file(name: str, path: str, language: str) -> Outcome:
     """Return the Outcome of one caption file; any error is a CaptionError."""
-    from video_decoder import locate, read_bytes
+    from video_decoder import locate
 
     try:
         path.encode()
         check_language(path, find_tag(name, path), language)
-        if (size := locate(path).size) > LARGEST_VIDEO:
-            raise CaptionError(f"{path}: has {size:,} bytes, too many for the captions of a video")
-        captions, kind, stated = parse_transcript(path, read_bytes(path))
+        source = locate(path)
+        if source.size > LARGEST_VIDEO:
+            raise CaptionError(
+                f"{path}: has {source.size:,} bytes, too many for the captions of a video"
+            )
+        captions, kind, stated = parse_transcript(path, source.read())
         check_language(path, stated, language)
         return Outcome(name, captions, kind)
     except UnicodeEncodeError:

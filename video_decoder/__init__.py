@@ -44,7 +44,6 @@ from video_decoder.shards import (
     find_video,
     is_shard,
     locate,
-    read_bytes,
     video_exists,
     walk_files,
 )
@@ -71,7 +70,6 @@ __all__ = [
     "preprocess",
     "probe_duration",
     "probe_size",
-    "read_bytes",
     "video_exists",
     "walk_files",
 ]

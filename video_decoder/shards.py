@@ -86,6 +86,12 @@ class Source(NamedTuple):
         """Return FFmpeg's protocol_whitelist."""
         return "file" if self.start is None else "file,subfile"
 
+    def read(self) -> bytes:
+        """Return the bytes. Raises OSError."""
+        with open(self.file, "rb") as file:
+            file.seek(self.start or 0)
+            return file.read(self.size)
+
 
 class MemberFile(io.RawIOBase):
     """The bytes of a member as a file."""
@@ -159,14 +165,6 @@ def find_source(path: FilePath) -> Source:
         return locate(path)
     except (OSError, ValueError) as error:
         raise DecodeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def read_bytes(path: FilePath) -> bytes:
-    """Read a whole file, which may be in a shard. Raises OSError or ValueError, see locate."""
-    source = locate(path)
-    with open(source.file, "rb") as file:
-        file.seek(source.start or 0)
-        return file.read(source.size)
 
 
 def video_exists(path: FilePath) -> bool:
