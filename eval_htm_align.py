@@ -10,8 +10,7 @@ if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "eval_htm_align")
 
 from annotations.htm_align import htm_align_sentences
-from annotations.tables import log_notes
-from args import ANNOTATIONS, check_decoder, check_evaluation_outputs
+from args import ANNOTATIONS, check_decoder, check_evaluation_outputs, evaluation_table
 from distributed.device import pick_device
 from evaluation.feature_file import log_left_out
 from evaluation.features import embed_texts
@@ -39,10 +38,7 @@ def main() -> None:
     check_decoder(args)
 
     # The sentences of each video, alignable ones and others.
-    json_file = args.eval_csv or ANNOTATIONS["htm_align"]
-    with input_error("--eval_csv"):
-        annotations, notes = htm_align_sentences(json_file)
-    log_notes(json_file, notes)
+    json_file, annotations = evaluation_table(args, htm_align_sentences, ANNOTATIONS["htm_align"])
     dataset = localization_set(args, HTMAlign, annotations)
 
     # The model, and the vocabulary that belongs to its weights.

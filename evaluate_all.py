@@ -80,7 +80,7 @@ from evaluation.feature_file import checksum
 from evaluation.published import PUBLISHED
 from evaluation.report import page_path, summary_data, write_page
 from evaluation.results import NOTES, Results, describe_metric, format_metric
-from evaluation_script import text_video_model
+from evaluation_script import describe_run, text_video_model
 
 READERS = {
     "youcook": youcook_table,
@@ -283,7 +283,6 @@ def write_summary(out: str, weights: str, found: dict[str, dict], statuses: dict
         summarize(evaluation, found.get(evaluation.name), statuses[evaluation.name])
         for evaluation in EVALUATIONS
     ]
-    command = shlex.join(["python", *sys.argv])
     content = {
         evaluation.name: {
             "title": evaluation.title,
@@ -293,11 +292,11 @@ def write_summary(out: str, weights: str, found: dict[str, dict], statuses: dict
         }
         for evaluation in EVALUATIONS
     }
-    run = {"command": command, "weights_checksum": weights}
+    run = describe_run(weights)
     with input_error("--out"):
         with atomic_write(Path(out, "results.json")) as file:
             file.write((json.dumps({**run, "evaluations": content}, indent=2) + "\n").encode())
-        settings = [("weights checksum", weights), ("command", command)]
+        settings = [("weights checksum", weights), ("command", run["command"])]
         write_page(out, "All evaluations", Results({}), settings, summary_data(rows))
     return rows
 
@@ -320,15 +319,16 @@ def print_summary(rows: list[dict]) -> None:
 
 def main() -> None:
     args = get_all_args(__doc__, {evaluation.name: evaluation.title for evaluation in EVALUATIONS})
-    statuses = {}
-    for name in (evaluation.name for evaluation in EVALUATIONS):
+    statuses, chosen = {}, []
+    for evaluation in EVALUATIONS:
+        name = evaluation.name
         root, csv = getattr(args, f"{name}_root"), getattr(args, f"{name}_csv")
         if csv and not root:
             raise InputError(f"--{name}_csv needs the videos; give --{name}_root, too")
         if root:
             check_video_folder(root, f"{name}_root")
+            chosen.append(evaluation)
         statuses[name] = "not run yet" if root else "no videos given"
-    chosen = [e for e in EVALUATIONS if statuses[e.name] == "not run yet"]
     if not chosen:
         flags = ", ".join(f"--{evaluation.name}_root" for evaluation in EVALUATIONS)
         raise InputError(f"no data set is given; give the videos of one or more: {flags}")
