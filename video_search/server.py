@@ -144,7 +144,7 @@ def make_thumbnail(index: Index, folder: str, row: int, decoding: threading.Sema
     """Decode the window in a row of the index, and encode it as WebP. Raises DecodeError."""
     moment, settings = get_moment(index, row), index.metadata.settings
     video = index.videos[moment.video]
-    find_video(folder, video)
+    locate_video(folder, video)
     with decoding:
         clip = decode_clip(
             os.path.join(folder, video.path),
@@ -158,7 +158,7 @@ def make_thumbnail(index: Index, folder: str, row: int, decoding: threading.Sema
 
 def send_video(folder: str, video: Video, number: str) -> Response:
     """Respond with the file of a video, or with the range of it that is requested."""
-    source = find_video(folder, video)
+    source = locate_video(folder, video)
     limit_range()
     suffix = os.path.splitext(video.path)[1].lower()
     kind = MIME_TYPES.get(suffix, "application/octet-stream")
@@ -204,7 +204,7 @@ def parse_number(text: str, count: int) -> int:
     return int(text)
 
 
-def find_video(folder: str, video: Video) -> Source:
+def locate_video(folder: str, video: Video) -> Source:
     """Find the bytes of an indexed video; respond with 404 if it is gone or has changed."""
     if video.reason:
         abort(404, f"It could not be indexed: {printable(video.reason)}")
