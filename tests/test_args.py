@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import args
+import eval_hmdb
 import evaluation_script
 import video_decoder
 from annotations.crosstask import SUBSETS
@@ -143,7 +144,7 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
 EVALUATIONS = ["eval_youcook", "eval_msrvtt", "eval_hmdb", "eval_ucf"]
 EVALUATIONS += ["eval_crosstask", "eval_htm_align"]
 SCRIPTS = ["main_distributed", *EVALUATIONS, "extract_features"]
-SHARED = [Path(module.__file__).read_text() for module in (args, evaluation_script)]
+SHARED = [Path(module.__file__).read_text() for module in (args, evaluation_script, eval_hmdb)]
 
 
 def flags_read(source):
