@@ -37,10 +37,10 @@ from args import (
     retrieval_set,
 )
 from captions.readers import open_captions
+from distributed.batch_memory import training_prefetch
 from distributed.device import PRECISIONS, check_compiler, inference_amp, training_dtype
 from distributed.launch import detect_launch, workers_per_rank
 from distributed.process import start
-from distributed.workers import training_prefetch
 from evaluation.features import video_features
 from evaluation.retrieval import count_videos, retrieval_metrics, retrieval_scores
 from s3dg import S3D, Tokenizer, fuse_for_inference

@@ -5,11 +5,9 @@ that all processes share, so neither pixels nor file handles pass through pipes.
 in contrast, ends the run when a worker dies.
 """
 
-import contextlib
 import gc
 import heapq
 import math
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -18,24 +16,19 @@ import signal
 import struct
 import time
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 
-from utils import STOP_SIGNALS, die_with_parent, log
+from distributed.batch_memory import BatchMemory, prefetch_items
+from utils import STOP_SIGNALS, die_with_parent
 
-DEFAULT_PREFETCH = 1000  # items
-MEMORY_SHARE = 8  # of a machine's memory, its processes may fill an eighth by reading ahead
 QUEUED_BATCHES, MIN_QUEUED = 3, 16  # tasks: of all workers together, in batches; of each
-PAGE_LOCKED: list[np.ndarray] = []  # memory that must not be unmapped
 LENGTH = struct.Struct("i")  # of the text in a worker's result, see worker_main
 LONGEST_WAIT = 1e6  # seconds; epoll's limit is near
 
@@ -154,112 +147,9 @@ def sample_batches(
         pool.close()
 
 
-def prefetch_items(size: int, workers: int) -> int:
-    """How many items have to be read ahead: two per worker, and at least a batch."""
-    return max(size, 2 * workers)
-
-
-def training_prefetch(
-    item_spec: dict,
-    size: int,
-    workers: int,
-    *,
-    wanted: int | None,
-    step: int,
-    lend: int,
-    processes: int,
-) -> int:
-    """Choose how many items of a training a process reads ahead.
-
-    A process whose videos decode slowly for a while then does not hold up the others. wanted: the
-    user's choice; otherwise DEFAULT_PREFETCH, or the items of a step if they are more, unless the
-    node's processes would fill more than 1/MEMORY_SHARE of memory_limit with these and the batches
-    that they lend. In any case those of prefetch_items.
-    """
-    if wanted is None:
-        item = sum(math.prod(shape) * dtype.itemsize for shape, dtype in item_spec.values())
-        fitting = memory_limit() // MEMORY_SHARE // processes // item - lend * size
-        wanted = min(max(DEFAULT_PREFETCH, step), fitting)
-    return max(wanted, prefetch_items(size, workers))
-
-
-def memory_limit(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
-    """Return the bytes of memory of this machine, or of this process's cgroup if they are fewer.
-
-    Containers and SLURM limit the memory of cgroups. Of version 1 only a container's is found.
-    """
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    files = [Path(root, "memory", "memory.limit_in_bytes"), Path(root, "memory.max")]
-    with contextlib.suppress(OSError):
-        for line in Path(cgroup).read_text().splitlines():
-            if line.startswith("0::"):  # version 2
-                own = Path(root, line[3:].lstrip("/"))
-                files += [f / "memory.max" for f in (own, *own.parents) if f.is_relative_to(root)]
-    for file in files:
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
-            limits.append(int(file.read_text()))
-    return min(limits)
-
-
 def describe_error(error: str, path: Any) -> str:
     """Describe an item's error in one line that names its file, as the decoder's errors do."""
     return f"{path}: it {error}" if isinstance(error, WorkerFailure) else error
-
-
-class BatchMemory:
-    """Memory of batches of `size` items that forked processes share. It takes no /dev/shm.
-
-    batches: for each place, {name: tensor [size, ...]}, for who fills it. free: the places that
-    neither are being filled nor lent.
-    """
-
-    def __init__(self, item_spec: dict, size: int, places: int):
-        self.item_spec, self.offsets, end = item_spec, {}, 0
-        for name, (shape, dtype) in item_spec.items():
-            self.offsets[name] = end
-            end += math.ceil(size * math.prod(shape) * dtype.itemsize / 64) * 64  # aligned
-        self.place_bytes = max(1, math.ceil(end / mmap.PAGESIZE)) * mmap.PAGESIZE
-        self.memory = np.frombuffer(mmap.mmap(-1, places * self.place_bytes), np.uint8)
-        self.batches = [self.tensors(self.part(place), size) for place in range(places)]
-        self.free = list(range(places))[::-1]
-
-    def part(self, place: int) -> np.ndarray:
-        return self.memory[place * self.place_bytes : (place + 1) * self.place_bytes]
-
-    def tensors(self, part: np.ndarray, size: int) -> dict[str, torch.Tensor]:
-        """Make the tensors of `size` items. The storage of each keeps the array `part` alive."""
-        return {
-            name: torch.frombuffer(
-                part, dtype=dtype, count=size * math.prod(shape), offset=self.offsets[name]
-            ).view(size, *shape)
-            for name, (shape, dtype) in self.item_spec.items()
-        }
-
-    def lend(self, place: int, size: int) -> dict[str, torch.Tensor]:
-        """Return the tensors of a place that is free again when they and their views are gone."""
-        part = self.part(place)
-        weakref.finalize(part, self.free.append, place).atexit = False
-        return self.tensors(part, size)
-
-    def page_lock(self) -> bool:
-        """Lock the memory until the process ends, so that the GPU copies from it by itself.
-
-        Unlocking would wait for the GPU, which after a failure may wait for other ranks forever.
-        Logs a warning on failure.
-        """
-        start, size = self.memory.ctypes.data, self.memory.nbytes
-        if code := int(torch.cuda.cudart().cudaHostRegister(start, size, 0)):
-            log.warning(
-                "could not page-lock the %.1f GiB that clips are read into: CUDA error %d. This "
-                "costs a copy of each clip",
-                *(size / 2**30, code),
-            )
-            # The runtime would report the error again, as that of the next kernel.
-            with contextlib.suppress(RuntimeError):
-                torch.ones(1, device="cuda")
-            return False
-        PAGE_LOCKED.append(self.memory)
-        return True
 
 
 def read_item(

@@ -213,7 +213,7 @@ class HostToDevice:
             # ahead and fill the memory with batches.
             self.launched.synchronize()
             # PyTorch keeps the memory of a tensor that it has page-locked until it is copied, but
-            # knows nothing of workers.BatchMemory, which reads the next clips into it.
+            # knows nothing of BatchMemory, which reads the next clips into it.
             self.copied.synchronize()
         self.held = tensors
         self.launched = computing.record_event(torch.cuda.Event(blocking=True))

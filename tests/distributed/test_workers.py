@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
-from distributed import workers
-from distributed.workers import WorkerFailure, memory_limit, sample_batches, training_prefetch
+from distributed import batch_memory, workers
+from distributed.workers import WorkerFailure, sample_batches
 from tests.helpers import ROOT
 from utils import STOP_SIGNALS
 
@@ -169,7 +169,7 @@ def runtime(monkeypatch):
     def put(code):
         made = Runtime(code)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
-        monkeypatch.setattr(workers, "PAGE_LOCKED", [])
+        monkeypatch.setattr(batch_memory, "PAGE_LOCKED", [])
         return made
 
     return put
@@ -184,7 +184,7 @@ def test_all_that_is_lent_is_registered_and_stays_mapped(runtime):
             [(start, end)] = made.registered
             assert start <= address(batch) and address(batch) + batch["row"].nbytes <= end
             del batch
-    [kept] = workers.PAGE_LOCKED
+    [kept] = batch_memory.PAGE_LOCKED
     assert made.registered == [(kept.ctypes.data, kept.ctypes.data + kept.nbytes)]
 
 
@@ -208,40 +208,7 @@ def test_memory_that_cannot_be_registered_is_reported_and_batches_are_copied(
     ]
     assert pinned == [True] * 6  # two tensors per batch
     assert milnce_log.text.count("could not page-lock") == 1 and "CUDA error 2" in milnce_log.text
-    assert made.code == "cuda" and workers.PAGE_LOCKED == []
-
-
-def test_a_training_reads_ahead_a_thousand_items_or_a_share_of_the_memory(monkeypatch):
-    items = {"video": ((3, 10, 100, 100), torch.uint8), "text": ((5,), torch.int64)}  # 300,040 B
-
-    def choose(batch, readers, *, wanted=None, step=0, lend=0, processes=1, memory=10**6):
-        monkeypatch.setattr(workers, "memory_limit", lambda: memory * 10**6)
-        settings = {"wanted": wanted, "step": step or batch, "lend": lend, "processes": processes}
-        return training_prefetch(items, batch, readers, **settings)
-
-    assert choose(256, 20) == 1000
-    assert choose(256, 20, step=4096) == 4096
-    assert choose(256, 20, step=4096, memory=3000) == 1249  # of 375 MB
-    assert choose(256, 20, step=4096, memory=3000, lend=2) == 1249 - 2 * 256
-    assert choose(64, 20, step=4096, memory=3000, processes=8) == 156
-    assert choose(64, 100, memory=3000, processes=8) == 200  # two per worker
-    assert choose(256, 20, memory=3000, processes=8) == 256  # a batch
-    assert choose(256, 20, wanted=5000, memory=3000) == 5000
-    assert choose(256, 20, wanted=1) == 256 and choose(4, 20, wanted=1) == 40
-
-
-def test_the_memory_limit_is_that_of_the_innermost_cgroup(tmp_path):
-    whole = memory_limit(tmp_path / "absent", tmp_path / "absent")
-    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    root, own = tmp_path / "root", tmp_path / "cgroup"
-    (root / "job/step").mkdir(parents=True)
-    own.write_text("0::/job/step\n")
-    (root / "job/step/memory.max").write_text("max\n")
-    (root / "job/memory.max").write_text("4096\n")
-    assert memory_limit(own, root) == 4096
-    (root / "memory").mkdir()
-    (root / "memory/memory.limit_in_bytes").write_text("2048\n")  # version 1
-    assert memory_limit(own, root) == 2048
+    assert made.code == "cuda" and batch_memory.PAGE_LOCKED == []
 
 
 # --- the order of reading -------------------------------------------------------------------------
