@@ -10,6 +10,7 @@ import re
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,6 +98,30 @@ def run_stoppable_script(main: Callable[[], None]) -> None:
     """Run a script that leaves nothing half done when a signal stops it: exit status 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C
     run_script(main, "stopped; nothing was written")
+
+
+@contextlib.contextmanager
+def hold_stop_signals() -> Iterator[None]:
+    """Make a context to fork in: the handlers of STOP_SIGNALS run after it.
+
+    Python would drop the KeyboardInterrupt of a handler that runs within a fork. The child starts
+    with these signals blocked.
+    """
+    arrived, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():  # the only one that runs handlers
+        for number in STOP_SIGNALS:
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda got, frame: arrived.append(got))
+    # For the child. This process's other threads, of libraries, still receive the signals.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def die_with_parent(parent: int | None = None) -> None:

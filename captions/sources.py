@@ -30,7 +30,15 @@ from captions.readers import (
     is_store,
     usable_captions,
 )
-from utils import DataError, die_with_parent, one_line, printable, shorten
+from utils import (
+    STOP_SIGNALS,
+    DataError,
+    die_with_parent,
+    hold_stop_signals,
+    one_line,
+    printable,
+    shorten,
+)
 
 JSON_CHUNK = 1 << 20  # characters of a JSON file read at a time
 LARGEST_VIDEO = 1 << 26  # characters of a video's captions, which have some ten thousand
@@ -349,9 +357,10 @@ def read_folder(
             process = context.Process(
                 target=read_files, args=(folder, own, language, end), daemon=True
             )
-            process.start()
+            with hold_stop_signals():
+                process.start()
+                readers.append((process, results))
             end.close()
-            readers.append((process, results))
         with tqdm(total=len(files), unit="file", disable=None) as progress:
             for number in range(len(tasks)):
                 try:
@@ -378,6 +387,7 @@ def read_files(
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for files in tasks:
         results.send([read_video(folder, video, language) for video in files])
 

@@ -20,8 +20,7 @@ PAGE_LOCKED: list[np.ndarray] = []  # memory that must not be unmapped
 class BatchMemory:
     """Memory of batches of `size` items that forked processes share. It takes no /dev/shm.
 
-    batches: for each place, {name: tensor [size, ...]}, for who fills it. free: the places that
-    neither are being filled nor lent.
+    batches: for each place, {name: tensor [size, ...]}, for who fills it.
     """
 
     def __init__(self, item_spec: dict, size: int, places: int):
@@ -32,7 +31,16 @@ class BatchMemory:
         self.place_bytes = max(1, math.ceil(end / mmap.PAGESIZE)) * mmap.PAGESIZE
         self.memory = np.frombuffer(mmap.mmap(-1, places * self.place_bytes), np.uint8)
         self.batches = [self.tensors(self.part(place), size) for place in range(places)]
-        self.free = list(range(places))[::-1]
+        self._free = list(range(places))[::-1]
+        self._lent: list[tuple[int, weakref.ref]] = []
+
+    @property
+    def free(self) -> list[int]:
+        """The places that are neither being filled nor lent, to pop from."""
+        # Not a callback per array: Python drops a KeyboardInterrupt that arrives within one.
+        self._free += [place for place, part in self._lent if part() is None]
+        self._lent = [(place, part) for place, part in self._lent if place not in self._free]
+        return self._free
 
     def part(self, place: int) -> np.ndarray:
         return self.memory[place * self.place_bytes : (place + 1) * self.place_bytes]
@@ -49,7 +57,7 @@ class BatchMemory:
     def lend(self, place: int, size: int) -> dict[str, torch.Tensor]:
         """Return the tensors of a place that is free again when they and their views are gone."""
         part = self.part(place)
-        weakref.finalize(part, self.free.append, place).atexit = False
+        self._lent.append((place, weakref.ref(part)))
         return self.tensors(part, size)
 
     def page_lock(self) -> bool:

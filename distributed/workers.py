@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from distributed.batch_memory import BatchMemory, prefetch_items
-from utils import STOP_SIGNALS, die_with_parent
+from utils import STOP_SIGNALS, die_with_parent, hold_stop_signals
 
 QUEUED_BATCHES, MIN_QUEUED = 3, 16  # tasks: of all workers together, in batches; of each
 LENGTH = struct.Struct("i")  # of the text in a worker's result, see worker_main
@@ -206,7 +206,8 @@ class Pool:
         # and wait for them.
         self.close = Finalize(self, close_pool, (self.workers, self.selector), exitpriority=0)
         for _ in range(workers):
-            self.workers.append(Worker(dataset, batches, self.selector))
+            with hold_stop_signals():  # a worker that is not in the list would outlive a Ctrl-C
+                self.workers.append(Worker(dataset, batches, self.selector))
 
     def submit(self, tasks: list[Task], first: bool = False) -> None:
         """Queue tasks, or put them first: a batch waits for them."""
@@ -281,7 +282,8 @@ class Pool:
             done.append(Result(*worker.tasks.popleft(), WorkerFailure(reason)))
         self.queue.extendleft(reversed(worker.tasks))
         place = self.workers.index(worker)
-        self.workers[place] = Worker(self.dataset, self.batches, self.selector)
+        with hold_stop_signals():
+            self.workers[place] = Worker(self.dataset, self.batches, self.selector)
         worker.close()
 
 
@@ -313,10 +315,7 @@ class Worker:
             target=worker_main, args=(dataset, batches, inbox, answers), daemon=True
         )
         gc.freeze()  # a collection in the worker would touch, and so copy, all that it shares
-        # Python drops a KeyboardInterrupt that arrives within a fork.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self.process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         gc.unfreeze()
         os.close(inbox)
         os.close(answers)

@@ -461,3 +461,29 @@ def test_a_program_that_does_not_close_the_batches_ends_all_the_same():
         assert script.wait(PATIENCE) == 0
     finally:
         script.kill()
+
+
+FORKING_SCRIPT = """
+import os, signal, threading, time
+from tests.distributed.test_workers import Numbers
+from distributed.workers import sample_batches
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)  # a handler would run here
+
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # may receive the signal
+os.register_at_fork(after_in_parent=interrupt)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    for batch in sample_batches(Numbers(), [[1], [2]], workers=1, timeout=600):
+        pass
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_ctrl_c_within_the_start_of_a_worker_is_not_lost():
+    command = [sys.executable, "-c", FORKING_SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
