@@ -5,6 +5,7 @@ Importing this module is quick: it loads neither torch nor FFmpeg.
 
 import argparse
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -467,6 +468,16 @@ def check_folder(path: FilePath, flag: str) -> None:
         raise InputError(f"{format_flag(flag)}: {path} is a file; give a folder")
     if not os.path.isdir(path):
         raise InputError(f"{format_flag(flag)}: there is no folder {path}; give an existing one")
+
+
+def check_packages(needed_by: str, *packages: str) -> None:
+    """Raise InputError if any of these optional requirements is not installed.
+
+    needed_by: a flag or script, for the message.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        names = " ".join(missing)
+        raise InputError(f"{needed_by}: needs packages that are missing: pip install {names}")
 
 
 def check_output(path: FilePath, flag: str) -> None:

@@ -9,7 +9,6 @@ if __name__ == "__main__":  # --help should not wait for torch
     get_args(__doc__, "main_distributed")
 
 import contextlib
-import importlib.util
 import logging
 import os
 import sys
@@ -30,6 +29,7 @@ from args import (
     ANNOTATIONS,
     check_decoder,
     check_file,
+    check_packages,
     check_video_folder,
     clip_spec,
     evaluation_table,
@@ -372,8 +372,8 @@ def check_flags(args, ranks):
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
             f"{args.dist_timeout:g}: a slow sample would end the run"
         )
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise InputError("--tensorboard: the package tensorboard is not installed: pip install it")
+    if args.tensorboard:
+        check_packages("--tensorboard", "tensorboard")
     check_decoder(args)
 
 

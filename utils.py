@@ -18,10 +18,15 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+if sys.platform != "linux":
+    raise ImportError(
+        "this code needs Linux (fork, prctl, POSIX signals); s3dg.py and loss.py alone do not"
+    )
+
 # At which a training writes a checkpoint and ends. SIGINT is that of Ctrl-C.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
+LIBC = ctypes.CDLL(None)  # not loaded after a fork
 
 OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # matches paths that may leave their folder
 
@@ -130,9 +135,8 @@ def die_with_parent(parent: int | None = None) -> None:
     parent: the parent's process id, if this process was not started by multiprocessing. The thread
     that started it must then outlive it: the kernel watches the thread, not the process.
     """
-    if LIBC:
-        set_parent_death_signal = 1
-        LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
+    set_parent_death_signal = 1
+    LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
     if parent is None and (process := multiprocessing.parent_process()):
         parent = process.pid
     if parent and os.getppid() != parent:

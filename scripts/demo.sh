@@ -10,7 +10,7 @@ elif [ $# -gt 0 ]; then
     echo "usage: bash scripts/demo.sh [--quick]" >&2
     exit 2
 fi
-source "$(dirname "$0")/setup_env.sh"
+source "$(dirname "$0")/setup_env.sh" requirements.txt
 data=data/toy clips="--num_frames=8 --video_size=64 --num_thread_reader=2"
 
 python data/toy/prepare.py --out $data

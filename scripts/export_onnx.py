@@ -6,7 +6,7 @@ Writes FOLDER/video.onnx, from "video", clips float32 [B, 3, T, H, W] of RGB in 
 size on, even ones for the space_to_depth stem (s3dg.S3D.clip_dims). Each is compared with the model
 in onnxruntime at two sizes, and written if it is within 1e-5.
 
-Needs the packages onnx, onnxscript and onnxruntime, which nothing else here does.
+Needs the packages onnx, onnxscript and onnxruntime (requirements-extras.txt).
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from args import Parser, check_file, make_folder
+from args import Parser, check_file, check_packages, make_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +27,6 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":  # --help should not wait for torch
     parse_arguments()
 
-import importlib
 import logging
 import warnings
 
@@ -35,9 +34,8 @@ import numpy as np
 import torch
 
 import s3dg
-from utils import InputError, atomic_write, input_error, run_script
+from utils import atomic_write, input_error, run_script
 
-PACKAGES = "onnx", "onnxscript", "onnxruntime"
 TOLERANCE = 1e-5  # |a - b| / |b|
 
 
@@ -75,7 +73,9 @@ def export(tower: Tower, example: torch.Tensor, dims: dict) -> bytes:
 
 def measure_difference(content: bytes, tower: Tower, x: torch.Tensor) -> float:
     """Compare the file, run by onnxruntime, with the model: |a - b| / |b|."""
-    session = importlib.import_module("onnxruntime").InferenceSession(content)
+    import onnxruntime  # optional
+
+    session = onnxruntime.InferenceSession(content)
     (found,) = session.run(None, {tower.kind: x.numpy()})
     expected = tower(x).numpy()
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
@@ -84,12 +84,7 @@ def measure_difference(content: bytes, tower: Tower, x: torch.Tensor) -> float:
 @torch.no_grad()
 def main() -> None:
     args = parse_arguments()
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            needed = " ".join(PACKAGES)
-            raise InputError(f"the package {package} is missing; pip install {needed}") from None
+    check_packages("export_onnx.py", "onnx", "onnxscript", "onnxruntime")
     check_file(args.weights, "weights")
     with input_error("--weights"):
         model = s3dg.load_model(args.weights)

@@ -1,14 +1,16 @@
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from args import check_output
+from args import check_output, check_packages
 from distributed import device
 from distributed.device import check_compiler, pick_device
 from s3dg import to_unit_range
-from tests.helpers import golden_json
+from tests.helpers import ROOT, golden_json
 from training.optimizer import lr_multiplier
 from utils import InputError, atomic_write, run_script
 
@@ -106,3 +108,24 @@ def test_two_writers_of_a_file_leave_it_whole(tmp_path):
         first.write(b"one")
         second.write(b"another")
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("import s3dg, loss, hubconf", None),
+        ("import utils", "needs Linux"),
+        ("import video_decoder", "needs Linux"),
+    ],
+)
+def test_on_another_system_the_model_loads_and_the_rest_needs_linux(code, error):
+    command = [sys.executable, "-c", f"import torch, sys; sys.platform = 'darwin'; {code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1:]
+    assert not last if error is None else "ImportError" in last[0] and error in last[0]
+
+
+def test_missing_optional_packages_are_named():
+    check_packages("--flag", "torch")
+    with pytest.raises(InputError, match=r"^--flag: .* pip install no_such_a no_such_b$"):
+        check_packages("--flag", "no_such_a", "torch", "no_such_b")
