@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from args import Parser, positive
@@ -613,8 +614,8 @@ def prepare(out: Path, num_videos: int, seed: int) -> None:
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = pool.map(functools.partial(make_video, seed, root), plan, chunksize=4)
         write_word_vectors(root, seed)
-        for _ in made:  # raises the error of a process
-            pass
+        for _ in tqdm(made, "videos", len(plan), unit="video", disable=None):
+            pass  # an error in a process is raised here
 
     (out / SETTINGS).write_text("{}")  # incomplete, until the last file is there
     for name in OUTPUTS:
