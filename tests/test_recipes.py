@@ -91,7 +91,7 @@ class Workspace:
                 return run_server([*command, "--port=0"])
             if words[1] != "query":
                 command += cheap
-        options = {"capture_output": True, "text": True, "timeout": 300}
+        options = {"capture_output": True, "text": True, "timeout": 600}
         done = subprocess.run(command, **options, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         return done.stdout
