@@ -446,7 +446,5 @@ def write_index(shard, members):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "read_headers", lambda *_: (members, -1))
         content = shards.make_index(str(shard), status.st_size, status.st_mtime_ns)
-    with atomic_write(
-        f"{shard}.index"
-    ) as file:  # synced, as dirty pages are private memory
+    with atomic_write(f"{shard}.index") as file:  # synced, as dirty pages are private memory
         file.write(content)
