@@ -139,7 +139,7 @@ def count_empty(texts: pd.Series) -> list[str]:
 
 def plural(count: int, noun: str) -> str:
     """Format a count with its noun: "1 video", "2,000 videos"."""
-    return f"{count:,} {noun}" + "s" * (count != 1)
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def log_notes(path: AnyPath, notes: Iterable[str]) -> None:
