@@ -1,6 +1,6 @@
 """Parse the captions of one video, in any supported format.
 
-A format is recognised by its content: HowTo100M's CSV files, WebVTT and SubRip subtitles, and the
+A format is recognized by its content: HowTo100M's CSV files, WebVTT and SubRip subtitles, and the
 JSON of Whisper and WhisperX. Parsers take bytes, from any source, and a name for messages.
 """
 

@@ -76,7 +76,7 @@ class OtherLanguage(CaptionError):
 
 
 class Outcome(NamedTuple):
-    """A video's name, its captions or why there are none, and their format."""
+    """A video's name, its captions or their error, and their format."""
 
     name: str
     captions: Captions | CaptionError

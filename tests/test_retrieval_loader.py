@@ -35,7 +35,7 @@ def msrvtt(path, root, **settings):
 
 @pytest.fixture
 def youcook_root(tmp_path, shared_videos):
-    """The shared clips in YouCook2's folders."""
+    """Link the shared clips into the folders of YouCook2."""
     folder = tmp_path / "validation" / "101"
     folder.mkdir(parents=True)
     for clip in shared_videos.iterdir():

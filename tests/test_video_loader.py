@@ -54,7 +54,7 @@ CLIPS = ["v_GGSY1Qvo990.mp4", "flipping_a_pancake.mkv", "av1_video.mkv"]
 
 @pytest.fixture
 def tree(tmp_path, shared_videos):
-    """The shared clips, with captions, and a list of them."""
+    """Write captions for the shared clips, and a list of the clips."""
     for name in CLIPS:
         rows = [(t, t + 2, f"the cook flips a pancake {t}") for t in range(0, 9, 2)]
         write_captions((tmp_path / name).with_suffix(".csv"), *rows)
@@ -101,7 +101,7 @@ def test_item_spec_describes_the_items(tree, shared_videos, num_candidates):
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tree, shared_videos):
     data = dataset(tree, shared_videos)
     first = data[3, 0]["video"]
-    data[0, 1], data[5, 2]  # what came before does not matter
+    data[0, 1], data[5, 2]  # earlier samples do not matter
     assert torch.equal(first, data[3, 0]["video"])
     assert not torch.equal(first, data[4, 0]["video"])
     assert not torch.equal(first, dataset(tree, shared_videos, seed=2)[3, 0]["video"])

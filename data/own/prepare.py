@@ -170,8 +170,8 @@ def training_command(options: argparse.Namespace, out: Path, num_videos: int) ->
     """Return the command that trains on the folder, on this machine.
 
     A batch has at most CLIPS_PER_GPU or CLIPS_ON_CPU clips per process, and at least one. It has no
-    video twice unless there are fewer videos than processes. --crop_only=0 scales
-    pictures down, because an unscaled crop would show only a small part of a large one.
+    video twice unless there are fewer videos than processes. --crop_only=0 scales pictures, as an
+    unscaled crop would show only a small part of a large one.
     """
     import torch
 

@@ -183,12 +183,12 @@ def test_the_real_tables_are_reproduced_to_the_byte(name, tmp_path, shared_csv, 
     path = official(name, tmp_path, rows_of(table))
     prepare(name, path, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_bytes() == table.read_bytes()
-    said = {
+    expected = {
         "youcook": "3350 segments of 436 validation videos",
         "msrvtt": "1000 videos with a sentence each",
         "hmdb": "split3: 3570 to train on, 1530 to test, 1666 in neither",
     }
-    assert said[name] in capsys.readouterr().out
+    assert expected[name] in capsys.readouterr().out
     pd.testing.assert_frame_equal(READERS[name](path)[0], READERS[name](table)[0])
 
 
@@ -352,7 +352,7 @@ BAD_YOUCOOK = {
     "recipe that is true": (change(Y, *FIRST, "recipe_type", to=True), "'recipe_type' is 'True'"),
     "no annotations": (change(Y, *FIRST, "annotations"), "has no 'annotations'"),
     "no sentence": (change(Y, *SEGMENT, "sentence"), "annotation 2: has no 'sentence'"),
-    "sentence that is none": (
+    "invalid sentence": (
         change(Y, *SEGMENT, "sentence", to=[]),
         "'sentence' is '.*not a string",
     ),
@@ -370,7 +370,7 @@ BAD_YOUCOOK = {
         change({"database": {"a": entry("training", "1", [])}, "b": 1}, "b"),
         "no annotations of val",
     ),
-    "the same id twice": (b'{"database": {"a": {}, "b": {}, "a": {}}}', "key 'a' is duplicated"),
+    "duplicate id": (b'{"database": {"a": {}, "b": {}, "a": {}}}', "key 'a' is duplicated"),
     "absolute id": (
         json.dumps(youcook_json([{**SAMPLE["youcook"][0], "video_id": "/a"}])).encode(),
         "video '/a': '/a' leads out",
@@ -395,7 +395,7 @@ BAD_MSRVTT = {
     "no split": (change(M, "videos", 1, "split"), "entry 2 of videos: has no 'split'"),
     "sentence without video": (change(M, "sentences", 2, "video_id"), "entry 3 of sentences: has"),
     "sentence without text": (change(M, "sentences", 2, "caption"), "entry 3 of sentences: has no"),
-    "the same id twice": (change(M, "videos", 1, "video_id", to="video9770"), "entry 2 .*dupl"),
+    "duplicate id": (change(M, "videos", 1, "video_id", to="video9770"), "entry 2 .*dupl"),
     "absolute id": (change(M, "videos", 1, "video_id", to="/etc/x"), "'/etc/x' leads out"),
     "id that climbs": (change(M, "videos", 1, "video_id", to="../x"), "'../x' leads out"),
     "video without sentences": (

@@ -1,4 +1,4 @@
-"""Caption files of one video: subtitles, Whisper's JSON and CSV, recognised by their content."""
+"""Caption files of one video: subtitles, Whisper's JSON and CSV, recognized by their content."""
 
 import json
 import re

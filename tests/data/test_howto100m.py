@@ -509,7 +509,7 @@ PACK, LIST = ["pack", "--caption_root", "{pairs}/csv"], ["list", "--video_path",
 WRONG_CALLS = {
     "no command": ([], "pack|list"),
     "no source": (["pack", "--out", "x"], "--caption_root"),
-    "a source that is not there": (
+    "a missing source": (
         ["pack", "--caption_root", "no", "--out", "x"],
         "no: is not an existing",
     ),
@@ -518,13 +518,13 @@ WRONG_CALLS = {
         "--caption_root: {pairs}/videos/x: has no caption file",
     ),
     "a store": (["pack", "--caption_root", "{pairs}/store", "--out", "x"], "is already a store"),
-    "a store that is there": ([*PACK, "--out", "{pairs}/store"], "--out: "),
+    "an existing store": ([*PACK, "--out", "{pairs}/store"], "--out: "),
     "a store inside a file": (
         [*PACK, "--out", "{pairs}/csv/a.csv/store"],
         "--out: {pairs}/csv/a.csv/store: cannot be written",
     ),
     "no process": ([*PACK, "--out", "x", "--num_workers", "0"], "--num_workers"),
-    "videos that are not there": (
+    "missing videos": (
         ["list", "--video_path", "no", "--caption_root", "{pairs}/csv"],
         "--video_path: there is no folder no",
     ),
@@ -537,7 +537,7 @@ WRONG_CALLS = {
         ["list", "--video_path", "{pairs}/videos/x", "--caption_root", "{pairs}/csv"],
         "none of 2 videos has captions",
     ),
-    "a list that is there": (
+    "an existing list": (
         [*LIST, "--caption_root", "{pairs}/csv", "--out", "{pairs}/csv"],
         "--out",
     ),
@@ -545,7 +545,7 @@ WRONG_CALLS = {
         [*LIST, "--caption_root", "{pairs}/csv", "--min_duration", "9", "--max_duration", "8"],
         "--min_duration is above --max_duration",
     ),
-    "ids that are not there": (
+    "missing ids": (
         [*LIST, "--caption_root", "{pairs}/csv", "--exclude", "no.json"],
         "--exclude: no.json: No such file",
     ),

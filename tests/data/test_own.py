@@ -146,7 +146,7 @@ WRONG = {
         "has words",
     ),
     "no intact video": (broken, "FOLDER: none of its 1 videos can be trained on"),
-    "an output that is there": (
+    "an existing output": (
         lambda folder, video: (folder.parent / "out").mkdir(),
         "--out: {folder}/../out is there already",
     ),

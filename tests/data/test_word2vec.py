@@ -88,9 +88,9 @@ def test_the_words_of_a_list_get_their_vectors_in_the_order_of_the_list(
     assert list(found) == ["tomato", "the", "日本", "don't"]
     for word, row in found.items():
         np.testing.assert_array_equal(row, vector(word))
-    said = capsys.readouterr().out
-    assert "4 of 5 words have a vector, 0 of them in other capitals" in said
-    assert "skipped: 1 word without a vector, such as unheard" in said
+    output = capsys.readouterr().out
+    assert "4 of 5 words have a vector, 0 of them in other capitals" in output
+    assert "skipped: 1 word without a vector, such as unheard" in output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dict.npy",
         "word2vec.pth",
@@ -113,9 +113,9 @@ def test_words_are_normalized_like_the_tokenizers(prepare, files, tmp_path, caps
     words = word_list(tmp_path, " Tomato ", "cut the", "tomato", "", "x" * 101, "CUT")
     run(prepare, "--vectors", files / "a.bin", "--vocabulary", words, "--out", tmp_path / "out")
     assert list(pair(tmp_path / "out")) == ["tomato", "cut"]
-    said = capsys.readouterr().out
-    assert "skipped: 1 duplicate after lower-casing" in said
-    assert "skipped: 2 lines without exactly one word, such as 'cut the'" in said
+    output = capsys.readouterr().out
+    assert "skipped: 1 duplicate after lower-casing" in output
+    assert "skipped: 2 lines without exactly one word, such as 'cut the'" in output
 
 
 def test_a_numpy_vocabulary_is_accepted(prepare, files, tmp_path):
@@ -178,11 +178,11 @@ def test_the_most_frequent_words_of_captions_become_the_vocabulary(
     ]
     run(prepare, "--vectors", files / "a.bin", *flags)
     assert list(pair(tmp_path / "out")) == ["the", "tomato", "cut"]  # aroma has no vector
-    said = capsys.readouterr().out
-    assert "read the captions of 2 videos, 17 words" in said
-    assert "skipped: 1 video without usable captions" in said and "broken.csv" in said
-    assert "the vocabulary has 4 of the captions' 6 distinct words" in said
-    assert "skipped: 1 word without a vector, such as aroma" in said
+    output = capsys.readouterr().out
+    assert "read the captions of 2 videos, 17 words" in output
+    assert "skipped: 1 video without usable captions" in output and "broken.csv" in output
+    assert "the vocabulary has 4 of the captions' 6 distinct words" in output
+    assert "skipped: 1 word without a vector, such as aroma" in output
 
 
 def test_an_invalid_file_of_vectors_is_refused_before_the_captions_are_read(
@@ -414,8 +414,8 @@ def test_an_archive_with_other_content_is_refused(prepare, archive, complaint, t
 def test_check_accepts_a_matching_pair_and_refuses_others(prepare, tmp_path, capsys):
     released(tmp_path, words=("the", "the"))
     run(prepare, "--check", "--out", tmp_path)
-    said = capsys.readouterr().out
-    assert "2 words\n" in said and "1 word can never be found" in said
+    output = capsys.readouterr().out
+    assert "2 words\n" in output and "1 word can never be found" in output
     released(tmp_path, words=("the", "cut", "it"))
     with pytest.raises(InputError, match=r"--out: .*dict\.npy has 3 words"):
         run(prepare, "--check", "--out", tmp_path)
