@@ -8,7 +8,7 @@ from localization_loader import LongVideos
 
 
 class CrossTask(LongVideos):
-    """Annotated videos, see annotations.crosstask.crosstask_videos. Names are <task>/<video>.
+    """Annotated videos; see annotations.crosstask.crosstask_videos. Names are <task>/<video>.
 
     Files: <video_root>/<video>.{mp4,mkv,webm} or <video_root>/<task>/<video>.{mp4,mkv,webm}.
     `videos` has the annotations by name.

@@ -7,7 +7,7 @@ from recognition_loader import Recognition
 
 
 class HMDB51(Recognition):
-    """The clips of a table, see annotations.hmdb.hmdb_table. Items: see Recognition."""
+    """The clips of a table; see annotations.hmdb.hmdb_table. Items: see Recognition."""
 
     @staticmethod
     def classes(table: pd.DataFrame) -> pd.Series:

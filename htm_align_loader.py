@@ -7,9 +7,9 @@ from localization_loader import LongVideos
 
 
 class HTMAlign(LongVideos):
-    """Narrated videos, see annotations.htm_align.htm_align_sentences. Names are the videos' ids.
+    """Narrated videos; see annotations.htm_align.htm_align_sentences. Names are the videos' ids.
 
-    Files: <video_root>/<video>.{mp4,mkv,webm}. `sentences` has those of each video by name.
+    Files: <video_root>/<video>.{mp4,mkv,webm}. `sentences` has the sentences of each video by name.
     """
 
     def __init__(self, sentences: dict[str, list[Sentence]], video_root: str | Path | None):

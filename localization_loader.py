@@ -14,9 +14,9 @@ class LongVideos:
     """
 
     def __init__(self, stems: dict[str, Iterable[str]], video_root: str | Path | None):
-        """stems: the paths below video_root, without a suffix, that the file of a name may have.
+        """stems: for each name, the paths without a suffix that its file below video_root may have.
 
-        video_root: None for the names alone, with those of all videos. Raises DataError if all
+        video_root: None to use the names of all videos, without files. Raises DataError if all
         videos are absent.
         """
         self.names, self.paths, self.absent = list(stems), [], []

@@ -1,4 +1,4 @@
-"""MSR-VTT for text-to-video retrieval: short videos, a sentence each (the 1k-A test list)."""
+"""MSR-VTT for text-to-video retrieval: short videos with one sentence each (the 1k-A test list)."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from retrieval_loader import Pair, Retrieval
 
 
 class MSRVTT(Retrieval):
-    """The videos of a table, see annotations.msrvtt.msrvtt_table. Items: see Retrieval.
+    """The videos of a table; see annotations.msrvtt.msrvtt_table. Items: see Retrieval.
 
     Files: <video_root>/<video_id>.mp4, whose whole length the windows span.
     """

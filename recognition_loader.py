@@ -14,7 +14,7 @@ from video_decoder import ClipSpec, DecodeError, decode_frames, video_exists
 
 
 class Recognition(Dataset):
-    """The clips of a table, see annotations.clips. A subclass defines `classes`.
+    """The clips of a table; see annotations.clips. A subclass defines `classes`.
 
     Files: <video_root>/<class>/<video_id>; clips without a file are not in the data set but in
     `absent`. `names` has each clip's <class>/<video_id>, `labels` [N] its class as a string,
@@ -32,7 +32,7 @@ class Recognition(Dataset):
         *,
         num_windows: int = 4,
     ):
-        """video_root: None for the table alone, with all its clips.
+        """video_root: None to use the table alone, with all its clips.
 
         Raises DataError if all videos are absent.
         """
@@ -67,7 +67,7 @@ class Recognition(Dataset):
             video = decode_frames(self.path(index), size=clip.size, backend=clip.decoder)
         except DecodeError as error:
             return {"error": str(error)}
-        if video.shape[1] < clip.num_frames:  # black frames at the end
+        if video.shape[1] < clip.num_frames:  # add black frames
             video = F.pad(video, (0, 0, 0, 0, 0, clip.num_frames - video.shape[1]))
         starts = np.linspace(0, video.shape[1] - clip.num_frames, self.num_windows, dtype=int)
         return {"video": torch.stack([video[:, s : s + clip.num_frames] for s in starts])}

@@ -6,7 +6,7 @@ from recognition_loader import Recognition
 
 
 class UCF101(Recognition):
-    """The clips of a table, see annotations.ucf.ucf_table. Items: see Recognition."""
+    """The clips of a table; see annotations.ucf.ucf_table. Items: see Recognition."""
 
     @staticmethod
     def classes(table: pd.DataFrame) -> pd.Series:

@@ -1,6 +1,6 @@
 """HowTo100M for training: a random caption of a video, its neighbours, and a clip around it.
 
-A sample that cannot be read is replaced by another, see training_batches.
+A sample that cannot be read is replaced by another; see training_batches.
 """
 
 import os
@@ -86,11 +86,11 @@ class HowTo100M(Dataset):
         num_candidates: int = 1,
         seed: int = 1,
     ):
-        """names: paths of videos in video_root, see read_video_list. captions: of open_captions.
+        """names: paths of videos in video_root; see read_video_list. captions: from open_captions.
 
-        crop_only: a random crop of the frame as it is; otherwise of its largest square, scaled.
-        centercrop: the crop is in the middle. random_flip: mirror half of the clips. min_time: of
-        the stretch of video around a caption, in seconds.
+        crop_only: crop the unscaled frame; otherwise crop its largest square and scale it.
+        centercrop: centre the crop, which is random otherwise. random_flip: mirror half of the
+        clips. min_time: shortest stretch of video around a caption, in seconds.
         """
         self.names = PackedStrings(names)
         self.video_root = Path(video_root)
@@ -109,8 +109,8 @@ class HowTo100M(Dataset):
         """Raise DataError if none of the videos has captions."""
         if not any(map(self.captions.has, self.names)):
             reason = (
-                "has no captions of the videos of the list; give others, or pack those that are "
-                "not CSV files (data/howto100m/prepare.py pack)"
+                "has no captions for the videos in the list; give others, or pack captions that "
+                "are not CSV files (data/howto100m/prepare.py pack)"
             )
             raise DataError(self.captions.root, reason)
 
@@ -118,7 +118,7 @@ class HowTo100M(Dataset):
         return len(self.names)
 
     def pick_video(self, key: Key) -> tuple[int, np.random.Generator]:
-        """Return the index of a key's video, and the generator of the sample's randomness."""
+        """Return the index of a key's video, and the sample's random generator."""
         epoch, index, attempt = (*key, 0)[:3]
         if attempt == 0:
             return index, np.random.default_rng((self.seed, epoch, index))
@@ -135,7 +135,7 @@ class HowTo100M(Dataset):
             return self.sample(self.names[index], rng)
         except (CaptionError, DecodeError) as error:
             return {"error": str(error)}
-        except Exception as error:  # one strange file must not end a run of weeks
+        except Exception as error:  # one odd file must not end a run of weeks
             return {"error": f"unexpected {type(error).__name__}: {one_line(error)}"}
 
     def sample(self, name: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -167,8 +167,8 @@ class StepSampler(Sampler):
 
     Each epoch is a permutation of the videos drawn from (seed, epoch), and the batches are cut from
     the concatenation of the epochs. Every video is visited once per epoch, all batches have the
-    same size, and the union of the ranks' shares does not depend on the number of ranks. After the
-    last step, less than a batch of the last epoch is unused.
+    same size, and the union of the ranks' shares does not depend on the number of ranks. Less than
+    one batch at the end of the last epoch is not used.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ def training_batches(
 
     A batch has the items' "video" and "text", [b, ...], and "bad": for each sample that was
     replaced, a list of the (video_path, reason) of all failed attempts. A video that crashes or
-    hangs its worker is added to `quarantined`, a set of video_paths that are not tried. Its
-    replacement is the same whether it was already in the set or not. reading: the other arguments
+    hangs its worker is added to `quarantined`, a set of video_paths that are not tried again. Its
+    replacement is the same whether or not it was in the set before. reading: the other arguments
     of workers.sample_batches. Raises DataError if MAX_REPLACEMENTS samples in a row cannot be read.
     """
     faults = {}  # (epoch, index) -> [(video_path, reason)] of its attempts

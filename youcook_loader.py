@@ -9,7 +9,7 @@ from video_decoder import find_video
 
 
 class YouCook2(Retrieval):
-    """The segments of a table, see annotations.youcook.youcook_table. Items: see Retrieval.
+    """The segments of a table; see annotations.youcook.youcook_table. Items: see Retrieval.
 
     Files: <video_root>/validation/<task>/<video_id>.{mp4,mkv,webm}.
     """

@@ -1,4 +1,4 @@
-"""Clips with a class and their part in three splits: the table that HMDB-51 and UCF-101 share."""
+"""Clips with a class and their part in three splits: the table of HMDB-51 and UCF-101."""
 
 import pandas as pd
 
@@ -19,10 +19,10 @@ UNUSED, TRAIN, TEST = 0, 1, 2  # the part of a split that a clip belongs to
 def read_clips(path: AnyPath, suffix: str = "") -> pd.DataFrame:
     """Read a CSV table with the columns video_id, label and split1 to split3.
 
-    A label is a class and `suffix`. Raises DataError or OSError.
+    A label is a class followed by `suffix`. Raises DataError or OSError.
     """
     table = read_annotations(path, COLUMNS, ["video_id", "label"], numbers=SPLITS)
-    # A class is a folder's name: neither ".._test" nor "_test" may become a path.
+    # A class is the name of a folder: neither ".._test" nor "_test" may become a path.
     classes = table.assign(label=table["label"].str.removesuffix(suffix).replace("", None))
     check_names(classes, ["label"], path)
     require_non_empty(classes, ["label"], path)
@@ -32,7 +32,7 @@ def read_clips(path: AnyPath, suffix: str = "") -> pd.DataFrame:
 
 
 def describe_clips(table: pd.DataFrame) -> list[str]:
-    """Count the clips of a table and of the parts of its splits, a line each."""
+    """Count the clips of a table, and of the parts of its splits, one line each."""
     lines = [f"{len(table)} clips of {table['label'].nunique()} classes"]
     for split in SPLITS:
         train, test = ((table[split] == part).sum() for part in (TRAIN, TEST))

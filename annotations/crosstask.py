@@ -1,4 +1,4 @@
-"""CrossTask's tasks and annotated videos, from the official release's folder."""
+"""CrossTask's tasks and annotated videos, from the folder of the official release."""
 
 import os
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from annotations.official import parse_name, read_lines
-from annotations.tables import LARGEST_NUMBER, AnyPath, data_error
+from annotations.tables import LARGEST_NUMBER, AnyPath, data_error, plural
 from utils import DataError, shorten
 
 SUBSETS = ("test", "val", "all")
@@ -75,7 +75,9 @@ def crosstask_videos(
     known = {f"{task}_{video}.csv" for task, video in [*listed, *val]}
     unlisted = [file for file in (folder / "annotations").glob("*.csv") if file.name not in known]
     skipped["with annotations that videos.csv does not list"] = len(unlisted)
-    notes = [f"skipped: {count} videos {reason}" for reason, count in skipped.items() if count]
+    notes = [
+        f"skipped: {plural(count, 'video')} {reason}" for reason, count in skipped.items() if count
+    ]
     return tasks, annotated, notes
 
 
@@ -95,7 +97,7 @@ def read_tasks(path: Path) -> dict[str, Task]:
             if len(block) < 5 or any(block[5:]):
                 raise ValueError(
                     "a task is five lines (id, title, URL, number of steps, steps) and an empty "
-                    "one; fix it"
+                    "line; fix it"
                 )
             name, title, _, count, steps = block[:5]
             if parse_name(name) in tasks:
@@ -104,7 +106,7 @@ def read_tasks(path: Path) -> dict[str, Task]:
             if not all(steps):
                 raise ValueError(f"a step of task {shorten(name)} is empty; fill it in")
             if count != str(len(steps)):
-                reason = f"has {len(steps)} steps, and states {shorten(count)}; fix it"
+                reason = f"has {len(steps)} steps, not {shorten(count)} as stated; fix it"
                 raise ValueError(f"the task {shorten(name)} {reason}")
             tasks[name] = Task(title, steps)
     if not tasks:
@@ -113,7 +115,7 @@ def read_tasks(path: Path) -> dict[str, Task]:
 
 
 def read_rows(path: Path, num_cells: int) -> list[tuple[int, list[str]]]:
-    """Return the rows of a file without a header and quotes, each with its line.
+    """Return the rows of a file without a header and quotes, each with its line number.
 
     The last cell may contain commas. Raises DataError or OSError.
     """
@@ -122,7 +124,8 @@ def read_rows(path: Path, num_cells: int) -> list[tuple[int, list[str]]]:
         if line.strip():
             cells = [cell.strip() for cell in line.split(",", num_cells - 1)]
             if len(cells) < num_cells:
-                raise DataError(path, f"{shorten(line)} is not {num_cells} cells; fix it", number)
+                reason = f"{shorten(line)} has fewer than {num_cells} cells; fix it"
+                raise DataError(path, reason, number)
             rows.append((number, cells))
     return rows
 

@@ -17,7 +17,7 @@ SPLIT_LINE = re.compile(r"\s*(\S.*?)\s+([012])\s*")
 
 
 def hmdb_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
-    """Return HMDB-51's clips, and an empty list of notes, as no clip is skipped.
+    """Return HMDB-51's clips, and an empty list of notes, because no clip is skipped.
 
     The table has the columns video_id, label (`<class>_test`) and split1 to split3 (1 train,
     2 test, 0 unused). path: such a table as CSV; or the official folder of
@@ -75,12 +75,12 @@ def read_split(path: Path) -> dict[str, int]:
 
 
 def check_same_clips(parts: dict[int, dict[str, int]], files: dict[int, Path]) -> None:
-    """Reject the three split files of a class unless they list the same clips."""
+    """Raise DataError unless the three split files of a class list the same clips."""
     for split, clips in parts.items():
         for name in sorted(parts[1].keys() ^ clips.keys())[:1]:
-            there, absent = (split, 1) if name in clips else (1, split)
+            present, absent = (split, 1) if name in clips else (1, split)
             raise DataError(
                 files[absent],
-                f"does not have {shorten(name)}, which {files[there].name} has; each file lists "
+                f"lacks {shorten(name)}, which is in {files[present].name}; each file must list "
                 "all clips of its class",
             )

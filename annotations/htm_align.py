@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from annotations.official import parse_name, parse_text, read_json
-from annotations.tables import LARGEST_NUMBER, AnyPath, data_error
+from annotations.tables import LARGEST_NUMBER, AnyPath, data_error, plural
 from utils import DataError, shorten
 
 
@@ -11,7 +11,7 @@ class Sentence(NamedTuple):
     """A sentence of a narration."""
 
     alignable: bool  # whether the video shows what is said
-    start: float  # seconds in which it is shown; if not alignable, spoken
+    start: float  # seconds; when it is shown or, if not alignable, spoken
     end: float
     text: str
 
@@ -35,8 +35,10 @@ def htm_align_sentences(path: AnyPath) -> tuple[dict[str, list[Sentence]], list[
     sentences = [sentence for video in videos.values() for sentence in video]
     empty = sum(not sentence.text.strip() for sentence in sentences)
     reversed_times = sum(sentence.end < sentence.start for sentence in sentences)
-    notes = [f"{empty} sentences are empty"] * bool(empty)
-    notes += [f"{reversed_times} sentences end before they start"] * bool(reversed_times)
+    notes = [plural(empty, "empty sentence")] * bool(empty)
+    notes += [f"{plural(reversed_times, 'sentence')} with the end before the start"] * bool(
+        reversed_times
+    )
     return videos, notes
 
 
@@ -56,5 +58,5 @@ def parse_sentence(row: Any, place: str) -> Sentence:
     if not all(type(time) in (int, float) and 0 <= time <= LARGEST_NUMBER for time in times):
         raise ValueError(f"{place}: {shorten(times)} are not times in seconds; fix them")
     if not isinstance(text, str):
-        raise ValueError(f"{place}: {shorten(text)} is not a text; fix it")
+        raise ValueError(f"{place}: {shorten(text)} is not a string; fix it")
     return Sentence(bool(alignable), *times, parse_text(text, place))

@@ -13,6 +13,7 @@ from annotations.tables import (
     count_empty,
     data_error,
     make_table,
+    plural,
     read_annotations,
     read_table,
     require_non_empty,
@@ -29,15 +30,15 @@ Ids = Mapping[str, str | None]  # video -> its sentence, if the list has one
 def msrvtt_table(path: AnyPath, ids: Ids | None = None) -> tuple[pd.DataFrame, list[str]]:
     """Return MSR-VTT's test videos with a sentence each, and notes on the skipped ones.
 
-    The table has the columns key, vid_key, video_id and sentence. path: such a table as CSV
-    (MSRVTT_JSFUSION_test.csv is one), or an official videodatainfo JSON. ids: the videos to take
-    from a JSON, see read_ids. Without it they are those of the JSON's test split, which is not the
-    list 1k-A that papers report on. A video's sentence is the list's, otherwise the first of the
-    JSON that is not empty. Raises DataError or OSError.
+    The table has the columns key, vid_key, video_id and sentence. path: such a table as CSV, for
+    example MSRVTT_JSFUSION_test.csv, or an official videodatainfo JSON. ids: the videos to take
+    from a JSON; see read_ids. By default they are those of the JSON's test split, which is not the
+    list 1k-A that papers report on. A video's sentence is that of the list or, if it has none, the
+    first in the JSON that is not empty. Raises DataError or OSError.
     """
     if not is_json(path):
         if ids:
-            raise DataError(path, "is a table with its own videos; a list goes with a JSON file")
+            raise DataError(path, "is a table with its own videos; give a list with a JSON only")
         return require_unique(read_annotations(path, COLUMNS, ["video_id"]), ["video_id"], path), []
     content = read_json(path)
     with data_error(path):
@@ -61,7 +62,7 @@ def msrvtt_table(path: AnyPath, ids: Ids | None = None) -> tuple[pd.DataFrame, l
 
 
 def parse_videos(content: Any, need_split: bool) -> dict[str, str | None]:
-    """Return the videos of a JSON: a dict from id to split, or to None unless it is needed."""
+    """Return the videos of a JSON: a dict from id to split, or to None if no split is needed."""
     videos = {}
     for number, video in enumerate(require_key(content, "videos", list), 1):
         place = f"entry {number} of videos"
@@ -73,7 +74,7 @@ def parse_videos(content: Any, need_split: bool) -> dict[str, str | None]:
 
 
 def parse_sentences(content: Any) -> tuple[dict[str, str], Counter]:
-    """Return each video's first sentence that is not empty, and how many follow it."""
+    """Return each video's first sentence that is not empty, and the number of those after it."""
     sentences, others = {}, Counter()
     for number, sentence in enumerate(require_key(content, "sentences", list), 1):
         place = f"entry {number} of sentences"
@@ -87,21 +88,21 @@ def parse_sentences(content: Any) -> tuple[dict[str, str], Counter]:
 
 
 def choose_listed(videos: Mapping, ids: Ids) -> Ids:
-    """Return the list. Raises ValueError if the JSON lacks some of its videos."""
+    """Return the list. Raises ValueError if some of its videos are not in the JSON."""
     unknown = [name for name in ids if name not in videos]
     if unknown:
         raise ValueError(
-            f"does not have {len(unknown)} of the {len(ids)} videos of the list (the first is "
-            f"{shorten(unknown[0])}); give the JSON that does"
+            f"lacks {len(unknown)} of the {len(ids)} videos of the list (the first is "
+            f"{shorten(unknown[0])}); give a JSON with all of them"
         )
     return ids
 
 
 def choose_test_split(videos: Mapping[str, str | None]) -> Ids:
-    """Return the videos of the split test, without sentences. Raises ValueError if none is."""
+    """Return the videos of the test split, without sentences. Raises ValueError if it is empty."""
     chosen = dict.fromkeys(name for name, split in videos.items() if split == "test")
     if not chosen:
-        raise ValueError("has no video of the split test; give the test set's JSON")
+        raise ValueError("has no video of the test split; give the test set's JSON")
     return chosen
 
 
@@ -109,19 +110,19 @@ def describe_choice(videos: Mapping, chosen: Ids, others: Counter, from_list: bo
     """Return notes on how a table differs from its JSON, and from the list that papers use."""
     notes = []
     if skipped := len(videos) - len(chosen):
-        reason = "in the list" if from_list else "of the split test"
-        notes.append(f"skipped: {skipped} videos that are not {reason}")
+        reason = "in the list" if from_list else "in the test split"
+        notes.append(f"skipped: {plural(skipped, 'video')} not {reason}")
     if not from_list and len(chosen) != JSFUSION_VIDEOS:
         notes.append(
-            f"these are {len(chosen)} videos, not the 1,000 of the list 1k-A of most papers: "
-            "data/msrvtt/prepare.py takes a list"
+            f"these are {plural(len(chosen), 'video')}, not the 1,000 of most papers (list 1k-A); "
+            "data/msrvtt/prepare.py accepts a list"
         )
     if listed := sum(bool(text) for text in chosen.values()):
-        notes.append(f"{listed} sentences are those of the list")
+        notes.append(f"{plural(listed, 'sentence')} from the list")
     if unused := sum(others[name] for name, text in chosen.items() if not text):
         notes.append(
-            f"skipped: {unused} sentences, all but the first of each video; papers report on those "
-            "of MSRVTT_JSFUSION_test.csv"
+            f"skipped: {plural(unused, 'sentence')}, all but the first of each video; papers use "
+            "those of MSRVTT_JSFUSION_test.csv"
         )
     return notes
 
@@ -129,8 +130,8 @@ def describe_choice(videos: Mapping, chosen: Ids, others: Counter, from_list: bo
 def read_ids(path: AnyPath) -> Ids:
     """Return the videos of a list, in its order: a dict from id to its sentence there, or None.
 
-    path: a text file with an id per line; or a CSV file with a column video_id, and perhaps one
-    with sentences. Raises DataError or OSError.
+    path: a text file with one id per line, or a CSV file with a column video_id and, optionally, a
+    column sentence. Raises DataError or OSError.
     """
     lines = read_lines(path)
     if lines and "video_id" in next(csv.reader(lines[:1])):
@@ -147,5 +148,5 @@ def read_ids(path: AnyPath) -> Ids:
             if name:
                 ids[parse_name(name)] = None
     if not ids:
-        raise DataError(path, "lists no videos; give a file with an id per line")
+        raise DataError(path, "lists no videos; give a file with one id per line")
     return ids

@@ -1,6 +1,6 @@
-"""Read the files that a data set's authors publish, and validate every value of them.
+"""Read the files that a data set's authors publish, and validate every value.
 
-Functions raise ValueError for a value, with its place in the file; tables.data_error adds the
+Functions raise ValueError with the place of the value in the file; tables.data_error adds the
 file's name.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from annotations.tables import LARGEST_NUMBER, AnyPath, data_error
 from utils import DataError, escapes_root, one_line, shorten
 
-JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+JSON_TYPES = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
 
 def is_json(path: AnyPath) -> bool:
@@ -20,10 +20,7 @@ def is_json(path: AnyPath) -> bool:
 
 
 def read_json(path: AnyPath) -> Any:
-    """Return the content of a JSON file, in which no object has a key twice.
-
-    Raises DataError or OSError.
-    """
+    """Return the content of a JSON file without duplicate keys. Raises DataError or OSError."""
 
     def to_dict(pairs):
         content = dict(pairs)
@@ -34,7 +31,7 @@ def read_json(path: AnyPath) -> Any:
 
     try:
         return json.loads(Path(path).read_bytes(), object_pairs_hook=to_dict)
-    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError
         raise DataError(path, f"is not JSON ({one_line(error)}); fetch it again") from None
 
 
@@ -42,7 +39,7 @@ def read_lines(path: AnyPath) -> list[str]:
     """Return the lines of a text file. Raises DataError or OSError."""
     with data_error(path):
         try:
-            # A title may have other characters at which str.splitlines splits.
+            # str.splitlines would also split at other characters, which a title may have.
             return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"is not a text file ({one_line(error)}); give one") from None
@@ -72,7 +69,7 @@ def parse_text(sentence: str, place: str) -> str:
 
 
 def parse_name(name: str | int, place: str = "") -> str:
-    """Return a path, or a part of one, as a string. Raises ValueError if it leaves the folder."""
+    """Return a path, or part of one, as a string. Raises ValueError if it is empty or leads out."""
     name = str(name)
     where = f"{place}: " * bool(place)
     if not name:
@@ -93,7 +90,7 @@ def parse_segment(segment: list, place: str) -> tuple[float, float]:
 
 
 def check_encodable(text: str, place: str) -> None:
-    """Reject half of a surrogate pair, which JSON can represent and UTF-8 cannot."""
+    """Raise ValueError for a lone surrogate, which JSON can represent but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Read the CSV tables that a user gives, and validate every cell that matters."""
+"""Read the user's CSV tables, and validate every cell that matters."""
 
 import contextlib
 import csv
@@ -10,7 +10,7 @@ import pandas as pd
 
 from utils import DataError, atomic_write, escapes_root, log, one_line, shorten
 
-LARGEST_NUMBER = 1e7  # of a table, in practice seconds; the decoder rejects times far beyond
+LARGEST_NUMBER = 1e7  # in a table, in practice seconds; the decoder rejects times beyond 1e9
 
 AnyPath = str | os.PathLike[str]
 
@@ -25,13 +25,13 @@ def data_error(path: AnyPath, line: int | None = None) -> Iterator[None]:
 
 
 def read_cells(file: AnyPath | BinaryIO) -> pd.DataFrame:
-    """Read a CSV file as strings; an empty cell is missing, "null" and "NA" are words.
+    """Read a CSV file as strings. Empty cells are missing values, "null" and "NA" are words.
 
-    Raises OSError, or ValueError if it is no table: pandas' parser errors and undecodable bytes
-    are ValueErrors.
+    Raises OSError, or ValueError if it is not a table (pandas' parser errors and undecodable bytes
+    are ValueErrors).
     """
     table = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[""])
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for row names
+    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first cells for row names
         raise ValueError("its rows have more cells than its first line")
     return table
 
@@ -39,10 +39,10 @@ def read_cells(file: AnyPath | BinaryIO) -> pd.DataFrame:
 def read_table(
     path: AnyPath, columns: Sequence[str], numbers: Iterable[str] = (), names: Iterable[str] = ()
 ) -> pd.DataFrame:
-    """Read a CSV file that needs to have these columns.
+    """Read a CSV file that must have these columns.
 
     Columns are strings, as in read_cells, except `numbers`: floats from 0 to LARGEST_NUMBER.
-    `names` are columns of paths, see check_names. Raises DataError or OSError.
+    `names` are columns of paths; see check_names. Raises DataError or OSError.
     """
     os.stat(path)  # pandas would fetch a URL
     try:
@@ -67,7 +67,7 @@ def read_table(
 def read_annotations(
     path: AnyPath, columns: Sequence[str], names: Sequence[str], numbers: Iterable[str] = ()
 ) -> pd.DataFrame:
-    """Read the table of an evaluation: it has rows, and no empty cell in the columns `names`."""
+    """Read the table of an evaluation. It must have rows, and no empty cells in columns `names`."""
     table = read_table(path, columns, numbers=numbers, names=names)
     if table.empty:
         raise DataError(path, "has no rows; give the whole table")
@@ -91,7 +91,7 @@ def require_unique(table: pd.DataFrame, columns: Sequence[str], path: AnyPath) -
 
 
 def check_names(table: pd.DataFrame, columns: Iterable[str], path: AnyPath) -> None:
-    """Reject paths of videos, or parts of such paths, that lead out of their folder."""
+    """Raise DataError for paths of videos, or parts of paths, that lead out of their folder."""
     for column in columns:
         for row, name in enumerate(table[column]):
             if isinstance(name, str) and escapes_root(name):
@@ -100,7 +100,7 @@ def check_names(table: pd.DataFrame, columns: Iterable[str], path: AnyPath) -> N
 
 
 def cell_error(path: AnyPath, row: int, column: str, value: object, fault: str) -> DataError:
-    """Return the error for a cell of a CSV table, with the line on which its row starts.
+    """Make the error for a cell of a CSV table, with the line on which its row starts.
 
     row: from 0, as in read_table. fault: what is wrong with the value, and the fix.
     """
@@ -109,7 +109,7 @@ def cell_error(path: AnyPath, row: int, column: str, value: object, fault: str) 
 
 
 def line_of_row(path: AnyPath, row: int) -> int:
-    """Return the line, from 1, on which a row of read_table starts: cells may have line ends."""
+    """Return the line, from 1, on which a row of read_table starts: cells may have line breaks."""
     with open(path, newline="", encoding="utf-8-sig") as file, contextlib.suppress(csv.Error):
         reader = csv.reader(file)
         rows = -1  # the first record is the header
@@ -124,7 +124,7 @@ def line_of_row(path: AnyPath, row: int) -> int:
 
 
 def make_table(rows: Iterable[Sequence], columns: Sequence[str]) -> pd.DataFrame:
-    """Return rows as read_table would: an empty text is a missing one."""
+    """Make a table like those of read_table, in which empty texts are missing values."""
     table = pd.DataFrame(rows, columns=columns)
     texts = table.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]]
     table[texts] = table[texts].mask(table[texts] == "")
@@ -132,18 +132,23 @@ def make_table(rows: Iterable[Sequence], columns: Sequence[str]) -> pd.DataFrame
 
 
 def count_empty(texts: pd.Series) -> list[str]:
-    """Return a note if sentences are missing: they are evaluated as sentences without words."""
+    """Return a note if sentences are missing; they are evaluated as sentences without words."""
     count = int(texts.isna().sum())
-    return [f"{count} sentences are empty"] if count else []
+    return [plural(count, "empty sentence")] if count else []
+
+
+def plural(count: int, noun: str) -> str:
+    """Format a count with its noun: "1 video", "2,000 videos"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def log_notes(path: AnyPath, notes: Iterable[str]) -> None:
-    """Log the notes on a file of annotations."""
+    """Log the notes on an annotation file."""
     for note in notes:
         log.info("%s: %s", path, note)
 
 
 def write_table(path: AnyPath, table: pd.DataFrame) -> None:
-    """Write a table that read_table reads. Raises OSError."""
+    """Write a table that read_table can read. Raises OSError."""
     with atomic_write(path) as file:
         file.write(table.to_csv(index=False, lineterminator="\n").encode())

@@ -8,7 +8,7 @@ import pandas as pd
 
 from annotations.clips import COLUMNS, SPLITS, TEST, TRAIN, UNUSED, read_clips
 from annotations.official import parse_name, read_lines
-from annotations.tables import AnyPath, data_error, make_table
+from annotations.tables import AnyPath, data_error, make_table, plural
 from utils import DataError, shorten
 
 CLASSES = "classInd.txt"
@@ -17,7 +17,7 @@ CLIP_LINE = re.compile(r"\s*(\S.*?)(?:\s+(\d+))?\s*")  # <class>/<file>.avi, in 
 
 
 def ucf_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
-    """Return UCF-101's clips, and notes on those that a split lacks.
+    """Return UCF-101's clips, and notes on clips that are missing from a split.
 
     The table has the columns video_id (the file's name), label (the class, which is the folder's
     name) and split1 to split3 (1 train, 2 test, 0 unused). path: such a table as CSV; or the
@@ -28,12 +28,12 @@ def ucf_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
         return read_clips(path), []
     table = make_table(read_lists(Path(path)), COLUMNS)
     lacking = [(split, int((table[split] == UNUSED).sum())) for split in SPLITS]
-    notes = [f"{split} does not have {count} of the clips" for split, count in lacking if count]
+    notes = [f"{split} lacks {plural(count, 'clip')}" for split, count in lacking if count]
     return table, notes
 
 
 def read_lists(folder: Path) -> list[tuple]:
-    """Return the rows of an official folder."""
+    """Return the rows of the official folder."""
     lists = {
         number: {TRAIN: folder / f"trainlist0{number}.txt", TEST: folder / f"testlist0{number}.txt"}
         for number in range(1, len(SPLITS) + 1)
@@ -78,8 +78,8 @@ def read_classes(path: Path) -> dict[str, int]:
 def read_list(path: Path, part: int, numbers: dict[str, int], clips: dict) -> None:
     """Add the clips of a list to those of its split, {(class, file): part}.
 
-    The class is the folder, never a part of the file's name: in HandstandPushups their capitals
-    differ. Its number is required in a train list, and checked wherever there is one.
+    The class is the name of the folder, not part of the file's name: for HandstandPushups, the two
+    differ in capitals. Its number is required in a train list, and checked wherever it is given.
     """
     count = len(clips)
     for number, line in enumerate(read_lines(path), 1):

@@ -1,4 +1,4 @@
-"""The ids of an evaluation's videos, which must not be trained on, from its annotations."""
+"""Read the ids of an evaluation's videos from its annotations, to exclude them from training."""
 
 import csv
 
@@ -10,16 +10,16 @@ ID_COLUMNS = ("video_id", "vid")
 
 
 def read_video_ids(path: AnyPath) -> set[str]:
-    """Return the ids of all videos that a file of annotations names.
+    """Return the ids of all videos in an annotation file.
 
-    path: JSON of the form {video id: annotations}, as HTM-Align's, or with that as its "database",
-    as YouCook2's official one; a CSV table with a column video_id or vid; CrossTask's videos.csv or
-    videos_val.csv, whose lines are task,video id,URL; or a list with an id per line. Raises
-    DataError or OSError.
+    path: JSON of the form {video id: annotations} like HTM-Align's, or with such a "database" like
+    YouCook2's official file; a CSV table with a column video_id or vid; CrossTask's videos.csv or
+    videos_val.csv, with lines task,video id,URL; or a list with one id per line. Raises DataError
+    or OSError.
     """
     ids = parse_json_ids(path) if is_json(path) else parse_line_ids(path)
     if not ids:
-        raise DataError(path, "has no video ids; give annotations, or a list with an id per line")
+        raise DataError(path, "has no video ids; give annotations, or a list with one id per line")
     return ids
 
 
@@ -52,7 +52,7 @@ def parse_line_ids(path: AnyPath) -> set[str]:
                 ids.add(cells[0])
             elif any(cells):
                 raise ValueError(
-                    f"{shorten(','.join(cells))} is no video id, and no column of the first line "
-                    f"is called {' or '.join(ID_COLUMNS)}; give a list with an id per line"
+                    f"{shorten(','.join(cells))} is not a video id, and the first line has no "
+                    f"column {' or '.join(ID_COLUMNS)}; give a list with one id per line"
                 )
     return ids

@@ -12,14 +12,21 @@ from annotations.official import (
     read_json,
     require_key,
 )
-from annotations.tables import AnyPath, count_empty, data_error, make_table, read_annotations
+from annotations.tables import (
+    AnyPath,
+    count_empty,
+    data_error,
+    make_table,
+    plural,
+    read_annotations,
+)
 from utils import shorten
 
 COLUMNS = ["end", "start", "task", "text", "video_id"]
 
 
 def youcook_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
-    """Return YouCook2's validation segments, and notes on the skipped parts of the file.
+    """Return YouCook2's validation segments, and notes on skipped videos and empty sentences.
 
     The table has the columns end and start (seconds), task, text and video_id. path: such a table
     as CSV, or the official youcookii_annotations_trainval.json, whose order is kept. Raises
@@ -31,14 +38,17 @@ def youcook_table(path: AnyPath) -> tuple[pd.DataFrame, list[str]]:
     with data_error(path):
         rows, skipped = parse_database(require_key(content, "database", dict))
         if not rows:
-            raise ValueError("has no annotation of a validation video; give the file with them")
+            raise ValueError("has no annotations of validation videos; give the file with them")
     table = make_table(rows, COLUMNS)
-    notes = [f"skipped: {n} videos of the subset {shorten(name)}" for name, n in skipped.items()]
+    notes = [
+        f"skipped: {plural(count, 'video')} of the subset {shorten(name)}"
+        for name, count in skipped.items()
+    ]
     return table, notes + count_empty(table["text"])
 
 
 def parse_database(database: dict) -> tuple[list[tuple], Counter]:
-    """Return the rows of the validation subset, and how many videos each other subset has."""
+    """Return the rows of the validation subset, and the number of videos in each other subset."""
     rows, skipped = [], Counter()
     for video, entry in database.items():
         place = f"video {shorten(video)}"

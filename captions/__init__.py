@@ -1,1 +1,1 @@
-"""Captions of videos, of HowTo100M and others: parsed, read, packed."""
+"""Parse, read and pack the captions of videos, from HowTo100M and other sources."""

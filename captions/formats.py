@@ -1,7 +1,7 @@
-"""Parse the captions of one video, in any format that they are found in.
+"""Parse the captions of one video, in any supported format.
 
-A format is recognised by its content: HowTo100M's CSV files, WebVTT and SubRip subtitles, and the
-JSON of Whisper and WhisperX. Parsers take a name, for messages, and bytes, wherever these are from.
+A format is recognized by its content: HowTo100M's CSV files, WebVTT and SubRip subtitles, and the
+JSON of Whisper and WhisperX. Parsers take bytes, from any source, and a name for messages.
 """
 
 import html
@@ -19,16 +19,16 @@ from captions.readers import CaptionError, Captions, parse_csv, usable_captions
 from utils import one_line, shorten
 
 KEYS = ("start", "end", "text")  # of a caption, in JSON
-# What a line with an arrow has to be, in WebVTT and in SubRip.
+# The form of a line with an arrow, in WebVTT and SubRip.
 TIME = r"(\d+:)?[0-5]?\d:[0-5]?\d[.,]\d+"
 TIMES = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(\s|$)")
 TIME_LINE = re.compile(r"^.*-->.*$", re.MULTILINE)
 FRACTION = re.compile(r"(?<=\d)([.,])(\d+)")  # of a second
-SUBRIP = re.compile(r"\d+\s*\n.*-->|[\d:.,]+\s*-->")  # its beginning; the number may be missing
+SUBRIP = re.compile(r"\d+\s*\n.*-->|[\d:.,]+\s*-->")  # the start; the number may be missing
 SUBRIP_STYLE = re.compile(r"\{\\[^{}]*\}")  # as in `{\an8}above`
 WORD_TIME = re.compile(r"<(\d+:)?\d+:\d+\.\d+>")
-PAUSE = 0.1  # seconds between two cues, above which the first is not held by the second
-HOLD = 0.05  # seconds; YouTube holds a line for a cue of 10 ms
+PAUSE = 0.1  # seconds; after a longer pause, a cue does not carry over lines of the one before
+HOLD = 0.05  # seconds; a shorter cue only holds a line, for 10 ms in YouTube's captions
 
 
 class Transcript(NamedTuple):
@@ -61,7 +61,7 @@ def parse_transcript(source: object, data: bytes) -> Transcript:
         return Transcript(parse_csv(source, data), "CSV")
     except CaptionError:
         if re.search(r"[.,]\d{1,3} --> \d", text):
-            reason = "has times of subtitles, but does not start as WebVTT or SubRip do"
+            reason = "has subtitle times, but does not start like WebVTT or SubRip"
             raise CaptionError(f"{source}: {reason}") from None
         raise
 
@@ -76,17 +76,17 @@ def parse_whisper(source: object, text: str) -> Transcript:
     except ValueError as error:
         raise ValueError(f"is not JSON ({one_line(error)})") from None
     if type(content) is not dict or type(content.get("segments")) is not list:
-        raise ValueError("is JSON without the list 'segments' of Whisper's")
+        raise ValueError("is JSON without Whisper's list 'segments'")
     language = content.get("language") or ""
     if type(language) is not str:
-        raise ValueError(f"'language' is {shorten(language)}, not a text")
+        raise ValueError(f"'language' is {shorten(language)}, not a string")
     starts, ends, texts = parse_columns("'segments'", content["segments"])
     captions = sort_captions(starts, ends, [text.strip() for text in texts])
     return Transcript(usable_captions(*captions, source), "Whisper JSON", language)
 
 
 def sort_captions(starts: np.ndarray, ends: np.ndarray, texts: list[str]) -> Captions:
-    """Return the captions in the order of their starts, as a training takes neighbours of one."""
+    """Sort captions by their starts, because training takes the neighbours of a caption."""
     order = np.argsort(starts, kind="stable")
     return starts[order], ends[order], [texts[place] for place in order]
 
@@ -95,9 +95,9 @@ def parse_columns(place: str, value: object) -> Captions:
     """Return starts and ends (float arrays) and texts of captions in JSON.
 
     value: three lists, {"start": [...], "end": [...], "text": [...]}, or a list of captions,
-    [{"start": .., "end": .., "text": ..}, ...]. null and NaN are a missing time, or an empty text;
-    a caption of a list may also lack the time. place: what it is the value of, for messages. Raises
-    ValueError for other values, and unless the three lists are of the same length.
+    [{"start": .., "end": .., "text": ..}, ...]. null and NaN mean a missing time or an empty text;
+    a caption of a list may also lack a time. place: what `value` belongs to, for messages. Raises
+    ValueError for other values, or if the three lists differ in length.
     """
     if type(value) is list and all(type(c) is dict and "text" in c for c in value):
         value = {key: [caption.get(key) for caption in value] for key in KEYS}
@@ -106,7 +106,7 @@ def parse_columns(place: str, value: object) -> Captions:
         raise ValueError(f"{place} lacks the lists start, end and text")
     if len(set(map(len, columns))) > 1:
         lengths = ", ".join(str(len(column)) for column in columns)
-        raise ValueError(f"the lists start, end and text of {place} are {lengths} long")
+        raise ValueError(f"the lists start, end and text of {place} have lengths {lengths}")
     try:
         starts, ends = (np.array(column, float) for column in columns[:2])
         if starts.ndim != 1 or ends.ndim != 1:
@@ -116,7 +116,7 @@ def parse_columns(place: str, value: object) -> Captions:
     texts = ["" if text is None or text != text else text for text in columns[2]]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a text of {place} is not a string")
-    # Half of a surrogate pair is no part of a word.
+    # A lone surrogate cannot be encoded, and is not part of a word.
     return starts, ends, [text.encode(errors="replace").decode() for text in texts]
 
 
@@ -126,7 +126,7 @@ def parse_columns(place: str, value: object) -> Captions:
 class Cue(NamedTuple):
     """Lines of text, without markup, that are shown from `start` to `end` (seconds).
 
-    written: of each line, whether its words have times, so that it is spoken in this cue.
+    written: for each line, whether its words have times; if so, it is spoken in this cue.
     """
 
     start: float
@@ -138,10 +138,10 @@ class Cue(NamedTuple):
 def parse_subtitles(source: object, text: str, suffix: str) -> Transcript:
     """Parse WebVTT ("vtt") or SubRip ("srt"). Raises ValueError or CaptionError.
 
-    A cue whose times are broken is skipped. Each line that rolls on from cue to cue is in the
-    result once, see unroll.
+    Cues with invalid times are skipped. A line that rolls from cue to cue is returned once; see
+    unroll.
     """
-    # The library takes the 5 of SubRip's 00:00:01,5 for milliseconds.
+    # The library reads the 5 in SubRip's 00:00:01,5 as milliseconds.
     text = TIME_LINE.sub(lambda line: FRACTION.sub(to_milliseconds, line[0]), text)
     if suffix == "srt":
         text = SUBRIP_STYLE.sub("", text)
@@ -154,7 +154,7 @@ def parse_subtitles(source: object, text: str, suffix: str) -> Transcript:
     if not cues:
         for number, line in enumerate(text.splitlines(), 1):
             if "-->" in line and not TIMES.match(line):
-                raise ValueError(f"line {number}: {shorten(line.strip())} is not a cue's times")
+                raise ValueError(f"line {number}: {shorten(line.strip())} are not valid cue times")
     cues = unroll(cues, rolls=WORD_TIME.search(text) is not None)
     captions = sort_captions(
         np.array([cue.start for cue in cues]),
@@ -178,14 +178,14 @@ def to_cue(caption: webvtt.Caption) -> Cue:
 
 
 def unroll(cues: Sequence[Cue], rolls: bool = False) -> list[Cue]:
-    """Return the cues without the lines that were in the cue before.
+    """Return the cues without the lines that they carry over from the cue before.
 
-    YouTube's automatic captions roll. A line is written word by word at the bottom, held for 10 ms,
-    and moves up while the next one is written. It is in three cues. It is spoken in the first.
-    rolls: whether the cues are known to roll, as their words have times. Others, such as WebVTT
-    that was converted to SubRip, roll if at least half of them start with the end of the one
-    before, and one of them only holds it. Subtitles that do not roll stay as they are: what they
-    repeat is repeated in the video.
+    YouTube's automatic captions roll: a line is written word by word at the bottom, held for 10 ms,
+    and moves up while the next one is written. It appears in three cues and is spoken in the first.
+    rolls: whether the cues are known to roll, because their words have times. Others, such as
+    WebVTT that was converted to SubRip, are taken to roll if at least half of the cues start with
+    the last lines of the cue before, and at least one only holds them. Subtitles that do not roll
+    are not changed: a text that they repeat is repeated in the video.
     """
     carried = [0] * bool(cues) + [count_carried(*pair) for pair in pairwise(cues)]
     rolls = rolls or (
@@ -202,10 +202,10 @@ def unroll(cues: Sequence[Cue], rolls: bool = False) -> list[Cue]:
 
 
 def count_carried(before: Cue, cue: Cue) -> int:
-    """Return how many of the first lines of a cue are the last ones of the cue before.
+    """Return how many lines at the start of a cue are carried over from the cue before.
 
-    A line that is written in the cue is spoken again, and so is all of a cue after a pause that has
-    no other lines.
+    Two kinds of repeated lines are spoken again instead: those written in this cue, and those of a
+    cue that follows a pause and has no other lines.
     """
     unwritten = [*cue.written, True].index(True)
     longest = min(len(before.lines), unwritten)

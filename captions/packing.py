@@ -1,4 +1,4 @@
-"""Pack the captions of all videos into a caption store; captions/readers.py has its format."""
+"""Pack the captions of all videos into a caption store; see captions/readers.py for the format."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from captions.readers import (
-    ABOUT,
     CAPTIONS,
     FORMAT,
     INDEX,
+    MANIFEST,
     VERSION,
     PackedStrings,
     compute_checksum,
@@ -28,7 +28,7 @@ BUFFER = 1 << 20  # bytes written at a time
 
 
 class ArrayFile:
-    """An array [n] in a .npy file, written piece by piece so that it need not fit into memory."""
+    """An array [n] in a .npy file, written piece by piece so that it need not fit in memory."""
 
     def __init__(self, path: str | os.PathLike[str], dtype: str):
         self.dtype, self.length = np.dtype(dtype), 0
@@ -48,11 +48,11 @@ class ArrayFile:
         self.sum = zlib.crc32(data, self.sum)
 
     def finish(self) -> int:
-        """Complete the file on the disk. Returns its size in bytes."""
+        """Complete the file and sync it to disk. Returns its size in bytes."""
         self.file.seek(0)
         self.write_header()
         if self.file.tell() != self.begin:  # numpy pads the header for any length
-            raise RuntimeError("the header of a .npy file does not fit in its place")
+            raise RuntimeError("the header of a .npy file does not fit in the space reserved")
         self.file.flush()
         os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
@@ -68,19 +68,19 @@ def write_store(
     by_id: bool = False,
     origin: dict | None = None,
 ) -> tuple[int, int]:
-    """Write a caption store into a new folder, whole or not at all.
+    """Write a caption store to a new folder, atomically.
 
-    videos: (name, starts, ends, texts) of each video, as read_captions returns them; no name
-    twice. by_id: see readers.lookup_keys. origin: what the manifest records of the source of the
-    captions, {"source": path, "formats": {format: number of videos}, "language": tag}; it is read
-    after the videos, so that their iterator may count them in it. Returns the numbers of videos
-    and captions. Raises DataError if the folder exists or cannot be written, ValueError without
-    videos.
+    videos: (name, starts, ends, texts) of each video, as read_captions returns them, with unique
+    names. by_id: see readers.lookup_keys. origin: what the manifest records about the source of the
+    captions, {"source": path, "formats": {format: number of videos}, "language": tag}. It is used
+    after the last video, so that the iterator may fill in the counts. Returns the numbers of videos
+    and captions. Raises DataError if the folder exists or cannot be written, ValueError if there
+    are no videos.
     """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}{PARTIAL}")
     if os.path.lexists(folder):
-        raise DataError(folder, "exists already; remove it or give another")
+        raise DataError(folder, "already exists; remove it or give another")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():
@@ -131,7 +131,7 @@ def write_arrays(
         arrays["name_ends"].append(packed.ends)
         for name, values in (("firsts", firsts), ("counts", counts), ("checksums", checksums)):
             arrays[name].append(np.array(values, arrays[name].dtype)[order])
-        about = {
+        manifest = {
             "format": FORMAT,
             "version": VERSION,
             "origin": origin,
@@ -141,8 +141,8 @@ def write_arrays(
             "sizes": {name: file.finish() for name, file in arrays.items()},
             "sums": {name: arrays[name].sum for name in INDEX},
         }
-    with open(folder / ABOUT, "w") as file:
-        file.write(json.dumps(about, indent=2) + "\n")
+    with open(folder / MANIFEST, "w") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    return about["videos"], about["captions"]
+    return manifest["videos"], manifest["captions"]

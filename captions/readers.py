@@ -1,8 +1,8 @@
 """Read the captions of a video, from a folder of CSV files or from a caption store.
 
-Both return the same captions for a video_path: a store is packed of what the folder's reader reads,
-and of other formats (captions/formats.py). A store is a folder of memory-mapped arrays. All
-processes share them, and each has one open file per array, however many videos there are.
+Both return the same captions for a video_path: a store is packed from what the folder's reader
+returns, or from other formats (captions/formats.py). A store is a folder of memory-mapped arrays,
+which all processes share. A process has one open file per array, whatever the number of videos.
 
     caption_store.json             format, version, origin, counts, by_id, files' sizes and sums
     names.npy, name_ends.npy       the videos' names, sorted, as PackedStrings
@@ -28,8 +28,8 @@ import numpy as np
 from annotations.tables import read_cells
 from utils import DataError, one_line
 
-LATEST_TIME = 1e6  # seconds; a caption's time beyond is a mistake
-ABOUT = "caption_store.json"
+LATEST_TIME = 1e6  # seconds; a later time of a caption is an error in the file
+MANIFEST = "caption_store.json"
 FORMAT, VERSION = "captions by video", 1
 # The arrays and their types.
 INDEX = {"names": "|u1", "name_ends": "<i8", "firsts": "<i8", "counts": "<i8", "checksums": "<u4"}
@@ -39,14 +39,14 @@ Captions = tuple[np.ndarray, np.ndarray, list[str]]  # starts and ends [C] in se
 
 
 class CaptionError(Exception):
-    """The captions of a video cannot be used. The message is one line that names their source."""
+    """Raised if a video's captions cannot be used. The message is one line and names the source."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
 
 
 def read_captions(path: str | os.PathLike[str]) -> Captions:
-    """Read a CSV file of captions, see parse_csv. Raises CaptionError also if it is absent."""
+    """Read a CSV file of captions; see parse_csv. Raises CaptionError, also if it is absent."""
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -62,7 +62,7 @@ def parse_csv(source: object, data: bytes) -> Captions:
     """
     try:
         table = read_cells(io.BytesIO(data))
-        # Parse as a JSON reader does: older versions of pandas do not round to the nearest number.
+        # numpy rounds to the nearest number, like JSON parsers; older versions of pandas do not.
         starts, ends = table["start"].to_numpy(float), table["end"].to_numpy(float)
         texts = table["text"].fillna("").tolist()
     except (ValueError, KeyError) as error:
@@ -76,19 +76,19 @@ def usable_captions(
 ) -> Captions:
     """Return the captions with usable times. Raises CaptionError if there are none.
 
-    One that ends before it starts is usable: its clip is widened like a short one's.
+    A caption that ends before it starts is usable: its clip is widened like that of a short one.
     """
     usable = (starts >= 0) & (starts < LATEST_TIME) & (ends >= 0) & (ends < LATEST_TIME)
     if not usable.any():
-        raise CaptionError(f"{source}: no caption with usable times in it")
+        raise CaptionError(f"{source}: has no caption with usable times")
     return starts[usable], ends[usable], list(compress(texts, usable))
 
 
 def lookup_keys(video_path: str, by_id: bool = False) -> list[str]:
     """Return the names under which to look up a video's captions; the first match counts.
 
-    They are the video's path without its extension and, by_id, the file's name alone: captions are
-    published by a video's id, which is the file's name in any folder.
+    They are the video's path without its extension and, if by_id, the file's name alone: published
+    captions are listed by a video's id, which is the file's name in any folder.
     """
     path = PurePosixPath(video_path)
     path = path.parent / path.stem
@@ -121,12 +121,12 @@ class PackedStrings:
 
 
 def is_store(root: str | os.PathLike[str]) -> bool:
-    """Whether this folder is a caption store, or an incomplete one."""
-    return any(os.path.isfile(Path(root, name)) for name in (ABOUT, *map(file_name, CAPTIONS)))
+    """Return whether this folder is a caption store, even an incomplete one."""
+    return any(os.path.isfile(Path(root, name)) for name in (MANIFEST, *map(file_name, CAPTIONS)))
 
 
 def describe_origin(origin: dict | None) -> str:
-    """Describe what a store's manifest has of its source, see packing.write_store."""
+    """Describe the source of a store, as its manifest records it; see packing.write_store."""
     if origin is None:
         return "a store that does not record its origin"
     formats = [f"{count:,} {name}" for name, count in origin["formats"].items()]
@@ -140,8 +140,8 @@ def file_name(array: str) -> str:
 class CaptionFolder:
     """A folder with a CSV file per video, `<video_path without extension>.csv`.
 
-    Captions of other formats are packed into a store: which file of a video is meant, and whether
-    it is in the right language, is found out once.
+    Captions of other formats must be packed into a store, which settles once which file of a video
+    to use and whether it is in the right language.
     """
 
     origin = "CSV files, one per video"
@@ -157,7 +157,7 @@ class CaptionFolder:
         return os.path.isfile(self.file(video_path))
 
     def read(self, video_path: str) -> Captions:
-        """Return the captions of a video, see read_captions. Raises CaptionError."""
+        """Return the captions of a video; see read_captions. Raises CaptionError."""
         return read_captions(self.file(video_path))
 
 
@@ -172,18 +172,18 @@ class CaptionStore:
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
         try:
-            about = json.loads((self.root / ABOUT).read_text())
-            if about["format"] != FORMAT:
-                raise ValueError(f"{ABOUT} has another format")
-            if about["version"] != VERSION:
+            manifest = json.loads((self.root / MANIFEST).read_text())
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"{MANIFEST} has another format")
+            if manifest["version"] != VERSION:
                 raise DataError(
                     root,
-                    f"is a caption store of version {about['version']}, this program reads "
-                    f"{VERSION}; make it again (data/howto100m/prepare.py pack)",
+                    f"is a caption store of version {manifest['version']}, but this program reads "
+                    f"version {VERSION}; pack it again (data/howto100m/prepare.py pack)",
                 )
-            self.by_id = about["by_id"]
-            self.origin = describe_origin(about.get("origin"))
-            arrays = {name: self.open_array(name, about) for name in (*INDEX, *CAPTIONS)}
+            self.by_id = manifest["by_id"]
+            self.origin = describe_origin(manifest.get("origin"))
+            arrays = {name: self.open_array(name, manifest) for name in (*INDEX, *CAPTIONS)}
         except FileNotFoundError as error:
             raise self.damage(f"{Path(error.filename).name} is missing") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -194,22 +194,24 @@ class CaptionStore:
         self.starts, self.ends = arrays["starts"], arrays["ends"]
         self.text, self.text_ends = arrays["text"], arrays["text_ends"]
 
-    def open_array(self, name: str, about: dict) -> np.ndarray:
+    def open_array(self, name: str, manifest: dict) -> np.ndarray:
         path = self.root / file_name(name)
         size = path.stat().st_size
-        if size != about["sizes"][name]:
-            raise ValueError(f"{path.name} has {size:,} bytes instead of {about['sizes'][name]:,}")
+        if size != manifest["sizes"][name]:
+            raise ValueError(
+                f"{path.name} has {size:,} bytes instead of {manifest['sizes'][name]:,}"
+            )
         values = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of np.memmap are slow
         if values.dtype.str != {**INDEX, **CAPTIONS}[name] or values.ndim != 1:
             raise ValueError(f"{path.name} is not an array of captions")
-        if name in INDEX and zlib.crc32(values) != about["sums"][name]:
-            raise ValueError(f"{path.name} has another checksum than when it was written")
+        if name in INDEX and zlib.crc32(values) != manifest["sums"][name]:
+            raise ValueError(f"{path.name} does not match its checksum")
         return values
 
     def damage(self, reason: str) -> DataError:
         return DataError(
             self.root,
-            f"is not a whole caption store ({reason}); copy it again or make it again "
+            f"is not an intact caption store ({reason}); copy it again, or pack it again "
             "(data/howto100m/prepare.py pack)",
         )
 
@@ -217,7 +219,7 @@ class CaptionStore:
         return len(self.names)
 
     def find(self, video_path: str) -> int | None:
-        """Return the place of a video's captions in the index, or None."""
+        """Return the position of a video's captions in the index, or None."""
         for name in lookup_keys(video_path, self.by_id):
             place = bisect_left(self.names, name)
             if place < len(self.names) and self.names[place] == name:
@@ -228,14 +230,14 @@ class CaptionStore:
         return self.find(video_path) is not None
 
     def read(self, video_path: str) -> Captions:
-        """Return the captions of a video, see read_captions. Raises CaptionError."""
+        """Return the captions of a video; see read_captions. Raises CaptionError."""
         place = self.find(video_path)
         if place is None:
-            raise CaptionError(f"{self.root}: no captions of {video_path} in it")
+            raise CaptionError(f"{self.root}: has no captions of {video_path}")
         return self.read_at(place)
 
     def read_at(self, place: int) -> Captions:
-        """Return the captions of the video at this place of the index."""
+        """Return the captions of the video at this position in the index."""
         first = int(self.firsts[place])
         rows = slice(first, first + int(self.counts[place]))
         starts, ends = self.starts[rows], self.ends[rows]
@@ -256,7 +258,7 @@ def open_captions(root: str | os.PathLike[str]) -> CaptionFolder | CaptionStore:
     Both have the methods has(video_path) and read(video_path). Raises DataError.
     """
     if os.path.isfile(root):
-        raise DataError(root, "is a file; make a store of it (data/howto100m/prepare.py pack)")
+        raise DataError(root, "is a file; pack it into a store (data/howto100m/prepare.py pack)")
     check_root(root)
     return CaptionStore(root) if is_store(root) else CaptionFolder(root)
 
@@ -264,11 +266,11 @@ def open_captions(root: str | os.PathLike[str]) -> CaptionFolder | CaptionStore:
 def check_root(root: str | os.PathLike[str]) -> None:
     """Raise DataError if this is not an existing folder."""
     if not os.path.isdir(root):
-        raise DataError(root or "''", "is not an existing folder; give that of the captions")
+        raise DataError(root or "''", "is not an existing folder; give the one with the captions")
 
 
 def compute_checksum(*parts) -> int:
-    """Return the CRC-32 of arrays or bytes, one after the other."""
+    """Return the CRC-32 of the concatenation of arrays or bytes."""
     value = 0
     for part in parts:
         value = zlib.crc32(part, value)

@@ -1,8 +1,7 @@
 """Read all captions of a source, video by video.
 
-A source is a folder of caption files, of the formats in captions/formats.py, a caption store, or a
-file with the captions of all videos. Such a file is JSON, as HowTo100M's own and the sentencified
-one, or HTM-AA's CSV.
+A source is a folder of caption files in the formats of captions/formats.py, a caption store, or one
+file with the captions of all videos: HowTo100M's JSON, the sentencified JSON, or HTM-AA's CSV.
 """
 
 import json
@@ -41,16 +40,16 @@ from utils import (
 )
 
 JSON_CHUNK = 1 << 20  # characters of a JSON file read at a time
-LARGEST_VIDEO = 1 << 26  # characters of a video's captions, which have some ten thousand
+LARGEST_VIDEO = 1 << 26  # characters; the captions of a video have some ten thousand
 DECODE = json.JSONDecoder().raw_decode
 WHITESPACE = json.decoder.WHITESPACE.match
 FILES_PER_TASK = 64  # caption files that a process reads at a time
 
-SUFFIXES = (".csv", ".json", ".vtt", ".srt")  # of caption files; of a video's, the first counts
-NOT_CAPTIONS = (".info.json", ".live_chat.json")  # which yt-dlp also leaves beside videos
-# As in `<video>.en-US.vtt`; yt-dlp also leaves `en_US` and a creator's `en-eEY6_EpapPo`.
+SUFFIXES = (".csv", ".json", ".vtt", ".srt")  # of caption files, in order of preference
+NOT_CAPTIONS = (".info.json", ".live_chat.json")  # other files that yt-dlp writes beside videos
+# As in `<video>.en-US.vtt`; yt-dlp also writes `en_US`, and `en-eEY6_EpapPo` for a creator's own.
 LANGUAGE_TAG = re.compile(r"[a-z]{2,3}([-_][\w-]*)?")
-# As some programs state the language in JSON.
+# How some programs write the language in JSON.
 LANGUAGE_NAMES = {
     "arabic": "ar",
     "chinese": "zh",
@@ -69,7 +68,7 @@ HTM_AA = ["vid", "timestamp", "text"]  # the columns of its CSV file
 
 
 class OtherLanguage(CaptionError):
-    """The captions of a video are in another language than the one that is read."""
+    """Raised if a video's captions are not in the requested language."""
 
     def __init__(self, message: str, language: str = ""):
         super().__init__(message)
@@ -77,7 +76,7 @@ class OtherLanguage(CaptionError):
 
 
 class Outcome(NamedTuple):
-    """A video's name, its captions or why there are none, and their format."""
+    """A video's name, its captions or their error, and their format."""
 
     name: str
     captions: Captions | CaptionError
@@ -89,10 +88,10 @@ def iter_captions(
 ) -> Iterator[Outcome]:
     """Yield the Outcome of each video of a source.
 
-    root: the source. num_workers: the processes that read a folder. by_id: name the videos of a
-    folder by the names of their caption files alone. language: that of the captions to read, where
-    a file or its name states one; others are an OtherLanguage. Raises DataError or OSError if the
-    source as a whole cannot be used.
+    root: the source. num_workers: processes that read a folder. by_id: name the videos of a folder
+    by the names of their caption files alone. language: of the captions to read; a file that states
+    another language, in its content or name, gives an OtherLanguage. Raises DataError or OSError if
+    the source as a whole cannot be used.
     """
     if is_one_file(root):
         return read_caption_table(root) if is_caption_table(root) else read_caption_json(root)
@@ -103,8 +102,8 @@ def iter_captions(
 
 
 def is_one_file(root: str | os.PathLike[str]) -> bool:
-    """Whether a source is a file with the captions of all videos, not a folder or a shard."""
-    from video_decoder import is_shard  # loads torch, for which --help should not wait
+    """Return whether a source is a file with the captions of all videos, not a folder or shard."""
+    from video_decoder import is_shard  # imports torch, which would slow down --help
 
     return os.path.isfile(root) and not is_shard(root)
 
@@ -137,7 +136,7 @@ def read_caption_json(path: str) -> Iterator[Outcome]:
                 if name in seen:
                     raise ValueError(f"video {name!r} is duplicated")
                 seen.add(name)
-                name.encode()  # half of a surrogate pair is a ValueError
+                name.encode()  # a lone surrogate raises a ValueError
                 captions = parse_columns(f"video {name!r}", value)
                 try:
                     captions = usable_captions(*captions, f"{path}, video {name!r}")
@@ -157,8 +156,8 @@ def read_caption_json(path: str) -> Iterator[Outcome]:
 def json_members(file: TextIO) -> Iterator[tuple[str, object]]:
     """Yield (key, value) of the object in a JSON file, with one member in memory at a time.
 
-    Python's json parses the members, as it accepts the NaN that it writes for a missing text;
-    streaming parsers (ijson) reject it. Raises ValueError if the file is not one whole object.
+    Python's json parses the members, because it accepts the NaN that it writes for a missing text;
+    streaming parsers (ijson) reject it. Raises ValueError if the file is not one complete object.
     """
     text, at, before = "", 0, 0  # the next member is at text[at]; text starts at character `before`
     separator = "{"
@@ -179,15 +178,15 @@ def json_members(file: TextIO) -> Iterator[tuple[str, object]]:
         if member:
             yield member
     if (text[at:] + file.read(JSON_CHUNK)).strip():
-        raise ValueError(f"more follows the object's end, character {before + at:,}")
+        raise ValueError(f"text follows the end of the object, at character {before + at:,}")
 
 
 def next_member(text: str, at: int, separator: str) -> tuple[tuple | None, str, int]:
     """Parse the member at text[at], which starts with the separator, "{" or ",".
 
-    Returns (member, next separator, its place). The member is (key, value), or None at the end of
-    an empty object; the next separator is "" at the object's end. Raises ValueError, also if the
-    text ends too early.
+    Returns (member, next separator, its position). The member is (key, value), or None for an empty
+    object; the next separator is "" at the end of the object. Raises ValueError, also if the text
+    ends too early.
     """
 
     def skip(character, at):
@@ -215,23 +214,23 @@ def next_member(text: str, at: int, separator: str) -> tuple[tuple | None, str, 
 
 
 def is_caption_table(path: str) -> bool:
-    """Whether this is a CSV file of HTM-AA: its first line has the columns."""
+    """Return whether this is a CSV file of HTM-AA, which has its columns in the first line."""
     with open(path, "rb") as file:
         line = file.readline(1000).decode("utf-8-sig", "replace")
     return {*HTM_AA} <= {cell.strip().strip('"') for cell in line.split(",")}
 
 
 def read_caption_table(path: str) -> Iterator[Outcome]:
-    """Yield the Outcome of each video id of HTM-AA's CSV file, in their order in it.
+    """Yield the Outcome of each video id in HTM-AA's CSV file, in the order of the file.
 
-    A sentence is at an instant, which is its start and its end: a training widens it to --min_time
-    as it does a short caption. Raises DataError if this is not such a table.
+    A sentence has one timestamp, which becomes both its start and its end; training widens it to
+    --min_time like any short caption. Raises DataError if this is not such a table.
     """
     table = require_non_empty(read_table(path, HTM_AA), ["vid"], path)
     times = pd.to_numeric(table["timestamp"], errors="coerce").to_numpy(float)
     wrong = np.isnan(times) & table["timestamp"].notna().to_numpy()
     videos, names = pd.factorize(table["vid"])
-    order = np.lexsort((times, videos))  # stable; a missing time is the last
+    order = np.lexsort((times, videos))  # stable; missing times come last
     texts = table["text"].fillna("").to_numpy()
     bounds = [0, *np.flatnonzero(np.diff(videos[order])) + 1, len(order)]
     for first, last in tqdm(pairwise(bounds), total=len(names), unit="video", disable=None):
@@ -252,7 +251,7 @@ def read_caption_table(path: str) -> Iterator[Outcome]:
 
 
 class CaptionFiles(NamedTuple):
-    """A video's name in a folder, and the paths of its caption files, the preferred one first."""
+    """A video's name in a folder, and the paths of its caption files in order of preference."""
 
     name: str
     paths: tuple[str, ...]
@@ -261,8 +260,8 @@ class CaptionFiles(NamedTuple):
 def find_name(path: str, videos: Collection[str]) -> str:
     """Return the name of the video whose captions are in a file.
 
-    Only names of subtitles may have a language after it: `talk.en.vtt`, `talk.vtt`. videos: the
-    names of videos that are known; `fix.it.vtt` is of `fix.it` if there is one.
+    Only subtitles may have a language after the video's name: `talk.en.vtt`, `talk.vtt`. videos:
+    the names of known videos; `fix.it.vtt` belongs to `fix.it` if there is such a video.
     """
     name, suffix = os.path.splitext(path)
     if suffix.lower() in (".vtt", ".srt") and name not in videos:
@@ -273,34 +272,34 @@ def find_name(path: str, videos: Collection[str]) -> str:
 
 
 def find_tag(name: str, path: str) -> str:
-    """Return the language in the path of a caption file of the video, "" without one."""
+    """Return the language tag in the name of a video's caption file, or "" if it has none."""
     stem = os.path.splitext(os.path.basename(path))[0]
     return stem.removeprefix(os.path.basename(name))[1:]
 
 
 def is_language(tag: str, language: str) -> bool:
-    """Whether a tag names the language, or a variety of it: en-GB and en-orig are en."""
+    """Return whether a tag names the language or a variety of it: en-GB and en-orig are en."""
     tag = LANGUAGE_NAMES.get(tag.lower(), tag.lower()).replace("_", "-")
     return f"{tag}-".startswith(f"{language.lower()}-")
 
 
 def check_language(path: str, stated: str, language: str) -> None:
-    """Raise OtherLanguage if a language is stated, and it is another one."""
+    """Raise OtherLanguage if a file states another language."""
     if stated and not is_language(stated, language):
         raise OtherLanguage(f"{path}: its language is {shorten(stated)}, not {language}", stated)
 
 
 def rank(name: str, path: str, language: str) -> tuple:
-    """Return the sort key of a video's caption file, by which the preferred one is the first."""
+    """Return the sort key of a video's caption file: the preferred file comes first."""
     tag, suffix = find_tag(name, path), os.path.splitext(path)[1].lower()
-    variety = tag != language, tag != ""  # the language itself, none, a variety
+    variety = tag != language, tag != ""  # order: the language itself, none, a variety
     return tag != "" and not is_language(tag, language), SUFFIXES.index(suffix), variety, path
 
 
 def find_caption_files(folder: str, language: str = "en") -> list[CaptionFiles]:
-    """Return the caption files below a folder and in its shards, sorted by their videos' names.
+    """Return the caption files in a folder and its shards, sorted by the names of their videos.
 
-    folder: it may also be a shard.
+    folder: may also be a shard.
     """
     from video_decoder import EXTENSIONS, is_shard, walk_files
 
@@ -337,7 +336,7 @@ def name_by_id(folder: str, files: list[CaptionFiles]) -> list[CaptionFiles]:
             raise DataError(
                 folder,
                 f"{printable(other.paths[0])} and {printable(video.paths[0])} are captions of the "
-                "same id; remove one, or look captions up by path",
+                "same video id; remove one, or look captions up by path",
             )
     return [CaptionFiles(name, video.paths) for name, video in by_id.items()]
 
@@ -351,7 +350,7 @@ def read_folder(
     readers = []
     try:
         for number in range(num_workers):
-            # Each has its own pipe. Only it has the other end, so the pipe breaks when it dies.
+            # Each process holds the only other end of its own pipe, so the pipe breaks if it dies.
             results, end = context.Pipe(duplex=False)
             own = tasks[number::num_workers]
             process = context.Process(
@@ -365,11 +364,11 @@ def read_folder(
             for number in range(len(tasks)):
                 try:
                     outcomes = readers[number % num_workers][1].recv()
-                except (EOFError, OSError):  # between two results, in the middle of one
+                except (EOFError, OSError):  # killed between two results, or while sending one
                     raise DataError(
                         folder,
-                        "a process that read it was killed, perhaps for lack of memory; read it "
-                        "with fewer processes",
+                        "a process reading it was killed, perhaps for lack of memory; use fewer "
+                        "processes",
                     ) from None
                 yield from outcomes
                 progress.update(len(outcomes))
@@ -383,7 +382,7 @@ def read_folder(
 def read_files(
     folder: str, tasks: list[list[CaptionFiles]], language: str, results: Connection
 ) -> None:
-    """Run a reading process. It waits for its results to be received."""
+    """Run a reader process, which blocks until its results are received."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -393,9 +392,10 @@ def read_files(
 
 
 def read_video(folder: str, video: CaptionFiles, language: str) -> Outcome:
-    """Return the Outcome of a video: of the first of its files that is usable.
+    """Return the Outcome of a video's first usable caption file.
 
-    If none is, of the first that is at fault for another reason than its language.
+    If none is usable, return the Outcome of the first that fails for another reason than its
+    language.
     """
     outcomes = []
     for path in video.paths:
@@ -406,7 +406,7 @@ def read_video(folder: str, video: CaptionFiles, language: str) -> Outcome:
 
 
 def read_file(name: str, path: str, language: str) -> Outcome:
-    """Return the Outcome of one caption file; any error is a CaptionError."""
+    """Return the Outcome of one caption file, with any error as a CaptionError."""
     from video_decoder import locate
 
     try:
@@ -426,6 +426,6 @@ def read_file(name: str, path: str, language: str) -> Outcome:
         error = CaptionError(f"{path}: {fault.strerror}")
     except CaptionError as fault:
         error = fault
-    except Exception as fault:  # one strange file of a million must not end a run
+    except Exception as fault:  # one odd file in a million must not end a run
         error = CaptionError(f"{printable(path)}: unexpected {type(fault).__name__}: {fault}")
     return Outcome(name, error)

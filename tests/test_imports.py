@@ -42,7 +42,7 @@ def imported(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_module_imports_what_is_above_it(path):
+def test_no_module_imports_from_a_higher_layer(path):
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
     scripts = {script.stem for script in ROOT.glob("*.py")} - LAYER.keys() - {"hubconf"}
     for name in imported(path):
@@ -56,5 +56,5 @@ def imported_of_project(path):
     return set(imported(path)) & LAYER.keys()
 
 
-def test_the_hub_gets_the_model_alone():
+def test_hubconf_imports_only_the_model():
     assert imported_of_project(ROOT / "hubconf.py") == {"s3dg"}

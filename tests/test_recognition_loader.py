@@ -31,7 +31,7 @@ def test_items_match_the_golden_windows(row, tmp_path, shared_videos):
 
 
 def test_the_class_is_the_folder_with_its_own_capitals(tmp_path):
-    """Also in HMDB-51, whose tables have it with a suffix."""
+    """This holds for HMDB-51 too, whose tables add a suffix to the class."""
     clips = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 2)]
     write_csv(tmp_path / "t.csv", COLUMNS, *clips)
     assert hmdb(tmp_path / "t.csv", None).names == ["wave/a.avi", "wave/b.avi"]
@@ -55,7 +55,7 @@ def test_absent_clips_are_counted_and_broken_ones_are_errors(tmp_path):
     assert dataset.path(0) == tmp_path / "wave" / "a.avi"
 
 
-def test_without_a_folder_it_is_the_table_alone(tmp_path):
+def test_without_a_folder_all_clips_of_the_table_are_listed(tmp_path):
     rows = [("a.avi", "wave_test", 1, 1, 1), ("b.avi", "wave_test", 2, 2, 0)]
     write_csv(tmp_path / "t.csv", COLUMNS, *rows)
     dataset = hmdb(tmp_path / "t.csv", None)
@@ -64,13 +64,13 @@ def test_without_a_folder_it_is_the_table_alone(tmp_path):
     assert dataset.splits.tolist() == [[1, 1, 1], [2, 2, 0]]
 
 
-def test_a_split_that_is_no_split_is_refused(tmp_path):
+def test_an_invalid_part_of_a_split_is_refused(tmp_path):
     write_csv(tmp_path / "t.csv", COLUMNS, ("a.avi", "wave_test", 1, 3, 1))
     with pytest.raises(DataError, match="splits"):
         hmdb(tmp_path / "t.csv", tmp_path)
 
 
-def test_the_official_table_is_read_whole(shared_csv, tmp_path):
+def test_the_official_table_is_read_completely(shared_csv, tmp_path):
     table = pd.read_csv(shared_csv / "hmdb51.csv")
     for row in table.itertuples():
         path = tmp_path / row.label.removesuffix("_test") / row.video_id

@@ -18,7 +18,7 @@ YOUCOOK = ("end", "start", "task", "text", "video_id")
 MSRVTT_COLUMNS = ("key", "vid_key", "video_id", "sentence")
 
 
-def test_windows_are_evenly_spaced_and_spare_the_end():
+def test_windows_are_evenly_spaced_and_leave_a_margin_at_the_end():
     clip = ClipSpec(num_frames=16, fps=5)
     starts = window_starts(1, 8, clip=clip, num_windows=4)
     assert starts == pytest.approx([1, 1 + 3.4 / 3, 1 + 6.8 / 3, 4.4])
@@ -35,7 +35,7 @@ def msrvtt(path, root, **settings):
 
 @pytest.fixture
 def youcook_root(tmp_path, shared_videos):
-    """The shared clips in YouCook2's folders."""
+    """Link the shared clips into the folders of YouCook2."""
     folder = tmp_path / "validation" / "101"
     folder.mkdir(parents=True)
     for clip in shared_videos.iterdir():
@@ -90,7 +90,7 @@ def test_a_video_that_cannot_be_decoded_is_an_item_with_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("times", [(5, -3), ("inf", 1), ("", 1), (1e12, 1), ("soon", 1)])
-def test_times_that_are_none_are_refused_by_line(times, tmp_path):
+def test_invalid_times_are_refused_with_their_line(times, tmp_path):
     write_csv(tmp_path / "t.csv", YOUCOOK, (4, 1, 1, "cut", "a"), (*times, 1, "cut", "a"))
     with pytest.raises(DataError, match=r"t\.csv, line 3: column"):
         youcook_table(tmp_path / "t.csv")

@@ -1,4 +1,4 @@
-"""Data sets and lists read videos in tar files as they read files."""
+"""Data sets and lists read videos in tar files like plain files."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ EVALUATIONS = {
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_an_evaluation_reads_a_tar_file_as_its_folder(name, toy, tmp_path):
+def test_an_evaluation_reads_a_tar_file_like_its_folder(name, toy, tmp_path):
     shard = pack_folder(toy / name, tmp_path / f"{name}.tar")
     plain, packed = (EVALUATIONS[name](toy, root) for root in (toy / name, shard))
     assert len(packed) == len(plain) > 1
@@ -42,7 +42,7 @@ def test_an_evaluation_reads_a_tar_file_as_its_folder(name, toy, tmp_path):
 
 @pytest.fixture
 def shards(toy, tmp_path):
-    """The training videos in two shards, and a video whose member is twice in one."""
+    """Pack the training videos into two shards; one shard has a video twice."""
     names = sorted(read_video_list(toy / "howto100m_videos.csv"))
     pack_folder(toy / "videos", tmp_path / "shards/a/00000.tar", [*names[:3], *names[:1]])
     pack_folder(toy / "videos", tmp_path / "shards/00001.tar", names[3:])
@@ -61,7 +61,7 @@ def training_set(toy, names, root):
     return HowTo100M(names, root, ById(), TOKENIZER, CLIP, crop_only=False)
 
 
-def test_training_reads_shards_as_files(toy, shards):
+def test_training_reads_shards_like_files(toy, shards):
     names = files_below(shards, "video_path", EXTENSIONS)
     files = sorted(read_video_list(toy / "howto100m_videos.csv"))
     assert [name.rsplit("/", 1)[1] for name in names] == [*files[3:], *files[1:3]]

@@ -54,7 +54,7 @@ CLIPS = ["v_GGSY1Qvo990.mp4", "flipping_a_pancake.mkv", "av1_video.mkv"]
 
 @pytest.fixture
 def tree(tmp_path, shared_videos):
-    """The shared clips, with captions, and a list of them."""
+    """Write captions for the shared clips, and a list of the clips."""
     for name in CLIPS:
         rows = [(t, t + 2, f"the cook flips a pancake {t}") for t in range(0, 9, 2)]
         write_captions((tmp_path / name).with_suffix(".csv"), *rows)
@@ -92,7 +92,7 @@ def test_an_item_has_the_documented_shapes_and_types(tree, shared_videos):
 
 
 @pytest.mark.parametrize("num_candidates", [1, 3])
-def test_fields_say_what_an_item_holds(tree, shared_videos, num_candidates):
+def test_item_spec_describes_the_items(tree, shared_videos, num_candidates):
     data = dataset(tree, shared_videos, num_candidates=num_candidates)
     item = data[0, 1]
     assert data.item_spec == {name: (value.shape, value.dtype) for name, value in item.items()}
@@ -101,7 +101,7 @@ def test_fields_say_what_an_item_holds(tree, shared_videos, num_candidates):
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tree, shared_videos):
     data = dataset(tree, shared_videos)
     first = data[3, 0]["video"]
-    data[0, 1], data[5, 2]  # what came before does not matter
+    data[0, 1], data[5, 2]  # earlier samples do not matter
     assert torch.equal(first, data[3, 0]["video"])
     assert not torch.equal(first, data[4, 0]["video"])
     assert not torch.equal(first, dataset(tree, shared_videos, seed=2)[3, 0]["video"])
@@ -116,7 +116,7 @@ def test_centred_unflipped_clips_differ_only_by_their_seek_point(tree, shared_vi
 
 @pytest.mark.parametrize("row", golden_frames("train"), ids=str)
 def test_clips_match_the_golden_frames(row, tmp_path, shared_videos):
-    """A caption of just the clip's length leaves one seek point."""
+    """A caption as long as the clip leaves only one seek point."""
     seconds = row["num_frames"] / row["fps"]
     captions = (tmp_path / row["video"]).with_suffix(".csv")
     write_captions(captions, (row["start"], row["start"] + seconds, "cook"))
@@ -158,7 +158,7 @@ def test_an_unreadable_item_is_one_line_that_names_its_file(tree, shared_videos)
     assert "error" not in data[0, 1]
 
 
-def test_later_attempts_are_of_any_video_the_same_every_time(tree, shared_videos):
+def test_later_attempts_draw_from_all_videos_reproducibly(tree, shared_videos):
     data, other = dataset(tree, shared_videos), dataset(tree, shared_videos, seed=2)
     attempts = [(0, 1, attempt) for attempt in range(1, 31)]
     drawn = [data.name(key) for key in attempts]
@@ -171,7 +171,7 @@ def test_later_attempts_are_of_any_video_the_same_every_time(tree, shared_videos
     assert not torch.equal(data[same[0]]["video"], data[same[1]]["video"])
 
 
-def test_a_list_of_nothing_that_is_there_is_refused(tree, shared_videos):
+def test_a_list_without_existing_videos_or_captions_is_refused(tree, shared_videos):
     for names in (["absent.mp4"], []):
         write_list(tree / "list.csv", names)
         with pytest.raises(DataError, match="has no video of the list"):
@@ -229,7 +229,7 @@ def test_batches_are_the_same_for_any_number_of_processes_and_workers(toy, world
 
 
 def load(data, batch_size, steps, *, workers=0, timeout=60, quarantined=None, **sampler):
-    """A rank's batches of training_batches: for each, its samples' bytes and what was bad."""
+    """Return a rank's batches from training_batches: the samples' bytes and the bad samples."""
     batches = training_batches(
         data,
         StepSampler(len(data), batch_size, steps, **sampler),
@@ -251,7 +251,7 @@ def load(data, batch_size, steps, *, workers=0, timeout=60, quarantined=None, **
 
 
 def union(data, batch_size, steps, *, world_size=1, **settings):
-    """The batches of all ranks together."""
+    """Return the batches of all ranks together."""
     ranks = [
         load(data, batch_size, steps, rank=rank, world_size=world_size, **settings)
         for rank in range(world_size)
@@ -263,7 +263,7 @@ def union(data, batch_size, steps, *, world_size=1, **settings):
 
 
 def fake_decode(path, seek, *, num_frames, size, crop, flip, **settings):
-    """A clip that tells by its colours what was asked for; or what the file's name says."""
+    """Return a clip whose colours encode the arguments, or fail as the file's name says."""
     if "crash" in path.name:
         faulthandler.disable()  # pytest's, which would fill the screen
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -271,16 +271,18 @@ def fake_decode(path, seek, *, num_frames, size, crop, flip, **settings):
         signal.pause()
     if "broken" in path.name:
         raise DecodeError(f"{path}: broken")
-    asked = f"{path.name} {seek} {crop} {flip}"
-    colours = np.random.default_rng(list(asked.encode())).integers(256, size=3, dtype=np.uint8)
+    arguments = f"{path.name} {seek} {crop} {flip}"
+    colours = np.random.default_rng(list(arguments.encode())).integers(256, size=3, dtype=np.uint8)
     clip = torch.from_numpy(colours)[:, None, None, None]
     return clip.expand(3, num_frames, size, size)
 
 
 @pytest.fixture
 def fake_videos(tmp_path, monkeypatch):
-    """Makes a HowTo100M of files with these names, which fake_decode reads; those with `mute` in
-    the name have no captions."""
+    """Return a function that makes a HowTo100M of files with these names, for fake_decode.
+
+    Files with `mute` in their name have no captions.
+    """
 
     def make(*names):
         for name in names:
@@ -334,7 +336,7 @@ def test_samples_are_the_same_with_a_folder_of_captions_and_with_a_store(fake_vi
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_bad_sample_is_told_with_the_reason_and_all_that_was_tried(fake_videos, workers):
+def test_each_bad_sample_is_reported_with_all_attempts_and_their_reasons(fake_videos, workers):
     data = fake_videos(*GOOD, *BAD)
     steps = keys(1, length=len(data), batch=3, steps=12)
     batches = load(data, 3, 12, workers=workers)
@@ -355,17 +357,17 @@ def test_each_bad_sample_is_told_with_the_reason_and_all_that_was_tried(fake_vid
 @pytest.mark.parametrize(
     ("name", "reason"), [("crash.mp4", "SIGSEGV"), ("hang.mp4", "more than 1 s")]
 )
-def test_a_video_that_costs_its_worker_is_quarantined_and_told(
+def test_a_video_that_crashes_or_hangs_its_worker_is_quarantined_and_logged(
     fake_videos, milnce_log, name, reason
 ):
     data = fake_videos(*GOOD, name)
     quarantined = set()
     batches = load(data, 7, 1, workers=2, timeout=1, quarantined=quarantined)
     assert quarantined == {name}
-    told = [faults for _, bad in batches for attempts in bad for faults in attempts]
-    assert {video for video, _ in told} == {name}
-    assert all(why.startswith(QUARANTINE) for _, why in told)
-    assert reason in told[0][1]
+    faults = [fault for _, bad in batches for attempts in bad for fault in attempts]
+    assert {video for video, _ in faults} == {name}
+    assert all(why.startswith(QUARANTINE) for _, why in faults)
+    assert reason in faults[0][1]
     assert name in milnce_log.text and reason in milnce_log.text
 
 
@@ -377,8 +379,8 @@ def test_a_quarantined_video_is_replaced_as_if_it_had_just_crashed(fake_videos):
     for (samples, bad), (known_samples, known_bad) in zip(found, again, strict=True):
         assert samples == known_samples
         assert names_tried(bad) == names_tried(known_bad)
-    told = [(v, why) for _, bad in again for v, why in chain.from_iterable(bad)]
-    assert {why for v, why in told if v in quarantined} == {QUARANTINE}
+    faults = [fault for _, bad in again for fault in chain.from_iterable(bad)]
+    assert {why for name, why in faults if name in quarantined} == {QUARANTINE}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -393,7 +395,7 @@ def test_a_hundred_unreadable_samples_in_a_row_end_the_training(fake_videos, wor
 
 
 def howto100m_names(length):
-    """Names like HowTo100M's; one is very long."""
+    """Make names like HowTo100M's, one of them very long."""
     rng = random.Random(1)
     letters = string.ascii_letters + string.digits + "-_"
     names = ["".join(rng.choices(letters, k=13)) for _ in range(length)]
@@ -403,7 +405,7 @@ def howto100m_names(length):
 
 
 class ReadAll:
-    """An item reads every name once: the worker's private memory before and after, in bytes."""
+    """Read every name once per item, and measure the worker's private memory before and after."""
 
     def __init__(self, names):
         self.names = names
@@ -417,7 +419,7 @@ class ReadAll:
 
 
 def growth(names):
-    """By how many bytes eight workers together grow when each reads every name once."""
+    """Return the bytes by which eight workers together grow if each reads every name once."""
     [batch] = sample_batches(ReadAll(names), [list(range(8))], workers=8, timeout=300)
     assert batch["errors"] == [None] * 8
     assert batch["characters"].tolist() == [sum(map(len, names))] * 8

@@ -8,8 +8,8 @@ Two backends give the same pixels, those of the command
 `ffmpeg` runs it, one process per window. `pyav` runs FFmpeg's libraries in process. It repeats
 the command's timestamp arithmetic, so it knows which frames are displayed before it converts them.
 
-There is no time limit here. Data workers have one, and an ffmpeg process ends with the worker
-that started it.
+Decoding has no time limit of its own: the data workers have one. If a worker is killed, its
+ffmpeg process is killed too.
 """
 
 import math
@@ -122,7 +122,7 @@ def decode_clip(
     flip: bool = False,
     backend: str = "pyav",
 ) -> torch.Tensor:
-    """Decode the `num_frames` frames, `fps` per second, that follow `start` (seconds).
+    """Decode one clip: `num_frames` frames at `fps` per second, from `start` (seconds).
 
     Returns uint8 [3, num_frames, size, size]. See decode_clips.
     """
@@ -153,22 +153,20 @@ def decode_clips(
 ) -> torch.Tensor:
     """Decode several windows of one file: uint8 [len(starts), 3, num_frames, size, size].
 
-    starts: seconds, at least 0, cut to the microsecond. fps: frames per second.
-    crop_only: a size x size crop of the unscaled frame; otherwise the largest square, scaled.
-    crop: the fractions of the free width and height that are left of and above the crop.
+    starts: seconds, at least 0, truncated to microseconds. fps: frames per second.
+    crop_only: crop size x size pixels of the unscaled frame; otherwise scale the largest square.
+    crop: position of the crop (left, top), from 0 to 1; (0.5, 0.5) is the centre.
     flip: mirror left to right.
 
-    The frame is first turned upright if the file says so. If a frame is smaller than a crop_only
-    crop, its short side is scaled up to `size` first. An odd `size` is cut exactly (crop's
-    `exact`); plain FFmpeg would round it down. Frames missing at the end are black, and so is a
-    window past the end. Of several video streams the first is decoded.
+    Frames are rotated upright first, if the file has a rotation tag. With crop_only, a frame
+    smaller than the crop is enlarged until its short side is `size`. An odd `size` is exact (the
+    crop filter's `exact` option); by default, FFmpeg would round it down. Frames past the end of
+    the video are black. If there are several video streams, the first is decoded.
 
-    `pyav` is known to differ from `ffmpeg` on two kinds of file. Some are cropped by the container
-    (MP4's clap, Matroska's PixelCrop), which ffmpeg 7.1 and later obey and PyAV does not report.
-    In others the picture size changes midway, and the backends differ from there on.
+    docs/decoding.md lists the files on which the backends differ.
 
-    Raises DecodeError if the file cannot be opened as a local video file or gives no frame at all,
-    or if the ffmpeg program fails; ValueError for arguments out of range.
+    Raises DecodeError if the file cannot be opened as a local video file or has no decodable
+    frame, or if the ffmpeg program fails; ValueError for arguments out of range.
     """
     return _decode(path, starts, ClipSpec(num_frames, size, fps, backend), crop_only, crop, flip)[0]
 
@@ -176,8 +174,8 @@ def decode_clips(
 def preprocess(path: FilePath, start: float = 0, clip: ClipSpec = ClipSpec()) -> torch.Tensor:
     """Decode one clip to the model's input, float32 [3, num_frames, size, size] in [0, 1].
 
-    Like the windows of the evaluations: the centre square, scaled. start: seconds. Errors are those
-    of decode_clips.
+    As in the evaluations, the central square of each frame is scaled. start: seconds. Raises the
+    errors of decode_clips.
     """
     return to_unit_range(decode_clip(path, start, **clip.options))
 
@@ -185,10 +183,10 @@ def preprocess(path: FilePath, start: float = 0, clip: ClipSpec = ClipSpec()) ->
 def decode_windows(
     path: FilePath, starts: Iterable[float], clip: ClipSpec
 ) -> tuple[torch.Tensor, list[int]]:
-    """Decode windows as decode_clips does, but repeat the last frame where others are missing.
+    """Decode windows like decode_clips, but pad them with their last frame instead of black ones.
 
-    Returns uint8 [len(starts), 3, num_frames, size, size] and how many frames each window really
-    has. One that has none, as it is past the end, is black.
+    Returns uint8 [len(starts), 3, num_frames, size, size] and the number of frames before the
+    padding of each window. A window past the end has none, and is black.
     """
     clips, counts = _decode(path, starts, clip)
     for window, count in zip(clips, counts, strict=True):
@@ -205,7 +203,7 @@ def _decode(
     crop: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Do the work of decode_clips; return also how many frames each window really has."""
+    """Implement decode_clips; also return the number of frames that each window has."""
     num_frames, size, fps = clip.num_frames, clip.size, clip.fps
     _check_backend_name(clip.decoder)
     starts = [_to_microseconds(start) for start in starts]
@@ -231,8 +229,8 @@ def decode_frames(
 ) -> torch.Tensor:
     """Decode the whole file at its own frame rate: uint8 [3, frames, size, size].
 
-    The command (without -ss, -t and fps) makes the frame rate constant: it repeats and drops
-    frames as the timestamps require. Arguments and errors are those of decode_clips.
+    Without -ss, -t and the fps filter, the command still makes the frame rate constant: it repeats
+    and drops frames as the timestamps require. Arguments and errors are those of decode_clips.
     """
     _check_backend_name(backend)
     filters = crop_filters(size, crop_only, crop, False)
@@ -247,7 +245,7 @@ def decode_frames(
 
 
 def probe_duration(path: FilePath) -> float:
-    """Return the duration of a video file in seconds, as its container states it.
+    """Return the duration of a video file in seconds, as stated by its container.
 
     Raises DecodeError if it is not a video file or the duration is not known.
     """
@@ -259,7 +257,7 @@ def probe_duration(path: FilePath) -> float:
 
 
 def probe_size(path: FilePath) -> tuple[int, int]:
-    """Return the width and height of a video's pictures, in pixels, before they are turned upright.
+    """Return the width and height of a video's frames, in pixels, before they are rotated upright.
 
     Raises DecodeError if it is not a video file.
     """
@@ -270,7 +268,8 @@ def probe_size(path: FilePath) -> tuple[int, int]:
 def check_backend(backend: str) -> None:
     """Run a backend's program once, to find a broken one before the work starts.
 
-    Raises DecodeError, one line, if the program cannot be run or is not ffmpeg. `pyav` has none.
+    Raises DecodeError (one line) if the program cannot be run or is not ffmpeg. `pyav` has no
+    program.
     """
     _check_backend_name(backend)
     if backend == "ffmpeg":
@@ -290,4 +289,4 @@ def _to_microseconds(start: float) -> int:
     start = float(start)
     if not 0 <= start < 1e9:
         raise ValueError(f"start {start} must be a number of seconds, at least 0")
-    return int(Decimal(repr(start)) * 1000000)  # cut, not rounded, as ffmpeg reads -ss
+    return int(Decimal(repr(start)) * 1000000)  # truncated, as ffmpeg parses -ss

@@ -1,4 +1,4 @@
-"""Backend `ffmpeg`: the program, one process per window."""
+"""The `ffmpeg` backend: run the program, one process per window."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ VERSION_TIMEOUT = 60  # seconds for `ffmpeg -version`: a network file system may
 
 
 def ffmpeg_program() -> str:
-    """Return the path of the ffmpeg program: in PATH, or else of the package imageio-ffmpeg.
+    """Return the path of the ffmpeg program in PATH, or else in the package imageio-ffmpeg.
 
     Raises ImportError or RuntimeError if there is none.
     """
@@ -33,7 +33,7 @@ def ffmpeg_program() -> str:
 
 
 def check_program() -> None:
-    """Run the program once.
+    """Run the program once to check that it works.
 
     Raises DecodeError if it cannot be run or is not ffmpeg.
     """
@@ -41,7 +41,7 @@ def check_program() -> None:
         program = ffmpeg_program()
     except (ImportError, RuntimeError):
         raise DecodeError(
-            "there is no ffmpeg program in PATH, nor one of the package imageio-ffmpeg"
+            "there is no ffmpeg program in PATH, nor in the package imageio-ffmpeg"
         ) from None
     try:
         result = subprocess.run(
@@ -63,9 +63,9 @@ def check_program() -> None:
 def read_pixels(
     path: FilePath, rate: list[Filter], filters: CropFilters, limit: int, **seek: str
 ) -> bytes:
-    """Run the command on a file, and return the first `limit` bytes of its output.
+    """Run the command on a file and return the first `limit` bytes of its output.
 
-    rate: the filters for the frame rate. seek: options of the input (ss, t).
+    rate: the filters for the frame rate. seek: input options (ss, t).
     """
     import ffmpeg
 
@@ -107,8 +107,8 @@ def read_pixels(
 def run_program(path: FilePath, command: list[str], limit: int) -> tuple[bytes, int, bytes]:
     """Run a command; return the first `limit` bytes of its output, its status and its messages.
 
-    Once it has written that much it is killed, and the status is 0. It does not outlive this
-    process. Raises DecodeError, about `path`, if it cannot be started.
+    After `limit` bytes the program is killed and the status is 0. The program does not outlive
+    this process. Raises DecodeError, naming `path`, if the program cannot be started.
     """
     with tempfile.TemporaryFile() as errors:
         try:
@@ -132,7 +132,7 @@ def run_program(path: FilePath, command: list[str], limit: int) -> tuple[bytes, 
         size = errors.seek(0, os.SEEK_END)
         errors.seek(0)
         messages = errors.read(1 << 20)
-        errors.seek(max(len(messages), size - 4096))  # the end, for its last line
+        errors.seek(max(len(messages), size - 4096))  # the end, for the last line
         return pixels, status if len(pixels) < limit else 0, messages + errors.read()
 
 
@@ -145,7 +145,7 @@ def describe_failure(status: int, messages: bytes) -> str:
 
 
 def quote_line(text: str) -> str:
-    """Remove control characters from a line of a program, and cut it to 200 characters."""
+    """Remove control characters from a line of output, and cut it to 200 characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= 200 else f"{text[:197]}..."
 
@@ -155,10 +155,10 @@ def decode_windows_ffmpeg(
 ) -> list[int]:
     """Fill clips [N, 3, frames, size, size]; return how many frames each window displays.
 
-    starts: microseconds. clips: zeros at first, and kept where no frame is displayed.
+    starts: microseconds. clips: all zero on entry; frames past the end of the video stay zero.
     """
     num_frames, size = clips.shape[2:4]
-    # trim only ends the command early: a damaged clock could ask for a million repeats.
+    # trim only stops the command early: damaged timestamps could require a million repeats.
     rate = [("fps", {"fps": str(fps)}), ("trim", {"end_frame": str(num_frames)})]
     counts = []
     for start, clip in zip(starts, clips, strict=True):
@@ -179,7 +179,7 @@ def decode_whole_ffmpeg(path: FilePath, filters: CropFilters, size: int) -> np.n
 
 
 def split_pictures(path: FilePath, pixels: bytes, size: int) -> np.ndarray:
-    """Return the program's output as pictures, uint8 [frames, size, size, 3]."""
+    """Split the program's output into pictures, uint8 [frames, size, size, 3]."""
     if len(pixels) % (3 * size * size):
         raise DecodeError(f"{path}: the ffmpeg program stopped in the middle of a frame")
     return np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)

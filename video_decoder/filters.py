@@ -1,4 +1,4 @@
-"""The filters of the ffmpeg command: upright, crop, scale, flip."""
+"""The filters of the ffmpeg command: rotate upright, crop, scale, flip."""
 
 import math
 import struct
@@ -15,10 +15,10 @@ Filter = tuple[str, dict[str, str]]  # name, options
 
 
 class CropFilters(NamedTuple):
-    """The filters after fps."""
+    """The filters that follow fps."""
 
-    # Scales a frame smaller than the crop; None if there is no such frame. The graph has it only
-    # where it is needed, as it changes how pixels are converted.
+    # Enlarges frames smaller than the crop; None without crop_only. It is added to the graph only
+    # if needed, because it changes how pixels are converted.
     enlarge: Filter | None
     chain: list[Filter]
 
@@ -49,12 +49,12 @@ def crop_filters(size: int, crop_only: bool, crop: tuple[float, float], flip: bo
 
 
 class FrameConverter:
-    """Converts the decoded frames of one file to upright, cropped and scaled RGB pictures."""
+    """Convert the decoded frames of one file to upright, cropped and scaled RGB pictures."""
 
     def __init__(self, path: FilePath, filters: CropFilters):
         self.path, self.filters = path, filters
         self.key = self.graph = self.source = self.sink = None
-        self.frame = self.picture = None  # the last one, as several windows may display it
+        self.frame = self.picture = None  # the last one; several windows may display it
 
     def convert(self, frame: av.VideoFrame) -> np.ndarray:
         """Return a frame's picture, uint8 [height, width, 3]."""
@@ -81,7 +81,7 @@ class FrameConverter:
 def build_graph(
     frame: av.VideoFrame, matrix: tuple[int, ...] | None, filters: CropFilters
 ) -> tuple[av.filter.Graph, FilterContext, FilterContext]:
-    """Build the command's filter graph, its source and its sink, for frames like this one."""
+    """Build the command's filter graph for frames like this one; return (graph, source, sink)."""
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add(
@@ -104,8 +104,8 @@ def build_graph(
 
 def read_display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
     """Return the nine integers of the file's rotation tag, or None without a tag."""
-    # frame.side_data would make a reference cycle, and the frame's memory would be freed only by
-    # a garbage collection.
+    # frame.side_data would create a reference cycle, and only the garbage collector would free the
+    # frame's memory.
     side_data = SideDataContainer(frame)
     try:
         return struct.unpack("<9i", bytes(side_data["DISPLAYMATRIX"]))
@@ -114,7 +114,7 @@ def read_display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
 
 
 def upright_filters(matrix: tuple[int, ...] | None) -> list[Filter]:
-    """Return the filters with which ffmpeg turns the picture upright (ffmpeg_filter.c)."""
+    """Return the filters by which ffmpeg rotates a picture upright (ffmpeg_filter.c)."""
     if matrix is None:
         return []
     across, down = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])

@@ -1,4 +1,4 @@
-"""Which files both backends accept, and the error for all others."""
+"""Limits on the files that both backends accept, and the error for all others."""
 
 import os
 

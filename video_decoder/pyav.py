@@ -1,4 +1,4 @@
-"""Backend `pyav`: FFmpeg's libraries in process."""
+"""The `pyav` backend: call FFmpeg's libraries in process."""
 
 import bisect
 import contextlib
@@ -24,8 +24,8 @@ from video_decoder.timing import (
     window_length,
 )
 
-MAX_PACKET_BYTES = 64 << 20  # that the fast path keeps of a file at once
-# Where packets are known to carry their frame's time, and to be skippable.
+MAX_PACKET_BYTES = 64 << 20  # of a file, which the fast path keeps in memory at once
+# Formats whose packets carry the timestamp of their frame and can be skipped.
 FAST_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 FAST_CODECS = ("h264", "hevc")
 AVFMT_TS_DISCONT = 0x0200
@@ -36,28 +36,28 @@ TimedFrame = tuple[int | None, int, av.VideoFrame | None]  # pts, duration, fram
 
 
 class FastPathUnavailable(Exception):
-    """Raised if a file needs the slow path."""
+    """Raised for a file that needs the slow path."""
 
 
 @contextlib.contextmanager
 def open_video(path: FilePath) -> Iterator[av.VideoStream]:
-    """Open a file, and yield its first video stream, the decoder set up.
+    """Open a file and yield its first video stream, with the decoder set up.
 
-    Raises DecodeError if it is no video file or has no stream that can be decoded.
+    Raises DecodeError if it is not a video file or has no stream that can be decoded.
     """
     source = find_source(path)
     options = {
         "format_whitelist": CONTAINERS,
         "protocol_whitelist": source.protocols,
-        "fflags": "-genpts",  # PyAV's default; the ffmpeg program does not ask for it
+        "fflags": "-genpts",  # PyAV sets genpts by default, the ffmpeg program does not
         "max_pixels": str(MAX_PIXELS),
     }
     try:
         container = av.open(source.url, options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        if getattr(error, "errno", None) == errno.EINVAL:  # of the whitelist
-            reason = "in none of the video formats that are read, whatever its name"
+        if getattr(error, "errno", None) == errno.EINVAL:  # from the whitelist
+            reason = "not in a supported video format, whatever its extension"
         raise DecodeError(f"{path}: {reason}") from None
     with container:
         if not container.streams.video:
@@ -66,29 +66,29 @@ def open_video(path: FilePath) -> Iterator[av.VideoStream]:
         context = stream.codec_context
         if context is None:
             raise DecodeError(f"{path}: no decoder for its video stream")
-        context.thread_count = 1  # workers decode in parallel, and skipping frames needs it
-        context.flags |= AV_CODEC_FLAG_UNALIGNED  # crop exactly as the stream says, like ffmpeg
+        context.thread_count = 1  # workers decode in parallel; skipping frames needs one thread
+        context.flags |= AV_CODEC_FLAG_UNALIGNED  # crop exactly as the stream states, like ffmpeg
         context.options = {"max_pixels": str(MAX_PIXELS)}
         yield stream
 
 
 def seek(stream: av.VideoStream, start: int | None) -> int:
-    """Seek as `ffmpeg -ss START` does (us; None: no -ss).
+    """Seek to `start` (us) as `ffmpeg -ss` does; None is no -ss.
 
-    Returns the offset (us) that puts START at time 0.
+    Returns the offset (us) that moves `start` to time 0.
     """
     container = stream.container
     target = (start or 0) + (container.start_time or 0)
     flags = container.format.flags
     for other in container.streams:
-        other.discard = av.stream.Discard.default  # FFmpeg chooses the stream to seek in by it
+        other.discard = av.stream.Discard.default  # FFmpeg chooses its stream by it
     if start is not None:
         reordered = any(
             other.codec_context and getattr(other.codec_context, "has_b_frames", False)
             for other in container.streams.video
         )
         early = 0 if flags & AVFMT_SEEK_TO_PTS or not reordered else 3 * US_PER_S // 23
-        with contextlib.suppress(av.error.FFmpegError):  # ffmpeg reads on from where it is
+        with contextlib.suppress(av.error.FFmpegError):  # ffmpeg continues if it fails
             container.seek(target - early)
     for other in container.streams:
         if other is not stream:
@@ -108,10 +108,11 @@ def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
 
 
 def read_packets(stream: av.VideoStream, offset: int) -> Iterator[av.Packet]:
-    """Yield the stream's packets, timestamps moved by `offset` (us) and corrected as ffmpeg does.
+    """Yield the stream's packets with timestamps shifted by `offset` (us) and corrected.
 
-    In formats whose clock may jump (MPEG-TS, MPEG-PS) jumps of over 10 s are closed. In others
-    timestamps over 30 hours away from the expected one are dropped.
+    The corrections are ffmpeg's. In formats with timestamp discontinuities (MPEG-TS, MPEG-PS),
+    jumps of more than 10 s are removed. In others, timestamps more than 30 hours from the expected
+    one are dropped.
     """
     us_per_unit = US_PER_S * stream.time_base
     units_per_us = 1 / us_per_unit
@@ -154,7 +155,7 @@ def read_packets(stream: av.VideoStream, offset: int) -> Iterator[av.Packet]:
 def decode_packets(
     packets: Iterable[av.Packet], context: av.VideoCodecContext
 ) -> Iterator[av.VideoFrame]:
-    """Yield the frames in presentation order. A damaged packet is skipped, as ffmpeg does."""
+    """Yield the frames in presentation order. Skips damaged packets, as ffmpeg does."""
     for packet in itertools.chain(packets, [None]):
         try:
             yield from context.decode(packet)
@@ -185,14 +186,14 @@ def decode_timed_frames(
 ) -> Iterator[TimedFrame]:
     """Yield (pts, duration, frame) as ffmpeg's decoder thread does, in the stream's time base.
 
-    At the end yields (end of the last frame, 0, None), with the pts None if there was no frame.
+    The last item is (end of the last frame, 0, None); its pts is None if there was no frame.
     """
     faulty_pts = faulty_dts = 0
     last_guess_pts = last_guess_dts = -math.inf
     last_pts = None
     estimate = 0
     for frame in decode_packets(packets, stream.codec_context):
-        # libavcodec's guess between the two clocks of a frame (best_effort_timestamp).
+        # libavcodec's choice between a frame's pts and dts (best_effort_timestamp).
         pts, dts = frame.pts, frame.dts
         if dts is not None:
             faulty_dts += dts <= last_guess_dts
@@ -219,12 +220,12 @@ def decode_windows_pyav(
 ) -> list[int]:
     """Fill clips [N, 3, frames, size, size]; return how many frames each window displays.
 
-    starts: microseconds. clips: zeros at first, and kept where no frame is displayed.
+    starts: microseconds. clips: all zero on entry; frames past the end of the video stay zero.
 
-    The fast path takes the timestamps of the packets, and skips packets that no window needs. It
-    is for H.264 and H.265 in MP4 and Matroska, if every packet has a timestamp of its own. The
-    slow path decodes every frame from the keyframe on, and takes the timestamps after decoding. It
-    serves everything else (AVI, MPEG-TS, MPEG-4 part 2, VP9, AV1, ...), and starts over if the
+    The fast path takes the timestamps from the packets and skips packets that no window needs. It
+    requires H.264 or H.265 in MP4 or Matroska, and a different timestamp for each packet. The slow
+    path decodes every frame from the keyframe on and takes the timestamps from the frames. It
+    handles everything else (AVI, MPEG-TS, MPEG-4 part 2, VP9, AV1, ...), and starts over if the
     fast path finds damage, interlacing or a displayed frame that the decoder does not return. Both
     convert only the displayed frames.
     """
@@ -246,9 +247,9 @@ def run_fast_path(
     filters: CropFilters,
     clips: np.ndarray,
 ) -> list[int]:
-    """Decode all windows in one pass, by the timestamps of the packets.
+    """Decode all windows in one pass, using the timestamps of the packets.
 
-    Raises FastPathUnavailable if the file is not suited. The clips may be partly filled then.
+    Raises FastPathUnavailable if the file needs the slow path; some clips may be filled by then.
     """
     spans, segments = plan_windows(stream, starts, fps, clips.shape[2])
     destinations = {}  # pts -> where its frame is displayed
@@ -268,10 +269,10 @@ def run_fast_path(
 def plan_windows(
     stream: av.VideoStream, starts: list[int], fps: Fraction, num_frames: int
 ) -> tuple[list[tuple[int, Span]], list[list[av.Packet]]]:
-    """Plan which frames the windows display, and read the packets that these need.
+    """Plan which frames the windows display, and read the packets that they need.
 
-    Returns (window, span) pairs, the span's frame being a pts, and segments: lists of packets in
-    decoding order, each starting at a keyframe.
+    Returns (window, span) pairs, in which the span's frame is a pts, and segments: lists of packets
+    in decoding order, each starting at a keyframe.
     """
     units_per_us = 1 / (US_PER_S * stream.time_base)
     ticks_per_unit = stream.time_base * fps
@@ -284,8 +285,8 @@ def plan_windows(
         limit = math.ceil((num_frames - Fraction(1, 2)) / ticks_per_unit) - offset
         count, planned = 0, []
         while not planned or planned[-1].end < num_frames:
-            # A packet follows at most 16 others whose frames are presented later. A clip in a
-            # long gap may need more packets: the gap's length in ticks is not known before.
+            # At most 16 packets with later frames can precede a packet. A clip within a long gap
+            # may need more packets, because the gap's length in ticks is not known in advance.
             count = 2 * count + 17
             reader.read_past(limit, count)
             planned = plan_window(reader, offset, num_frames, ticks_per_unit)
@@ -296,9 +297,9 @@ def plan_windows(
 
 
 class SegmentReader:
-    """Reads packets into segments, dicts pts -> packet that start at a keyframe.
+    """Read packets into segments: dicts pts -> packet, each starting at a keyframe.
 
-    Raises FastPathUnavailable at damage, and where a seek may give other frames.
+    Raises FastPathUnavailable on damage, or if a seek could lead to other frames.
     """
 
     def __init__(self, stream: av.VideoStream):
@@ -317,8 +318,8 @@ class SegmentReader:
         packet = self.read_packet()
         if packet is None or not packet.is_keyframe:
             raise FastPathUnavailable
-        # A second seek may know more keyframes than a fresh one, which makes no difference if it
-        # leads to an IDR picture.
+        # At a second seek, the demuxer may know more keyframes than in a newly opened file. This
+        # makes no difference if the seek leads to an IDR picture.
         if self.segments and not is_idr(packet, self.stream.codec_context):
             raise FastPathUnavailable
         self.overlaps = bool(self.segments) and packet.pts in self.segments[-1]
@@ -327,7 +328,7 @@ class SegmentReader:
         self.at_end = False
 
     def covers(self, pts: int) -> bool:
-        """Return whether decoding the last segment and on gives the same as a seek to pts."""
+        """Return whether decoding on from the last segment gives the frames of a seek to pts."""
         segment = self.segments[-1]
         if not self.at_end and pts > max(segment):
             return False
@@ -357,7 +358,7 @@ class SegmentReader:
                 raise FastPathUnavailable
 
     def read_packet(self) -> av.Packet | None:
-        """Return the next packet, None at the end of the file."""
+        """Return the next packet, or None at the end of the file."""
         try:
             packet = next(self.packets)
         except (StopIteration, av.error.FFmpegError):
@@ -372,7 +373,7 @@ class SegmentReader:
 def plan_window(
     reader: SegmentReader, offset: int, num_frames: int, ticks_per_unit: Fraction
 ) -> list[Span]:
-    """Return the spans, with a pts as frame, of the window that starts at pts -offset."""
+    """Return the spans of the window that starts at pts -offset; each span's frame is a pts."""
     segment = reader.segments[-1]
     times = sorted(pts for pts, packet in segment.items() if not packet.is_discard)
     times = times[bisect.bisect_left(times, -offset) :]
@@ -396,8 +397,9 @@ def plan_window(
 def decode_displayed(
     packets: list[av.Packet], displayed: Collection[int], context: av.VideoCodecContext
 ) -> Iterator[av.VideoFrame]:
-    """Decode those frames of a segment whose pts is in `displayed`."""
-    # Frames that no other refers to can be skipped. H.265 marks them only within a layer.
+    """Decode the frames of a segment whose pts is in `displayed`."""
+    # Frames that no other frame refers to can be skipped. H.265 marks them only within a temporal
+    # layer.
     can_skip = context.name == "h264" or all(
         parse_slice(packet, context)[1] == 1 for packet in packets
     )
@@ -421,21 +423,21 @@ def decode_displayed(
                 if frame.pts in displayed:
                     yield frame
         depth = context.reorder_depth
-        context.flush_buffers()  # for the next segment; it may forget the depth
+        context.flush_buffers()  # for the next segment; this may reset the depth
         context.reorder_depth = depth
     except av.error.FFmpegError:
         raise FastPathUnavailable from None
 
 
 def is_idr(packet: av.Packet, context: av.VideoCodecContext) -> bool:
-    """Return whether a packet is an IDR picture: no later one refers to one before it."""
+    """Return whether a packet is an IDR picture: no later picture refers to an earlier one."""
     return parse_slice(packet, context)[0] in ((5,) if context.name == "h264" else (19, 20))
 
 
 def parse_slice(packet: av.Packet, context: av.VideoCodecContext) -> tuple[int, int]:
     """Return the NAL unit type of a packet's first slice, and in H.265 its temporal id plus 1.
 
-    (0, 0) if there is no slice, or the packet does not have the form of MP4 and Matroska.
+    Returns (0, 0) if there is no slice, or if the packet's layout is not that of MP4 and Matroska.
     """
     h264 = context.name == "h264"
     extradata = context.extradata or b""
@@ -454,11 +456,11 @@ def parse_slice(packet: av.Packet, context: av.VideoCodecContext) -> tuple[int, 
 def run_slow_path(
     path: FilePath, starts: list[int], fps: Fraction, filters: CropFilters, clips: np.ndarray
 ) -> list[int]:
-    """Decode every frame from the keyframe on; windows that seek to one packet share a pass."""
+    """Decode every frame from the keyframe on; windows with the same first packet share a pass."""
     converter = FrameConverter(path, filters)
     passes, spans = {}, []
     with open_video(path) as stream:
-        # Where timestamps may jump (MPEG-TS, MPEG-PS) the windows' clocks could part.
+        # If timestamps may jump (MPEG-TS, MPEG-PS), the windows' clocks could diverge.
         may_share = len(starts) > 1 and not stream.container.format.flags & AVFMT_TS_DISCONT
     for window, start in enumerate(starts):
         packet_id = find_first_packet(path, start) if may_share else None
@@ -475,7 +477,7 @@ def run_slow_path(
 
 
 def count_frames(spans: Iterable[tuple[int, Span]], windows: int) -> list[int]:
-    """Return how many frames each window displays, of all its (window, span) pairs."""
+    """Return how many frames each window displays, given the (window, span) pairs of all."""
     counts = [0] * windows
     for window, span in spans:
         counts[window] = max(counts[window], span.end)
@@ -485,10 +487,10 @@ def count_frames(spans: Iterable[tuple[int, Span]], windows: int) -> list[int]:
 def run_pass(
     stream: av.VideoStream, offset: int, delays: dict[int, int], fps: Fraction, num_frames: int
 ) -> Iterator[tuple[int, Span]]:
-    """Decode on from a seek, and yield (window, span) pairs.
+    """Decode from the current position and yield (window, span) pairs.
 
-    offset: as `seek` returns it. delays: window -> its start, from that of the seek on. Both in
-    microseconds.
+    offset: as returned by `seek`. delays: window -> its start, relative to the start of the seek.
+    Both are in microseconds.
     """
     units_per_us = 1 / (US_PER_S * stream.time_base)
     ticks_per_unit = stream.time_base * fps
@@ -515,9 +517,10 @@ def run_pass(
 
 
 def find_first_packet(path: FilePath, start: int) -> tuple | None:
-    """Return what identifies the packet to which a seek to `start` (us) leads.
+    """Return the pts, dts and position of the packet that a seek to `start` (us) leads to.
 
-    Windows that share it share all packets that follow. None if it cannot be identified.
+    Windows with the same first packet also share all later ones. Returns None if the packet cannot
+    be identified.
     """
     with open_video(path) as stream:
         seek(stream, start)
@@ -529,7 +532,7 @@ def find_first_packet(path: FilePath, start: int) -> tuple | None:
 
 def copy_picture(picture: np.ndarray, frames: np.ndarray) -> None:
     """Copy a picture [height, width, 3] to each of frames [3, n, height, width]."""
-    for channel in range(3):  # three copies of a plane are quicker than one with its axes moved
+    for channel in range(3):  # three copies of a plane are faster than one with its axes moved
         frames[channel] = picture[:, :, channel]
 
 
@@ -567,4 +570,4 @@ def check_decodable(path: FilePath) -> None:
     with open_video(path) as stream:
         _, _, frame = next(decode_file(stream))
         if frame is None:
-            raise DecodeError(f"{path}: no frame of it can be decoded")
+            raise DecodeError(f"{path}: no frame can be decoded")

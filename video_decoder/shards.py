@@ -1,19 +1,20 @@
-"""Read videos in tar files in place: `SHARD.tar/MEMBER` is the path of one, as in a folder.
+"""Read videos in tar files in place, under the path `SHARD.tar/MEMBER`.
 
-A shard is an uncompressed tar file whose name ends in .tar. FFmpeg opens the bytes of one member
-only, through its `subfile` protocol. Where they are is in the shard's index, `SHARD.tar.index`,
-which is made on first use. If the shard's folder is not writable, the index is in the user's cache
-folder; if that is not either, in the memory of each process. An index is of one size and
-modification time of its shard: with others it is made again. All integers are little-endian:
+A shard is an uncompressed tar file whose name ends in .tar. FFmpeg opens only the bytes of one
+member, through its `subfile` protocol. The shard's index, `SHARD.tar.index`, has the position of
+each member and is written on first use. If the shard's folder is not writable, the index is written
+to the user's cache folder; if that is not writable either, each process keeps it in memory. An
+index records the size and modification time of its shard, and is rebuilt if they have changed. All
+integers are little-endian:
 
     header     magic, CRC-32 of the rest, size and modification time (ns) of the shard, number of
                members, byte at which the shard is damaged or -1
     starts     int64 [members], first byte in the shard; -f if the member has fault f, see FAULTS
     sizes      int64 [members], bytes
-    ends       int64 [members], of the names
-    names      joined, sorted
+    ends       int64 [members], where each member's name ends in `names`
+    names      the members' names, sorted and joined
 
-A name of a shard that two members have is ambiguous, so neither is read.
+If two members have the same name, neither is read.
 """
 
 import bisect
@@ -37,8 +38,8 @@ from utils import atomic_write, escapes_root, find_files, log, one_line, printab
 from video_decoder.limits import DecodeError, FilePath
 
 SHARD = ".tar"
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm")  # of find_video, in order of preference
-# Of tar files in which nothing can be read in place.
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm")  # tried by find_video, in this order
+# Extensions of compressed tar files, which cannot be read in place.
 COMPRESSED = {".bz2", ".gz", ".lz4", ".tbz2", ".tgz", ".txz", ".xz", ".zst"}
 COMPRESSED_TAR = re.compile(r"\.(tar\.[^./]+|t[bgx]z2?)$", re.IGNORECASE)
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
@@ -50,20 +51,19 @@ FAULTS = (
     "",
     "leads out of the shard; pack it under another name",
     "is in the shard more than once; keep one",
-    "is a link or not a file; pack the file itself",
+    "is a link or a special file; pack the file itself",
     "is a sparse file; pack it without holes",
     "is cut short: the shard ends before it does; get the shard again",
 )
 OUTSIDE, DUPLICATE, NOT_A_FILE, SPARSE, CUT_SHORT = range(1, len(FAULTS))
-# Indexes that a process keeps mapped. They are in memory once for all processes, and need no open
-# file.
+# Indexes that a process keeps mapped. All processes share their memory, and no file stays open.
 OPEN_INDEXES = 4096
-MAX_HEADER_BYTES = 1 << 20  # of a member; more is an attempt to fill the memory
-HEADER_BUFFER = 1 << 13  # bytes; by default a network file system's, which may be megabytes
+MAX_HEADER_BYTES = 1 << 20  # of a member; a larger header is an attempt to exhaust the memory
+HEADER_BUFFER = 1 << 13  # bytes; the default is the file system's, on a network perhaps megabytes
 
 
 class UnusableMember(ValueError):
-    """Raised for a member of a shard that is there but cannot be read."""
+    """Raised for a member that is in a shard but cannot be read."""
 
 
 class Source(NamedTuple):
@@ -76,7 +76,7 @@ class Source(NamedTuple):
 
     @property
     def url(self) -> str:
-        """Return what FFmpeg opens. Nothing in the file's name has a special meaning in it."""
+        """Return the URL for FFmpeg, in which no part of the file's name has a special meaning."""
         if self.start is None:
             return f"file:{self.file}"
         return f"subfile,,start,{self.start},end,{self.start + self.size},,:file:{self.file}"
@@ -125,21 +125,21 @@ class MemberFile(io.RawIOBase):
 
 
 def is_shard(path: FilePath) -> bool:
-    """Whether this path is a shard by its name, and a file."""
+    """Return whether a path has the name of a shard and is a file."""
     return os.fsdecode(path).lower().endswith(SHARD) and os.path.isfile(path)
 
 
 def locate(path: FilePath) -> Source:
     """Find the bytes of a video.
 
-    Raises OSError, such as FileNotFoundError; UnusableMember; or ValueError for what is no regular
-    file, as FFmpeg would also open folders, pipes and devices, or in a shard that is none.
+    Raises OSError, such as FileNotFoundError; UnusableMember; or ValueError if the path is not a
+    regular file (FFmpeg would also open folders, pipes and devices) or its shard is not a tar file.
     """
     name = os.fsdecode(path)
     for match in SHARD_IN_PATH.finditer(name):
         shard = name[: match.end()]
         status = os.stat(shard)
-        if stat.S_ISREG(status.st_mode):  # else a folder of that name
+        if stat.S_ISREG(status.st_mode):  # otherwise a folder of that name
             return locate_member(shard, status, name[match.end() :])
     status = os.stat(name)
     if not stat.S_ISREG(status.st_mode):
@@ -148,7 +148,7 @@ def locate(path: FilePath) -> Source:
 
 
 def locate_member(shard: str, status: os.stat_result, name: str) -> Source:
-    """Find the bytes of a member of a shard, see locate."""
+    """Find the bytes of a member of a shard; see locate."""
     index = open_index(shard, status.st_size, status.st_mtime_ns, status.st_ino)
     number = index.find(os.fsencode(plain_name(name)))
     if number is None:
@@ -160,7 +160,7 @@ def locate_member(shard: str, status: os.stat_result, name: str) -> Source:
 
 
 def find_source(path: FilePath) -> Source:
-    """Find the bytes of a video, as `locate` does. Raises DecodeError."""
+    """Find the bytes of a video like `locate`, but raise DecodeError."""
     try:
         return locate(path)
     except (OSError, ValueError) as error:
@@ -168,7 +168,7 @@ def find_source(path: FilePath) -> Source:
 
 
 def video_exists(path: FilePath) -> bool:
-    """Whether a path is a file, or in a shard, usable or not."""
+    """Return whether a video exists, as a file or in a shard, even if it cannot be read."""
     try:
         locate(path)
     except UnusableMember:
@@ -179,19 +179,19 @@ def video_exists(path: FilePath) -> bool:
 
 
 def find_video(*stems: FilePath) -> Path:
-    """Return the first path `<stem><one of VIDEO_SUFFIXES>` of which there is a video.
+    """Return the first path `<stem><suffix>` that exists, with the suffixes VIDEO_SUFFIXES.
 
-    If there is none, the first of those that could be.
+    If none exists, return the first of them.
     """
     paths = [Path(f"{os.fspath(stem)}{suffix}") for stem in stems for suffix in VIDEO_SUFFIXES]
     return next(filter(video_exists, paths), paths[0])
 
 
 def walk_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
-    """Yield the paths, relative to a folder or a shard, of the files in it and in its shards.
+    """Yield the files in a folder and its shards, or in one shard, as paths relative to it.
 
-    extensions: of the files, in lower case, with the dot. What cannot be used of a shard is logged,
-    a line each, and skipped. Raises OSError if a folder or file cannot be read.
+    extensions: of the files, in lower case, with the dot. Unusable shards and members are skipped
+    and logged, one line each. Raises OSError if a folder or file cannot be read.
     """
     if is_shard(root):
         yield from list_members(os.fsdecode(root), extensions)
@@ -210,7 +210,7 @@ def walk_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning. A command walks a folder twice, for videos and for captions beside them."""
+    """Log a warning once, although commands walk a folder twice, for videos and for captions."""
     log.warning("%s", message)
 
 
@@ -224,15 +224,15 @@ def list_members(shard: str, extensions: Collection[str]) -> Iterator[str]:
         return
     if index.damaged_at >= 0:
         warn_once(
-            f"{printable(shard)}: is cut short or damaged at byte {index.damaged_at}; only what is "
-            "before is used"
+            f"{printable(shard)}: is cut short or damaged at byte {index.damaged_at}; only the "
+            "members before it are used"
         )
     for number in range(len(index)):
         name = os.fsdecode(index.name(number))
         if os.path.splitext(name)[1].lower() not in extensions:
             continue
         start = index.starts[number].item()
-        if start >= 0 and escapes_root(name):  # the index was not made here
+        if start >= 0 and escapes_root(name):  # the index may be hostile
             start = -OUTSIDE
         if start < 0:
             warn_once(f"skipped: {printable(f'{shard}/{name}')}: {FAULTS[-start]}")
@@ -241,7 +241,7 @@ def list_members(shard: str, extensions: Collection[str]) -> Iterator[str]:
 
 
 def plain_name(name: str) -> str:
-    """Return a member's name as paths have it: `./a//b` is `a/b`."""
+    """Normalize a member's name to the form of paths: `./a//b` becomes `a/b`."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
@@ -252,7 +252,7 @@ class ShardIndex:
     """The members of a shard, sorted by name. See the module's docstring for the arrays."""
 
     def __init__(self, content: np.ndarray):
-        """content: uint8 [bytes] of an index file. Raises ValueError if it is none."""
+        """Parse an index file. content: uint8 [bytes]. Raises ValueError if it is invalid."""
         rest = content[HEADER.size :]
         header = content[: HEADER.size].tobytes()
         if len(header) < HEADER.size or not header.startswith(MAGIC):
@@ -264,7 +264,7 @@ class ShardIndex:
             raise ValueError("is damaged")
         self.starts, self.sizes, self.ends = rest[: 24 * count].view("<i8").reshape(3, count)
         self.names = rest[24 * count :]
-        # Whoever can write beside a shard must not choose what else is read. No sum overflows.
+        # A hostile index must not lead to bytes outside the shard. No sum here can overflow.
         ends = [0, *self.ends[:1], *self.ends[-1:], len(self.names)]
         if not (
             np.all((self.starts > -len(FAULTS)) & (self.sizes >= 0) & (self.sizes <= self.size))
@@ -282,14 +282,14 @@ class ShardIndex:
         return self.names[start : self.ends[number]].tobytes()
 
     def find(self, name: bytes) -> int | None:
-        """Return the number of a member, None if there is none of that name."""
+        """Return the number of the member of that name, or None."""
         number = bisect.bisect_left(range(len(self)), name, key=self.name)
         return number if number < len(self) and self.name(number) == name else None
 
 
 @functools.lru_cache(OPEN_INDEXES)
 def open_index(shard: str, size: int, mtime_ns: int, inode: int) -> ShardIndex:
-    """Open the index of a shard, whose status this is; make it if there is none that fits.
+    """Open the index of a shard of this size, time and inode; build it if there is no valid one.
 
     Raises OSError, or ValueError if the file is not a shard.
     """
@@ -313,7 +313,7 @@ def open_index(shard: str, size: int, mtime_ns: int, inode: int) -> ShardIndex:
 
 
 def cache_path(shard: str) -> str:
-    """Return where the index of a shard is whose folder is not writable."""
+    """Return the path of a shard's index in the user's cache folder."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()
     return os.path.join(folder, "milnce", f"{name}.index")
@@ -322,11 +322,11 @@ def cache_path(shard: str) -> str:
 def read_index(path: str, size: int, mtime_ns: int) -> ShardIndex | None:
     """Memory-map the index of a shard of this size and time.
 
-    None if it is absent, damaged or of another size or time.
+    Returns None if the index is absent, damaged or for another size or time.
     """
     try:
         length = os.path.getsize(path)
-        # Unlike Python's mmap it keeps no file open.
+        # Unlike Python's mmap, torch.from_file keeps no file open.
         content = torch.from_file(path, size=length, dtype=torch.uint8).numpy()
     except UnicodeEncodeError:
         content = np.fromfile(path, np.uint8)
@@ -340,7 +340,7 @@ def read_index(path: str, size: int, mtime_ns: int) -> ShardIndex | None:
 
 
 def make_index(shard: str, size: int, mtime_ns: int) -> bytes:
-    """Read the headers of a shard, and return the content of its index. See open_index."""
+    """Read the headers of a shard and return the content of its index. See open_index."""
     members, damaged_at = read_headers(shard, size)
     names = sorted(members)
     arrays = [
@@ -374,13 +374,13 @@ def read_headers(shard: str, length: int) -> tuple[dict[bytes, tuple[int, int]],
             raise ValueError(f"is not a tar file ({one_line(error)})") from None
         try:
             while member := tar.next():
-                tar.members = []  # which would grow
+                tar.members = []  # tarfile appends each member
                 if member.isdir():
                     continue
                 name, place = describe_member(member, length)
                 members[name] = (-DUPLICATE, 0) if name in members else place
             file.seek(tar.offset)
-            # What follows the end mark is zeros, unless two files were joined.
+            # Only zeros follow the end marker, unless two files were concatenated.
             end = file.read(MAX_HEADER_BYTES)
             complete = len(end) >= tarfile.BLOCKSIZE and not end.strip(b"\0")
         except OSError:
@@ -405,7 +405,7 @@ def describe_member(member: tarfile.TarInfo, length: int) -> tuple[bytes, tuple[
 
 
 class HeaderFile:
-    """A shard as tarfile reads it, without the reads of a hostile one that would not end."""
+    """A shard opened for tarfile, without the endless reads that a hostile one could cause."""
 
     def __init__(self, file: io.BufferedReader, length: int):
         self.file, self.length = file, length
@@ -417,7 +417,7 @@ class HeaderFile:
         return self.file.read(size)
 
     def seek(self, position: int) -> int:
-        # tarfile reads the last byte before a header again.
+        # tarfile rereads the last byte before a header.
         if not self.file.tell() - 1 <= position <= self.length:
-            raise tarfile.ReadError("a header leads back, or past the end")
+            raise tarfile.ReadError("a header points backwards, or past the end")
         return self.file.seek(position)

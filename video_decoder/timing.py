@@ -59,10 +59,10 @@ class FpsFilter:
 
 
 def sync_to_constant_rate(frames: Iterable[tuple[float, float, Any]]) -> Iterator[tuple[Any, int]]:
-    """Apply the muxer's frame sync where no fps filter ran (CFR video sync of fftools).
+    """Apply the muxer's frame sync if no fps filter ran (CFR video sync of fftools).
 
-    frames: (time, duration, frame), both in output frames. Yields (frame, copies): the output
-    displays `frame` so many times in a row.
+    frames: (time, duration, frame), times in output frames. Yields (frame, copies): the output
+    displays `frame` `copies` times in a row.
     """
     next_time, history, previous = 0, [0, 0, 0], None
     for time, duration, frame in frames:
@@ -102,5 +102,5 @@ def to_output_frames(pts: int, time_base: Fraction, rate: Fraction) -> float:
 
 
 def window_length(num_frames: int, fps: Fraction) -> int:
-    """Return the -t of the command, in microseconds."""
+    """Return the value of the command's -t option, in microseconds."""
     return round((num_frames / fps + Fraction(1, 10)) * US_PER_S)

@@ -1,28 +1,30 @@
-"""Prepare HowTo100M: from what its authors publish to what the training reads.
+"""Prepare HowTo100M: pack its captions into a store, and list the videos to train on.
 
     python data/howto100m/prepare.py pack --caption_root SOURCE --out STORE
     python data/howto100m/prepare.py list --video_path VIDEOS --caption_root CAPTIONS
 
-`pack` makes a caption store of a folder of caption files, in the same folders as the videos, or of
-one file for all videos. The folder has a file per video, of any of these formats:
+`pack` makes a caption store from a folder of caption files, which has the same subfolders as that
+of the videos, or from one file for all videos. The folder has one file per video, in any of these
+formats:
 
-    <video>.csv                     start, end, text; of HowTo100M
+    <video>.csv                     start, end, text, as in HowTo100M
     <video>.json                    Whisper's or WhisperX's
-    <video>.en.vtt, <video>.en.srt  subtitles as yt-dlp leaves them, also without the language
+    <video>.en.vtt, <video>.en.srt  subtitles as yt-dlp writes them, also without the language
 
-If a video has several, the first that can be used counts, in that order. Those that state another
-language than --language are not used. YouTube's automatic subtitles repeat lines while they roll;
-the store has each once. The one file is JSON (caption.json or raw_caption.json of HowTo100M, or the
-sentencified one: {video id: {"start": [...], "end": [...], "text": [...]}}) or HTM-AA's CSV file
-(vid, timestamp, text). A video finds its captions by its path without extension, as in the folder.
-In the store of one file, and with --by_id in that of a folder, it also finds them by its file name
-alone, whatever folder it is in. Videos without a usable caption are reported and skipped.
+If a video has several, the first usable one in this order is taken. Files that state another
+language than --language are skipped. YouTube's automatic subtitles repeat lines as they roll; the
+store has each line once. The one file is JSON (caption.json or raw_caption.json of HowTo100M, or
+the sentencified one: {video id: {"start": [...], "end": [...], "text": [...]}}) or HTM-AA's CSV
+file (vid, timestamp, text). Captions are looked up by the video's path without extension. In the
+store of one file, or of a folder with --by_id, they are also looked up by its file name alone,
+whatever its folder. Videos without usable captions are reported and skipped.
 
-`list` writes the training's video list: the files below VIDEOS that have captions in CAPTIONS,
-which is any source of pack or a store. It compares names and opens no file of a folder, except for
---min_captions, which counts captions, and for --min_duration and --max_duration, which open each
-video. --exclude skips the videos of evaluations. It takes HTM-Align's JSON, CrossTask's
-videos.csv or videos_val.csv, YouCook2's table or official JSON, or a list with an id per line.
+`list` writes the video list for training: the files below VIDEOS that have captions in CAPTIONS, a
+store or any source of `pack`. It compares file names. It opens files in a folder only to tell JSON
+captions from metadata, to count captions (--min_captions), and to read the duration of videos
+(--min_duration, --max_duration). --exclude skips the videos of evaluations. It takes HTM-Align's
+JSON, CrossTask's videos.csv or videos_val.csv, YouCook2's table or official JSON, or a list with
+one id per line.
 """
 
 import argparse
@@ -42,6 +44,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from annotations.tables import plural
 from annotations.video_ids import read_video_ids
 from args import Parser, check_absent, check_new_output, files_below, not_negative, positive
 from captions.packing import write_store
@@ -61,11 +64,11 @@ from utils import DataError, InputError, atomic_write, input_error, printable, r
 
 
 class Packed(NamedTuple):
-    """What a store has, and by video why others are skipped."""
+    """How many videos and captions are in a store, and the errors of the skipped videos."""
 
     videos: int
     captions: int
-    left_out: dict[str, CaptionError]
+    skipped: dict[str, CaptionError]
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -77,21 +80,26 @@ def pack(options: argparse.Namespace) -> None:
     packed = pack_source(
         source, options.out, by_id=by_id, language=options.language, workers=options.num_workers
     )
-    unusable, others = report_left_out(packed.left_out)
-    print(f"{options.out}: {packed.captions:,} captions of {packed.videos:,} videos", end="")
-    print(f"; {unusable:,} videos have no usable caption" if unusable else "")
+    unusable, others = report_skipped(packed.skipped)
+    counts = f"{plural(packed.captions, 'caption')} of {plural(packed.videos, 'video')}"
+    print(f"{options.out}: {counts}", end="")
+    print(f"; {plural(unusable, 'video')} without usable captions" if unusable else "")
     if others:
         print(f"skipped: {others}")
 
 
-def report_left_out(left_out: dict[str, CaptionError]) -> tuple[int, str]:
-    """Print why videos have no usable caption. Returns how many, and those in other languages."""
-    others = Counter(e.language for e in left_out.values() if isinstance(e, OtherLanguage))
-    unusable = [e for e in left_out.values() if not isinstance(e, OtherLanguage)]
+def report_skipped(skipped: dict[str, CaptionError]) -> tuple[int, str]:
+    """Print why videos have no usable captions.
+
+    Returns the number of these videos, and a description of those in other languages.
+    """
+    others = Counter(e.language for e in skipped.values() if isinstance(e, OtherLanguage))
+    unusable = [e for e in skipped.values() if not isinstance(e, OtherLanguage)]
     for error in unusable:
         print(f"skipped: {error}", file=sys.stderr)
     counts = ", ".join(f"{printable(tag)} {n:,}" for tag, n in others.most_common())
-    return len(unusable), f"{others.total():,} videos in other languages ({counts})" * bool(others)
+    described = f"{plural(others.total(), 'video')} in other languages ({counts})"
+    return len(unusable), described * bool(others)
 
 
 def pack_source(
@@ -103,22 +111,22 @@ def pack_source(
     workers: int,
     flag: str = "--caption_root",
 ) -> Packed:
-    """Write the store of a source. flag: the one that named the source. Raises InputError."""
+    """Pack a source into a store. flag: the one that named the source. Raises InputError."""
     with input_error(flag):
         outcomes = iter_captions(source, workers, by_id=by_id, language=language)
-    left_out, formats = {}, Counter()
+    skipped, formats = {}, Counter()
 
     def usable():
         with input_error(flag):
             for name, captions, kind in outcomes:
                 if isinstance(captions, CaptionError):
-                    left_out[name] = captions
+                    skipped[name] = captions
                 else:
                     formats[kind] += 1
                     yield name, *captions
             if not formats:
-                unusable, others = report_left_out(left_out)
-                unusable = f"{unusable:,} videos have none that are intact" * bool(unusable)
+                unusable, others = report_skipped(skipped)
+                unusable = f"{plural(unusable, 'video')} with invalid captions" * bool(unusable)
                 reasons = "; ".join(filter(None, (unusable, others)))
                 advice = "give another source" + " or --language" * bool(others)
                 raise DataError(source, f"has no captions that can be used: {reasons}; {advice}")
@@ -126,27 +134,35 @@ def pack_source(
     origin = {"source": str(source), "formats": formats, "language": language}
     with closing(outcomes), input_error("--out"):
         counts = write_store(out, usable(), by_id=by_id, origin=origin)
-    return Packed(*counts, left_out)
+    return Packed(*counts, skipped)
 
 
 # ---- list ----------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
-    """The captions of a source: how many each video has, and what cannot be used."""
+    """The captions of a source: how many each video has, and which cannot be used."""
 
-    counts: dict[str, int]  # by the videos' names; 1 where they are not counted
+    counts: dict[str, int]  # by the videos' names; 1 if captions are not counted
     by_id: bool
     unusable: set[str]
     others: set[str]  # in another language
 
 
+class Skipped(NamedTuple):
+    """Videos that are not in the list."""
+
+    names: Collection[str]
+    reason: str  # continues "2 videos"
+    note: str = ""
+
+
 def make_list(options: argparse.Namespace) -> None:
-    from video_decoder import EXTENSIONS  # loads torch, for which --help should not wait
+    from video_decoder import EXTENSIONS  # imports torch, which would slow down --help
 
     check_new_output(options.out, "out")
     if options.min_duration > options.max_duration:
-        raise InputError("--min_duration is above --max_duration; no video is between them")
+        raise InputError("--min_duration is above --max_duration; lower it")
     videos = files_below(options.video_path, "video_path", EXTENSIONS)
     if not videos:
         raise InputError(f"--video_path: there is no video in {options.video_path}")
@@ -161,45 +177,47 @@ def make_list(options: argparse.Namespace) -> None:
         pairs, without, unlistable = pair(videos, names, by_id)
 
     alone = 0 if by_id else sum(PurePosixPath(video).stem in names for video in without)
-    hint = f" ({alone:,} have by their names alone: pack the captions with --by_id)" * bool(alone)
+    hint = f" ({alone:,} would match by file name alone; pack the captions with --by_id)"
+    hint *= bool(alone)
     if not pairs:
         [video] = (without or unlistable)[:1]
         looked_for = printable(" or ".join(lookup_keys(video, by_id)))
         raise InputError(
-            f"--caption_root: none of {len(videos):,} videos has captions in {options.caption_root}"
-            f": {looked_for} is not among them, {printable(min(names))} is{hint}"
+            f"--caption_root: none of {len(videos):,} videos has captions in "
+            f"{options.caption_root}, which has those of {printable(min(names))} but not of "
+            f"{looked_for}{hint}"
         )
-    unpaired = names - pairs.keys()
-    left_out = [  # (which, what they are, more about them)
-        (without, "videos without captions", hint),
-        (unlistable, "videos whose name is not UTF-8 or has a line end in it", ""),
-        (unpaired, "captions without a video", ""),
-        (found.unusable, "videos whose captions are unusable", ""),
-        (found.others, "videos whose captions are in another language", ""),
+    skipped = [
+        Skipped(without, "without captions", hint),
+        Skipped(unlistable, "whose name is not UTF-8 or contains a line break"),
+        Skipped(names - pairs.keys(), "with captions but without a file"),
+        Skipped(found.unusable, "whose captions are unusable"),
+        Skipped(found.others, "whose captions are in another language"),
     ]
     excluded = {path: find_excluded(pairs.values(), ids) for path, ids in exclude.items()}
     of_evaluations = {video for some in excluded.values() for video in some}
     pairs = {name: video for name, video in pairs.items() if video not in of_evaluations}
-    left_out += [(some, f"videos of {printable(path)}", "") for path, some in excluded.items()]
+    skipped += [Skipped(some, f"of {printable(path)}") for path, some in excluded.items()]
     few = [name for name in pairs if found.counts[name] < options.min_captions]
-    what = f"videos with fewer than {options.min_captions} captions"
-    left_out.append(([pairs.pop(name) for name in few], what, ""))
+    reason = f"with fewer than {options.min_captions} captions"
+    skipped.append(Skipped([pairs.pop(name) for name in few], reason))
     if (options.min_duration, options.max_duration) != (0, math.inf):
-        left_out += take_by_duration(pairs, options)
+        skipped += remove_by_duration(pairs, options)
+    skipped = [some for some in skipped if some.names]
     if not pairs:
-        counts = "; ".join(f"{len(some):,} {what}" for some, what, _ in left_out if some)
+        counts = "; ".join(f"{plural(len(some.names), 'video')} {some.reason}" for some in skipped)
         raise InputError(f"--video_path: no video is left for the list: {counts}")
     with input_error("--out"):
         write_list(options.out, pairs.values())
-    print(f"{options.out}: {len(pairs):,} videos with captions")
-    for some, what, more in left_out:
-        if some:
-            print(f"skipped: {len(some):,} {what}, such as {printable(min(some))}{more}")
+    print(f"{options.out}: {plural(len(pairs), 'video')} with captions")
+    for some, reason, note in skipped:
+        example = printable(min(some))
+        print(f"skipped: {plural(len(some), 'video')} {reason}, such as {example}{note}")
     for path in exclude:
         if not excluded[path]:
             print(
-                f"--exclude: no video has an id of {printable(path)}; an id is a file's name, or "
-                "the end of it in brackets",
+                f"--exclude: no video has an id in {printable(path)}; an id is a file's name, or "
+                "the part in brackets at its end",
                 file=sys.stderr,
             )
 
@@ -207,8 +225,8 @@ def make_list(options: argparse.Namespace) -> None:
 def find_captions(root: str, language: str, count: bool, num_workers: int) -> Found:
     """Find the captions in a folder, a store or a file for all videos.
 
-    count: read the files of a folder, to count their captions; otherwise names are compared, and
-    only JSON is read, as it may be a video's metadata. Raises DataError or OSError.
+    count: read the files in a folder to count their captions. Otherwise only JSON files are read,
+    because they may be metadata. Raises DataError or OSError.
     """
     if is_store(root):
         store = CaptionStore(root)
@@ -241,9 +259,9 @@ def find_captions(root: str, language: str, count: bool, num_workers: int) -> Fo
 
 
 def find_excluded(videos: Iterable[str], ids: set[str]) -> list[str]:
-    """Return the videos of these ids.
+    """Return the videos with these ids.
 
-    A video's id is its file's name, or the end of it in brackets, as yt-dlp names files.
+    A video's id is its file's name, or the part in brackets at its end, as yt-dlp names files.
     """
 
     def is_excluded(video):
@@ -254,13 +272,8 @@ def find_excluded(videos: Iterable[str], ids: set[str]) -> list[str]:
     return [video for video in videos if is_excluded(video)]
 
 
-def take_by_duration(
-    pairs: dict[str, str], options: argparse.Namespace
-) -> list[tuple[list[str], str, str]]:
-    """Take out of the pairs the videos that are too short, too long, or not known to be neither.
-
-    Returns each kind, what it is, and more about it.
-    """
+def remove_by_duration(pairs: dict[str, str], options: argparse.Namespace) -> list[Skipped]:
+    """Remove the videos that are too short, too long or of unknown duration from the pairs."""
     short, long, unknown, reasons = [], [], [], []
     with multiprocessing.pool.ThreadPool(options.num_workers) as pool:
         paths = [os.path.join(options.video_path, video) for video in pairs.values()]
@@ -277,15 +290,16 @@ def take_by_duration(
         else:
             continue
         del pairs[name]
+    note = "".join(f" ({reason})" for reason in reasons[:1])
     return [
-        (short, f"videos shorter than {options.min_duration:g} s", ""),
-        (long, f"videos longer than {options.max_duration:g} s", ""),
-        (unknown, "videos whose duration cannot be read", "".join(f" ({r})" for r in reasons[:1])),
+        Skipped(short, f"shorter than {options.min_duration:g} s"),
+        Skipped(long, f"longer than {options.max_duration:g} s"),
+        Skipped(unknown, "whose duration cannot be read", note),
     ]
 
 
 def read_duration(path: str) -> float | str:
-    """Return a video's duration in seconds, or why it is not known."""
+    """Return a video's duration in seconds, or the reason why it cannot be read."""
     from video_decoder import DecodeError, probe_duration
 
     try:
@@ -299,8 +313,8 @@ def pair(
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Pair videos with the names of their captions.
 
-    Returns {name: video}, the videos without captions, and those that a list cannot hold. Raises
-    ValueError if two videos have the same captions.
+    Returns {name: video}, the videos without captions, and those whose names a list cannot contain.
+    Raises ValueError if two videos have the same captions.
     """
     pairs, without, unlistable = {}, [], []
     duplicates = 0
@@ -315,8 +329,8 @@ def pair(
             print(f"duplicate: {printable(pairs[name])} and {printable(video)}", file=sys.stderr)
     if duplicates:
         raise ValueError(
-            f"{duplicates:,} videos have the captions of another one (see above), so they are the "
-            "same video; keep one"
+            f"{plural(duplicates, 'video')} with the captions of another one (see above); keep one "
+            "file of each video"
         )
     return pairs, without, unlistable
 
@@ -347,7 +361,7 @@ def parse_arguments(arguments=None):
     commands = parser.add_subparsers(required=True, metavar="pack|list")
 
     def add_common(add):
-        add("--language", default="en", help="of the captions, where stated (default: %(default)s)")
+        add("--language", default="en", help="of the captions, if stated (default: %(default)s)")
         add(
             "--num_workers",
             type=positive(int),
@@ -357,8 +371,8 @@ def parse_arguments(arguments=None):
 
     add = commands.add_parser("pack", help="make one caption store").add_argument
     add("--caption_root", required=True, help="folder of caption files, or one file for all videos")
-    add("--out", required=True, help="the store's folder, a new one")
-    add("--by_id", action="store_true", help="videos also find captions by file name alone")
+    add("--out", required=True, help="new folder for the store")
+    add("--by_id", action="store_true", help="look captions up by file name alone, too")
     add_common(add)
     commands.choices["pack"].set_defaults(run=pack)
 
@@ -370,16 +384,21 @@ def parse_arguments(arguments=None):
         "--min_duration",
         type=not_negative(float),
         default=0.0,
-        help="seconds; shorter videos are skipped",
+        help="seconds; skip shorter videos",
     )
-    add("--max_duration", type=positive(float), default=math.inf, help="seconds, likewise")
-    add("--min_captions", type=positive(int), default=1, help="fewest captions of a video")
+    add(
+        "--max_duration",
+        type=positive(float),
+        default=math.inf,
+        help="seconds; skip longer videos",
+    )
+    add("--min_captions", type=positive(int), default=1, help="skip videos with fewer captions")
     add(
         "--exclude",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="annotations of evaluations, or lists of ids: their videos are skipped",
+        help="skip the videos of these annotations of evaluations, or lists of ids",
     )
     add_common(add)
     commands.choices["list"].set_defaults(run=make_list)

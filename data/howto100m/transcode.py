@@ -1,17 +1,19 @@
 """Re-encode a tree of videos into a training store: the same names, much cheaper to decode.
 
 Every video becomes H.264 without sound: the short side scaled down to --short_side, --multiple
-frames for each frame that training at --fps takes, and an IDR frame every --keyint seconds. Names
-and folders stay the same, so only --video_path changes; the list and the captions fit. The
-container is MP4, whatever the extension (FFmpeg recognizes the content). Files are written
-atomically: a run that was stopped resumes with the same command.
+frames for each frame that training at --fps uses, and an IDR frame every --keyint seconds. Names
+and folders stay the same, so only --video_path changes; the list and the captions remain valid.
+The container is MP4, whatever the extension (FFmpeg recognizes the content). Files are written
+atomically: if a run is stopped, the same command resumes it.
 
-With --shards the store is tar files of about 1 GB, each written atomically, with a/b.mp4 in
-00000.tar/a/b.mp4: make the list again. Until their shard is full, videos are in STORE/unpacked.
+With --shards, the store consists of tar files of about 1 GB, each written atomically. a/b.mp4
+becomes 00000.tar/a/b.mp4, so the list has to be made again. Until their shard is full, videos are
+in STORE/unpacked.
 
 A lower --crf is closer to the source and larger, a longer --keyint smaller and slower to decode.
-The store is made for one --fps, from whole seconds on; at others its frames are a little early or
-late. benchmarks/RESULTS.md has the speed, the disk space and the PSNR of the defaults.
+A store is made for one --fps, and for clips that start on whole seconds; otherwise its frames are
+slightly early or late. benchmarks/RESULTS.md has the speed, the disk space and the PSNR of the
+defaults.
 """
 
 import argparse
@@ -47,12 +49,13 @@ PRESETS = [
 
 
 def store_filters(fps: int, multiple: int, short_side: int, size: tuple[int, int]) -> str:
-    """Make the -vf of the command. size: of the source's pictures, (width, height) or turned.
+    """Make the command's -vf option. size: (width, height) of the source, or the reverse.
 
-    Taken at `fps` from a whole second on, the store must show the very frames that the source
-    would. ffmpeg takes the last frame whose time rounds to at most n, halves up. Of an odd
-    multiple's store frames that is the middle one, of an even multiple's the one before the
-    middle, so the source's frames go into the store rounded to the nearest or rounded down.
+    Decoded at `fps` from a whole second on, the store must show the same frames as the source. As
+    output frame n, ffmpeg takes the last frame whose time rounds to at most n, halves up. Among
+    the store's frames for n, this is the middle one if `multiple` is odd, and the one before the
+    middle if it is even. So the times of the source's frames are rounded to the nearest store
+    frame, or down.
     """
     rounding = "near" if multiple % 2 else "down"
     return ",".join(
@@ -66,11 +69,11 @@ def store_filters(fps: int, multiple: int, short_side: int, size: tuple[int, int
 
 
 def scale_filters(short_side: int, short: int, long: int) -> list[str]:
-    """Scale pictures of short x long pixels down, so that their centre square stays the centre's.
+    """Scale pictures of short x long pixels down, without moving their central square.
 
-    Training crops the largest square, and FFmpeg moves a crop by a pixel to an even offset, as a
-    chroma sample is shared by two. So the source loses the columns beyond the square that it would
-    crop, and the store has a width at which the offset is even.
+    Training crops the largest square, and FFmpeg moves a crop by one pixel to an even offset,
+    because two pixels share a chroma sample. So up to three columns are cut off the source, which
+    centres the square that FFmpeg would crop, and the store has a width with an even offset.
     """
     if short <= short_side:
         return []
@@ -78,7 +81,7 @@ def scale_filters(short_side: int, short: int, long: int) -> list[str]:
     def oriented(long, short):
         return f"w=if(gt(iw\\,ih)\\,{long}\\,{short}):h=if(gt(ih\\,iw)\\,{long}\\,{short})"
 
-    # Of the picture, which may change its size midway.
+    # Expressions, because a video's picture size may change midway.
     longest, shortest = "max(iw\\,ih)", "min(iw\\,ih)"
     side = f"min({short_side}\\,{shortest})"
     filters = [f"scale={oriented(f'2*round({longest}*{side}/{shortest}/2)', side)}"]
@@ -87,7 +90,7 @@ def scale_filters(short_side: int, short: int, long: int) -> list[str]:
         centre = f"{shortest}+4*floor(({longest}-{shortest})/4)"
         filters.insert(0, f"crop={oriented(centre, shortest)}:x=0:y=0")
     if (2 * round(centred * short_side / short / 2) - short_side) % 4:
-        # Half of the rest is an odd number of pixels, which only unshared chroma lets it cut off.
+        # One column has to be cut off each side: an odd offset, which requires unshared chroma.
         even = f"{longest}-mod({longest}-{shortest}\\,4)"
         filters += ["format=yuv444p", f"crop={oriented(even, shortest)}"]
     return filters
@@ -104,16 +107,16 @@ def transcode(
     crf: int,
     preset: str,
 ) -> None:
-    """Write the store's version of a video. Raises DecodeError of one line, or OSError."""
-    import video_decoder  # loads torch, for which --help should not wait
+    """Write the store's version of a video. Raises DecodeError (one line) or OSError."""
+    import video_decoder  # imports torch, which would slow down --help
 
     size = video_decoder.probe_size(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: another run of the command may be writing the same video.
+    # A unique name, because another run may be writing the same video.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     frames = max(1, round(keyint * fps * multiple))
-    # With the default multiple every other frame, which training does not take, is one that no
-    # frame refers to: the decoder skips it. Clips start on whole seconds, and so do groups.
+    # With the default multiple, training uses every other frame. No frame refers to those in
+    # between, so the decoder skips them. Keyframes are on whole seconds, where clips start.
     x264 = f"keyint={frames}:min-keyint={frames}:scenecut=0:b-pyramid=none"
     x264 += f":b-adapt=0:bframes={min(multiple - 1, 3)}"
     command = [video_decoder.ffmpeg_program(), "-v", "error", "-nostdin", "-y", "-threads", "1"]
@@ -147,7 +150,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--short_side", type=int, default=256, help="pixels, at least 16 (256)")
     add("--keyint", type=positive(float), default=1.0, help="seconds between IDR frames (1)")
     add("--crf", type=int, default=23, help="x264's quality, 0 to 51 (23)")
-    add("--preset", default="medium", choices=PRESETS, help="x264's (medium)")
+    add("--preset", default="medium", choices=PRESETS, help="x264's preset (medium)")
     add("--num_workers", type=positive(int), default=os.cpu_count(), help="videos at a time")
     add(
         "--shards",
@@ -166,21 +169,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_settings(out: Path, settings: dict) -> None:
-    """Reject other settings than the store was made with, and keep those of a new one."""
+    """Raise InputError if a store has other settings; record the settings of a new one."""
     path = out / SETTINGS
     if not path.is_file():
         with atomic_write(path) as file:
             file.write(json.dumps(settings).encode() + b"\n")
     elif (kept := json.loads(path.read_text())) != settings:
         made = " ".join(f"--{name} {value}" for name, value in kept.items())
-        raise InputError(f"--out: {out} was made with {made}: give these, or another folder")
+        raise InputError(f"--out: {out} was made with {made}; give these, or another folder")
 
 
 # --- shards ---------------------------------------------------------------------------------------
 
 
 def unpacked(out: Path, video: Path) -> Path:
-    """Return where a video is until its shard is full, by a name that no list takes for a video."""
+    """Return the path of a video until its shard is full. Lists ignore it, due to its suffix."""
     return out / UNPACKED / f"{video}{PARTIAL}"
 
 
@@ -192,7 +195,7 @@ def list_packed(out: Path) -> set[str]:
 
 
 def pack(out: Path, videos: Iterable[Path], megabytes: float) -> None:
-    """Move the videos into new shards, each as soon as it is full. Raises OSError."""
+    """Move the videos into new shards, as soon as one is full. Raises OSError."""
     numbers = [int(shard.stem) for shard in out.glob("*.tar") if shard.stem.isdecimal()]
     new = (out / f"{number:05}.tar" for number in itertools.count(max(numbers, default=-1) + 1))
     waiting, size = [], 0
@@ -216,7 +219,7 @@ def write_shard(shard: Path, out: Path, videos: list[Path]) -> None:
             with open(unpacked(out, video), "rb") as content:
                 member.size = os.fstat(content.fileno()).st_size
                 tar.addfile(member, content)
-    list(walk_files(shard, ()))  # makes its index
+    list(walk_files(shard, ()))  # writes its index
     for video in videos:
         unpacked(out, video).unlink()
 
@@ -245,10 +248,10 @@ def main(argv: list[str] | None = None) -> None:
     root, out = Path(options.video_path), Path(options.out)
     videos = [Path(name) for name in files_below(root, "video_path", video_decoder.EXTENSIONS)]
     if not videos:
-        raise InputError(f"--video_path: no video found in {root}: give their folder")
+        raise InputError(f"--video_path: no video found in {root}; give their folder")
     source, target = root.resolve(), out.resolve()
     if source == target or source in target.parents or target in source.parents:
-        raise InputError("--out and --video_path must be folders apart from each other")
+        raise InputError("--out and --video_path must be separate folders, neither in the other")
     make_folder(out, "out")
     settings = {
         name: getattr(options, name)
@@ -267,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
 def make_store(
     root: Path, out: Path, videos: list[Path], options: argparse.Namespace, settings: dict
 ) -> list[tuple[Path, Exception]]:
-    """Transcode the videos that the store lacks. Returns those that failed, and why."""
+    """Transcode the videos that the store lacks. Returns those that failed, and their errors."""
     import video_decoder
 
     if options.shards:
@@ -291,7 +294,7 @@ def make_store(
     with progress, multiprocessing.pool.ThreadPool(options.num_workers) as pool:
 
         def transcoded():
-            for video, error in pool.imap(attempt, todo):  # in order: so are the shards
+            for video, error in pool.imap(attempt, todo):  # in order, for the shards
                 if error:
                     failures.append((video, error))
                 else:
@@ -307,7 +310,7 @@ def make_store(
                 for _ in transcoded():
                     pass
         except KeyboardInterrupt:
-            pool.terminate()  # begin no more
+            pool.terminate()  # start no more
             pool.join()
             raise
     made = len(videos) - len(failures)

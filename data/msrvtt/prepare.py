@@ -1,13 +1,14 @@
-"""Make the evaluation's table of MSR-VTT's 1k-A test list.
+"""Make the table of an evaluation on MSR-VTT's 1k-A test list.
 
     python data/msrvtt/prepare.py --annotations MSRVTT_JSFUSION_test.csv
     python data/msrvtt/prepare.py --annotations test_videodatainfo.json --ids LIST
 
-The first is the table of the JSFusion authors, which papers report on: 1,000 videos with a sentence
-each. The second makes a table of the official annotations, with the videos of LIST: a text file
-with an id per line, or a CSV file with a column video_id. A video's sentence is the one in LIST's
-column sentence, if it has one; otherwise it is the first one in the annotations, and the metrics
-are not those of the JSFusion table. Without --ids: all videos of the test split.
+The first is the table of the JSFusion authors, which papers report on: 1,000 videos with one
+sentence each. The second makes a table from the official annotations, for the videos in LIST: a
+text file with one id per line, or a CSV file with a column video_id. A video's sentence is the one
+in LIST's column sentence, if there is one. Otherwise it is the first one in the annotations, and
+the metrics are not those of the JSFusion table. Without --ids, the table has all videos of the test
+split.
 """
 
 import argparse

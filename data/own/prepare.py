@@ -4,15 +4,15 @@
 
 Each video needs a file of captions in the same folder, with the video's name: subtitles
 (talk.en.vtt, talk.vtt, talk.srt), as `yt-dlp --write-auto-subs` leaves them, the JSON of Whisper or
-WhisperX (talk.json), or a CSV file of start, end, text (talk.csv). FOLDER may have folders in it.
+WhisperX (talk.json), or a CSV file of start, end, text (talk.csv). FOLDER may have subfolders.
 The command writes to --out
 
     videos.csv              the videos that can be trained on
     captions/               the caption store
     dict.npy, word2vec.pth  a vocabulary and its vectors, trained on the captions
 
-lists the videos that are skipped and why, and prints the command that trains on the rest. To take
-given word vectors, such as those of the release (data/README.md), give --word2vec_path and
+prints which videos it skips and why, and then the command that trains on the rest. To use existing
+word vectors, such as those of the release (data/README.md), give --word2vec_path and
 --token_to_word_path.
 """
 
@@ -49,7 +49,7 @@ def prepare(options: argparse.Namespace) -> None:
     videos = files_below(options.folder, "FOLDER", EXTENSIONS)
     if not videos:
         raise InputError(f"FOLDER: there is no video in {options.folder}")
-    # The folder appears whole or not at all.
+    # The folder is written atomically.
     partial = out.with_name(f".{out.name}.part")
     check_absent(partial, "out")
     make_folder(partial, "out")
@@ -70,17 +70,17 @@ def prepare(options: argparse.Namespace) -> None:
         pairs, without, unlistable = pair(list(firsts.values()), names, by_id=False)
         skipped = explain(without, packed, options.language)
         skipped += [
-            (video, "its name is not UTF-8, or has a line end in it") for video in unlistable
+            (video, "its name is not UTF-8, or contains a line break") for video in unlistable
         ]
         skipped += [
             (video, f"{printable(first)} has the same captions")
             for video in videos
             if (first := firsts[caption_name(video)]) != video
         ]
-        skipped += take_unreadable(options.folder, pairs, workers)
+        skipped += remove_undecodable(options.folder, pairs, workers)
         for video, reason in skipped:
             print(f"skipped: {printable(video)}: {reason}")
-        for name in sorted((names | packed.left_out.keys()) - firsts.keys()):
+        for name in sorted((names | packed.skipped.keys()) - firsts.keys()):
             print(f"skipped: the captions of {printable(name)}: there is no such video")
         if not pairs:
             raise InputError(
@@ -105,19 +105,19 @@ def caption_name(video: str) -> str:
 
 
 def explain(without: list[str], packed: Packed, language: str) -> list[tuple[str, str]]:
-    """Return (video, reason) of the videos without captions."""
+    """Return (video, reason) for the videos without captions."""
 
     def reason(name):
-        if error := packed.left_out.get(name):
+        if error := packed.skipped.get(name):
             return str(error)
         files = ", ".join(f"{name}{suffix}" for suffix in (f".{language}.vtt", *SUFFIXES))
-        return f"it has no captions: there is none of {files}"
+        return f"it has no captions; none of these files exists: {files}"
 
     return [(video, printable(reason(caption_name(video)))) for video in without]
 
 
-def take_unreadable(folder: str, pairs: dict[str, str], workers: int) -> list[tuple[str, str]]:
-    """Take the videos that cannot be decoded out of the pairs. Returns (video, reason) of each."""
+def remove_undecodable(folder: str, pairs: dict[str, str], workers: int) -> list[tuple[str, str]]:
+    """Remove the videos that cannot be decoded from the pairs. Returns (video, reason) for each."""
     with multiprocessing.pool.ThreadPool(workers) as pool:
         paths = [os.path.join(folder, video) for video in pairs.values()]
         faults = list(tqdm(pool.imap(find_fault, paths), "videos", len(paths), disable=None))
@@ -126,7 +126,7 @@ def take_unreadable(folder: str, pairs: dict[str, str], workers: int) -> list[tu
 
 
 def find_fault(path: str) -> str:
-    """Decode the first frame of a video. Returns why that is not possible, or nothing."""
+    """Decode the first frame of a video. Returns the error, or "" if there is none."""
     from video_decoder import DecodeError, decode_clip
 
     try:
@@ -151,7 +151,7 @@ def check_vectors(options: argparse.Namespace) -> None:
 
 
 def train_vectors(folder: Path, min_count: int) -> None:
-    """Write the vocabulary and the vectors of the captions in the folder."""
+    """Train word vectors on the captions in the folder, and write them and their vocabulary."""
     from data.word2vec.prepare import train_words, write_pair
     from s3dg import VOCABULARY_ROWS
 
@@ -170,8 +170,8 @@ def training_command(options: argparse.Namespace, out: Path, num_videos: int) ->
     """Return the command that trains on the folder, on this machine.
 
     A batch has at most CLIPS_PER_GPU or CLIPS_ON_CPU clips per process, and at least one. It has no
-    video twice unless there are fewer videos than processes. --crop_only=0 shows all of a large
-    picture, not a corner of it.
+    video twice unless there are fewer videos than processes. --crop_only=0 scales pictures, as an
+    unscaled crop would show only a small part of a large one.
     """
     import torch
 
@@ -191,7 +191,7 @@ def training_command(options: argparse.Namespace, out: Path, num_videos: int) ->
         "epochs": EPOCHS,
         "warmup_steps": steps // 10,
         "num_thread_reader": len(os.sched_getaffinity(0)),
-        # Another training's, in a folder of the same name, is not to be resumed.
+        # The whole path, so as not to resume the training of another folder of the same name.
         "checkpoint_dir": str(out).strip(os.sep).replace(os.sep, "-"),
     }
     flags = [f"--{name}={value}" for name, value in flags.items()]
@@ -203,18 +203,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="the videos, with their captions beside them")
     add("--out", type=Path, help="a new folder (default: data/own/<name of FOLDER>)")
-    add("--language", default="en", help="of the captions, where stated (default: %(default)s)")
-    add("--word2vec_path", default="", help="take these word vectors...")
-    add("--token_to_word_path", default="", help="...and their vocabulary")
+    add("--language", default="en", help="of the captions, if stated (default: %(default)s)")
+    add("--word2vec_path", default="", help="use these word vectors instead of training them")
+    add("--token_to_word_path", default="", help="the vocabulary of --word2vec_path")
     add(
         "--min_count",
         type=positive(int),
         default=1,
-        help="how often a word must be said to get a vector (default: %(default)s)",
+        help="how often a word must occur to get a vector (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     if bool(options.word2vec_path) != bool(options.token_to_word_path):
-        parser.error("--word2vec_path and --token_to_word_path belong together: give both")
+        parser.error("--word2vec_path and --token_to_word_path belong together; give both")
     return options
 
 

@@ -3,11 +3,11 @@
     python data/toy/prepare.py                      # the default: 160 videos of about half a minute
     python data/toy/prepare.py --num_videos 24      # seconds, for tests
 
-In a video, a few coloured shapes move before a dim backdrop, one step of two to four seconds after
-the other. Its narrator is as unreliable as those of HowTo100M. A caption names the colour, the
-shape and the action of a step, but is up to a few seconds early or late, and about one sentence in
-three is idle talk. Learning from it takes what MIL-NCE has, several candidate captions per clip.
-Layouts and formats are those of the real data sets:
+In each video, a few coloured shapes move in front of a dim backdrop, in steps of two to four
+seconds. The narration is as unreliable as that of HowTo100M. A caption names the colour, the shape
+and the action of a step, but may be a few seconds early or late, and about one sentence in three is
+idle talk. Learning from it requires several candidate captions per clip, as MIL-NCE has. Layouts
+and formats are those of the real data sets:
 
     videos/toy00000.mp4 ...   captions/toy00000.csv ...   howto100m_videos.csv
     word2vec.pth   dict.npy
@@ -18,8 +18,8 @@ Layouts and formats are those of the real data sets:
     crosstask/<task>/<video>.mp4                          crosstask_release/
     htm_align/<video>.mp4                                 htm_align.json
 
-The evaluation sets have a fixed size, whatever --num_videos is, so that the metrics of runs on more
-or fewer training videos compare. They share no random stream with a training video.
+The evaluation sets have a fixed size, whatever --num_videos is, so that runs on more or fewer
+training videos have comparable metrics. They share no random stream with the training videos.
 """
 
 import concurrent.futures
@@ -51,8 +51,8 @@ FPS = 25
 # HMDB-51 windows have the file's own frame rate. At 25 fps, 8 frames show a third of a second, too
 # little to recognize an action. At a low rate they last as long as in training.
 HMDB_FPS, HMDB_SECONDS = 8, 2.0
-# A shape draws a fading trail of (seconds ago, opacity). Actions are then learned within a few
-# minutes of training; from the shape's places alone it takes far longer.
+# A shape has a fading trail of (seconds ago, opacity). With it, actions are learned within a few
+# minutes of training; from the positions alone it takes far longer.
 TRAIL = ((0.5, 0.3), (0.25, 0.5), (0.0, 1.0))
 
 COLOURS = {
@@ -66,7 +66,7 @@ COLOURS = {
 }
 SHAPES = ("ball", "box", "triangle", "star", "ring")
 
-# None depends on left and right, as training flips its clips.
+# None of them depends on left and right, because training flips its clips.
 ACTIONS = ("rise", "fall", "slide", "spin", "grow", "shrink", "shake", "meet")
 
 # A verb is the same word in every sentence: to the model, "spins" and "spinning" are unrelated.
@@ -96,8 +96,8 @@ FILLERS = (
     "if you have any questions leave a comment below",
 )
 
-# The classes of HMDB-51 come with typical objects: a ride has a horse. Here half of a label's clips
-# show the action in its usual colour and the rest in any, so that colours help and actions decide.
+# The classes of HMDB-51 have typical objects: a ride has a horse. Here half of a label's clips show
+# the action in its usual colour and the rest in any, so that colours help but actions decide.
 HMDB_LABELS = {
     "rise": "red",
     "slide": "yellow",
@@ -122,10 +122,10 @@ CROSSTASK_TASKS, CROSSTASK_VIDEOS, CROSSTASK_VAL = 4, 4, 1  # videos per task, a
 HTM_ALIGN_VIDEOS = 6
 LONG_FPS = 10  # of the last two sets' videos, to save time
 
-DRIFT = 1.0  # standard deviation of the seconds that a caption is off its step, cut off at 4
+DRIFT = 1.0  # standard deviation of the seconds between a caption and its step, at most 4
 
-SETTINGS = "settings.json"  # the stamp, with which the files beside it were made
-PARTIAL = ".partial"  # the files are made here, and move to their places when all of them exist
+SETTINGS = "settings.json"  # with which the files beside it were made
+PARTIAL = ".partial"  # files are made here, and moved to their places when all of them exist
 OUTPUTS = (
     "videos",
     "captions",
@@ -169,7 +169,7 @@ def describe(step: Step, template: str) -> str:
 
 
 def draw_steps(rng: np.random.Generator, count: int) -> list[Step]:
-    """Draw a training video's steps, which like a recipe's use the same few things."""
+    """Draw a training video's steps, which use the same few things, like those of a recipe."""
     things = list(itertools.product(COLOURS, SHAPES))
     cast = [things[i] for i in rng.choice(len(things), 4, replace=False)]
     steps, now = [], rng.uniform(0.5, 2.0)
@@ -186,7 +186,7 @@ def narrate(
 ) -> list[tuple[float, float, str]]:
     """Draw captions (start, end, text) in order of time: one per step, displaced, and idle talk.
 
-    Another drift moves the same sentences to other times.
+    Another drift gives the same sentences at other times.
     """
     captions = []
     for step in steps:
@@ -204,7 +204,7 @@ def narrate(
 
 
 def draw_distinct_steps(rng: np.random.Generator, count: int, seconds: float) -> list[Step]:
-    """Draw steps from 0 to `seconds`, no two with the same action of the same thing."""
+    """Draw steps from 0 to `seconds`, each with another action or another thing."""
     choices = list(itertools.product(ACTIONS, COLOURS, SHAPES))
     steps = []
     for i in rng.permutation(len(choices))[:count]:
@@ -215,7 +215,7 @@ def draw_distinct_steps(rng: np.random.Generator, count: int, seconds: float) ->
 
 
 # ---- drawing -------------------------------------------------------------------------------------
-# In planes of Y'CbCr, which is what the encoders take.
+# In planes of Y'CbCr, which is the input of the encoders.
 
 
 def to_ycbcr(rgb):
@@ -266,10 +266,10 @@ def draw_backdrop(rng: np.random.Generator) -> np.ndarray:
 
 
 def stage(rng: np.random.Generator, step: Step) -> Callable[[float], list[tuple]]:
-    """Draw what the step leaves open. Returns a function of time: [(thing, x, y, radius, angle)].
+    """Draw how a step looks. Returns a function from time to [(thing, x, y, radius, angle)].
 
     x and y are pixels from the middle of the picture. Everything stays inside the central square,
-    which is all of it that a centre crop shows.
+    which is all that a centre crop shows.
     """
     seconds = step.end - step.start
     size, tilt, phase = rng.uniform(36, 50), rng.uniform(-0.5, 0.5), rng.uniform(0, 2 * math.pi)
@@ -328,7 +328,7 @@ def draw_frames(
 
 
 def encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """Write the frames with a usual codec for the suffix, in one thread: always the same bytes."""
+    """Encode the frames with a usual codec for the suffix, reproducibly, in one thread."""
     codec, options = {
         ".mp4": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
         ".mkv": ("libx264", {"preset": "ultrafast", "crf": "24", "g": "50"}),
@@ -336,7 +336,7 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
         ".avi": ("mpeg4", {"qmin": "4", "qmax": "4"}),
     }[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without "bitexact" a Matroska file has a random number in it.
+    # Without "bitexact", a Matroska file contains a random number.
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -347,8 +347,8 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
 
 
 # ---- the data sets -------------------------------------------------------------------------------
-# Each plans its videos as (path, steps, seconds, fps) and writes its tables. A video is then drawn
-# from a random stream of its own, named by its path, so that it depends neither on the process that
+# Each function plans videos as (path, steps, seconds, fps) and writes the tables. A video is drawn
+# from its own random stream, seeded with its path, so that it depends neither on the process that
 # draws it nor on the number of training videos.
 
 Plan = list[tuple[Path, list[Step], float, int]]
@@ -407,7 +407,7 @@ def plan_msrvtt(root: Path, seed: int) -> Plan:
 
 
 def draw_action(rng: np.random.Generator, action: str, colour: str | None) -> Step:
-    """Draw the step of a clip of an action. colour: None for any."""
+    """Draw the step of a clip that shows an action. colour: None for any."""
     colour = colour or pick(rng, list(COLOURS))
     a = (colour, pick(rng, SHAPES))
     b = (pick(rng, [c for c in COLOURS if c != colour]), pick(rng, SHAPES))
@@ -446,15 +446,15 @@ def plan_ucf(root: Path, seed: int) -> Plan:
         lists[f"testlist0{split}"] = [path for group, path, _ in clips if group == split]
     folder = root / "ucfTrainTestlist"
     folder.mkdir(parents=True)
-    for name, lines in lists.items():  # the official ones have these line ends
+    for name, lines in lists.items():  # with the line ends of the official lists
         (folder / f"{name}.txt").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
     return plan
 
 
 def place_apart(rng: np.random.Generator, steps: Iterable[Step]) -> tuple[list[Step], float]:
-    """Place steps one after the other, with nothing to be seen between them.
+    """Place steps one after the other, with only the backdrop between them.
 
-    Returns them with the seconds of their video.
+    Returns them and the length of their video in seconds.
     """
     placed, now = [], rng.uniform(1.0, 5.0)
     for step in steps:
@@ -465,7 +465,7 @@ def place_apart(rng: np.random.Generator, steps: Iterable[Step]) -> tuple[list[S
 
 
 def plan_crosstask(root: Path, seed: int) -> Plan:
-    """Plan videos of tasks, each of which shows most of its task's steps, in their order."""
+    """Plan videos of tasks. Each video shows most of its task's steps, in their order."""
     plan, tasks, lists = [], [], {"videos": [], "videos_val": []}
     annotations = root / "crosstask_release" / "annotations"
     annotations.mkdir(parents=True)
@@ -476,7 +476,7 @@ def plan_crosstask(root: Path, seed: int) -> Plan:
         title = f"Play with the {' '.join(steps[0].a)}"
         tasks.append(f"{task}\n{title}\ntoy:{task}\n{len(steps)}\n{','.join(texts)}\n")
         for i in range(CROSSTASK_VIDEOS):
-            name = f"toytask{task}_{i}"  # video ids have underscores, too
+            name = f"toytask{task}_{i}"  # real ids have underscores, too
             shown = sorted(rng.choice(len(steps), len(steps) - i % 2, replace=False))
             placed, seconds = place_apart(rng, [steps[index] for index in shown])
             rows = [(k + 1, step.start, step.end) for k, step in zip(shown, placed, strict=True)]
@@ -526,8 +526,8 @@ def write_word_vectors(root: Path, seed: int) -> None:
     """Train Word2Vec on the narrations, and write the two files that the model reads.
 
     A video's captions are one document with a wide window, so that a word's context is the few
-    things of its video. Within a sentence, "red" and "blue" have the same context, as anything may
-    have any colour, and would hardly get different vectors.
+    things in its video. Within a sentence, "red" and "blue" have the same context, because anything
+    may have any colour, and their vectors would hardly differ.
     """
     import gensim
     import torch
@@ -546,7 +546,7 @@ def write_word_vectors(root: Path, seed: int) -> None:
         negative=10,
         epochs=30,
         seed=seed,
-        workers=1,  # the result of several depends on which is first
+        workers=1,  # with several, the result depends on their timing
     )
     words = model.wv.index_to_key
     table = torch.zeros(len(words) + 1, 300)  # row 0 is the padding
@@ -561,8 +561,9 @@ def write_word_vectors(root: Path, seed: int) -> None:
 def parse_args(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("data/toy"), metavar="DIR", help="(default %(default)s)")
-    add("--num_videos", "--num-videos", type=positive(int), default=160, help="to train on")
+    out = Path("data/toy")
+    add("--out", type=Path, default=out, metavar="DIR", help="folder (default %(default)s)")
+    add("--num_videos", "--num-videos", type=positive(int), default=160, help="training videos")
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**32:
@@ -580,7 +581,7 @@ def remove(path: Path) -> None:
 def read_stamp(out: Path) -> dict | None:
     """Return the settings of the files in `out`.
 
-    {} if they are of this script but incomplete, None if they are of something else.
+    Returns {} if this script left them incomplete, and None if it did not make them.
     """
     try:
         return json.loads((out / SETTINGS).read_text())
@@ -596,11 +597,11 @@ def prepare(out: Path, num_videos: int, seed: int) -> None:
     settings = {"num_videos": num_videos, "seed": seed, "script": script}
     stamp = read_stamp(out)
     if stamp == settings and all((out / name).exists() for name in OUTPUTS):
-        print(f"{out}: prepared already, nothing to do")
+        print(f"{out}: already prepared, nothing to do")
         return
     for name in OUTPUTS:
         if stamp is None and (out / name).exists():
-            raise InputError(f"--out: {out / name} is not of this script; name another directory")
+            raise InputError(f"--out: {out / name} is not from this script; give another folder")
 
     root = out / PARTIAL
     out.mkdir(parents=True, exist_ok=True)
@@ -617,7 +618,7 @@ def prepare(out: Path, num_videos: int, seed: int) -> None:
         for _ in tqdm(made, "videos", len(plan), unit="video", disable=None):
             pass  # an error in a process is raised here
 
-    (out / SETTINGS).write_text("{}")  # incomplete, until the last file is there
+    (out / SETTINGS).write_text("{}")  # incomplete until the last file is in place
     for name in OUTPUTS:
         remove(out / name)
         os.replace(root / name, out / name)

@@ -6,16 +6,16 @@
     python data/word2vec/prepare.py --train --caption_root CAPTIONS
     python data/word2vec/prepare.py --check
 
---zip takes the pair that the HowTo100M authors publish, which may also be unzipped into --out.
---vectors picks words out of a file in word2vec's format, text or binary, also gzipped, such as
-GoogleNews-vectors-negative300.bin.gz: those of a list (a text file with a word per line, or a .npy
-vocabulary), or the --num_words most frequent ones of the captions (a caption store, or any source
-that data/howto100m/prepare.py packs into one). Sentences are lower-cased before words are looked
-up, so a word takes the vector of the entry without capitals or, if there is none, of the first
-entry that differs by capitals only. Words without a vector are skipped. --train trains vectors on
-the captions instead (skip-gram; a video's captions, in order, are one text). --check only checks
-that the two files in --out fit together. An existing pair is never overwritten: weights are of no
-use without their vocabulary.
+--zip extracts the pair that the HowTo100M authors publish, which may also be unzipped into --out.
+--vectors selects words from a file in word2vec's format, text or binary, also gzipped, such as
+GoogleNews-vectors-negative300.bin.gz. The words are those of a list (a text file with one word per
+line, or a .npy vocabulary), or the --num_words most frequent ones of the captions (a caption store,
+or any source that data/howto100m/prepare.py packs into one). Sentences are lower-cased before words
+are looked up, so a word gets the vector of the entry without capitals or, if there is none, of the
+first entry that differs only in capitals. Words without a vector are skipped. --train trains
+vectors on the captions instead (skip-gram; a video's captions, in order, are one text). --check
+only checks that the two files in --out fit together. An existing pair is never overwritten: weights
+are of no use without their vocabulary.
 """
 
 import argparse
@@ -50,13 +50,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--caption_root", help="captions, for --vectors or --train: folder, store or file"
     )
     parser.add_argument(
-        "--language", default="en", help="of the captions, where stated (default %(default)s)"
+        "--language", default="en", help="of the captions, if stated (default %(default)s)"
     )
     parser.add_argument(
         "--num_words",
         type=positive(int),
-        default=66249,  # s3dg.VOCABULARY_ROWS - 1; s3dg would load torch
-        help="most words to take from captions (default %(default)s, as the released list has)",
+        default=66249,  # s3dg.VOCABULARY_ROWS - 1; s3dg would import torch
+        help="largest vocabulary from captions (default %(default)s, as in the release)",
     )
     parser.add_argument(
         "--min_count",
@@ -73,13 +73,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":  # --help should not wait for torch
+if __name__ == "__main__":  # before torch is imported, so that --help is fast
     parse_arguments()
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from annotations.tables import plural
 from captions.readers import CaptionError
 from captions.sources import OtherLanguage, iter_captions
 from s3dg import (
@@ -102,7 +103,7 @@ from utils import (
 WORDS, VECTORS = "dict.npy", "word2vec.pth"
 READ_SIZE = 1 << 20  # bytes read at a time
 LONGEST_ENTRY = 1 << 16  # bytes; a longer one is not in the format
-LONGEST_WORD = 100  # characters; every word of a numpy array takes the space of the longest
+LONGEST_WORD = 100  # characters; in a numpy array, every word takes the space of the longest
 NOT_FOUND, OTHER_CASE, EXACT = range(3)
 
 
@@ -116,16 +117,18 @@ def find_words(entries: Iterable[str]) -> tuple[list[str], list[str]]:
     good = [word for word in words if tokenize(word) == [word] and len(word) <= LONGEST_WORD]
     notes = []
     if duplicates := sum(map(bool, entries)) - len(words):
-        notes.append(f"skipped: {duplicates} words that are duplicates, lower-cased")
+        notes.append(f"skipped: {plural(duplicates, 'duplicate')} after lower-casing")
     if others := len(words) - len(good):
         known = set(good)
         example = shorten(next(word for word in words if word not in known))
-        notes.append(f"skipped: {others} entries that are not a single word, such as {example}")
+        notes.append(
+            f"skipped: {plural(others, 'line')} without exactly one word, such as {example}"
+        )
     return good, notes
 
 
 def read_vocabulary(path: str) -> tuple[list[str], list[str]]:
-    """Return the words of a list, a text file or a .npy vocabulary, in its order; and notes.
+    """Return the words of a text file or a .npy vocabulary, in their order, and notes.
 
     Raises DataError or OSError.
     """
@@ -138,12 +141,12 @@ def read_vocabulary(path: str) -> tuple[list[str], list[str]]:
         raise DataError(path, f"is not a list of words ({one_line(error)}); give one") from None
     words, notes = find_words(entries)
     if not words:
-        raise DataError(path, "has no words in it; give one with a word per line")
+        raise DataError(path, "has no words; give a list with one word per line")
     return words, notes
 
 
 def read_source(root: str, language: str) -> Iterator:
-    """Yield what iter_captions yields of --caption_root."""
+    """Yield the outcomes of iter_captions for --caption_root."""
     with input_error("--caption_root"):
         yield from iter_captions(root, len(os.sched_getaffinity(0)), language=language)
 
@@ -171,38 +174,41 @@ def count_words(
     if not counts:
         reason = f" ({faults[0]})" if faults else ""
         raise InputError(f"--caption_root: no caption in {root} has words{reason}; give others")
-    notes = [f"read the captions of {videos} videos, {counts.total()} words"]
+    notes = [f"read the captions of {plural(videos, 'video')}, {plural(counts.total(), 'word')}"]
     if faults:
-        notes.append(f"skipped: {len(faults)} videos without usable captions ({faults[0]})")
+        unusable = plural(len(faults), "video")
+        notes.append(f"skipped: {unusable} without usable captions ({faults[0]})")
     if others:
-        notes.append(f"skipped: {others} videos whose captions are in another language")
+        notes.append(f"skipped: {plural(others, 'video')} with captions in another language")
     return counts, notes
 
 
 def most_frequent(
     counts: Counter, num_words: int, min_count: int
 ) -> tuple[dict[str, int], list[str]]:
-    """Return the most frequent words, at most num_words: a dict from word to count; and notes."""
+    """Return the num_words most frequent words, a dict from word to count, and notes."""
     often = {w: n for w, n in counts.items() if n >= min_count and len(w) <= LONGEST_WORD}
     if not often:
-        raise InputError(f"--min_count: no word of the captions occurs {min_count} times; lower it")
+        times = plural(min_count, "time")
+        raise InputError(f"--min_count: no word of the captions occurs {times}; lower it")
     ranked = sorted(often.items(), key=lambda item: (-item[1], item[0]))[:num_words]
     share = sum(count for _, count in ranked) / counts.total()
     return dict(ranked), [
-        f"the vocabulary is {len(ranked)} of the captions' {len(counts)} distinct words, "
-        f"{share:.2%} of what is said"
+        f"the vocabulary has {len(ranked):,} of the captions' {len(counts):,} distinct words, "
+        f"{share:.2%} of all spoken words"
     ]
 
 
 # ---- a file of vectors ---------------------------------------------------------------------------
 #
-# gensim's KeyedVectors reads these files too, but holds all of one: 474 MiB per 300,000 words, and
-# GoogleNews has three million; this reader holds the chosen rows. gensim also cannot tell binary
-# from text, and accepts infinite numbers, trailing words and text that is read as binary.
+# gensim's KeyedVectors reads these files too, but keeps whole files in memory: 474 MiB per 300,000
+# words, and GoogleNews has three million. This reader keeps only the selected rows. Also, gensim
+# cannot tell binary from text, and accepts infinite numbers, trailing words and text that is read
+# as binary.
 
 
 def select_vectors(path: str, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vectors of these words, float32 [words, 300], and what was found for each.
+    """Return the vectors of these words, float32 [words, 300], and how each word was found.
 
     The latter is an array of NOT_FOUND, OTHER_CASE and EXACT. Raises ValueError or OSError.
     """
@@ -226,12 +232,12 @@ def select_vectors(path: str, words: list[str]) -> tuple[np.ndarray, np.ndarray]
 
 @contextlib.contextmanager
 def open_vectors(path: str) -> Iterator[BinaryIO]:
-    """Open the file, unpacked. A ValueError about its content becomes a DataError of this file."""
+    """Open a file and decompress it. Converts ValueErrors about its content to DataErrors."""
     with open(path, "rb") as file:
         magic = file.read(4)
     try:
         if magic == b"PK\x03\x04":
-            raise ValueError("is a zip archive; give the file that is in it")
+            raise ValueError("is a zip archive; give the file inside it")
         open_file = gzip.open if magic.startswith(b"\x1f\x8b") else open
         with open_file(path, "rb") as file:
             yield file
@@ -242,7 +248,7 @@ def open_vectors(path: str) -> Iterator[BinaryIO]:
 
 
 def read_header(file: BinaryIO) -> int:
-    """Read the first line, the number of words and of each one's numbers. Returns the former."""
+    """Read the first line, and return the number of words."""
     line = file.readline(100)
     header = re.fullmatch(rb"\s*(\d+)\s+(\d+)\s*\n", line)
     if not header:
@@ -252,12 +258,12 @@ def read_header(file: BinaryIO) -> int:
         )
     count, width = map(int, header.groups())
     if width != WORD_DIM:
-        raise ValueError(f"has vectors of {width} numbers; give one of {WORD_DIM}")
+        raise ValueError(f"has vectors of {width} numbers; give a file with {WORD_DIM}")
     return count
 
 
 def is_text(file: BinaryIO) -> bool:
-    """Whether the rest of the file is text: a vector's bytes are hardly ever UTF-8 without NUL."""
+    """Return whether the rest of the file is text. Bytes of vectors are hardly ever UTF-8."""
     head = file.peek(4096)[:4096]
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
@@ -310,7 +316,7 @@ def parse_text(numbers: bytes, dtype) -> np.ndarray:
 
 
 def parse_vector(numbers: bytes, word: str, parse) -> np.ndarray:
-    """Return the float32 [300] of a word. parse: of the entry's bytes and a type."""
+    """Return the vector of a word, float32 [300]. parse: a function of its bytes and a type."""
     vector = parse(numbers, "<f4")
     if len(vector) != WORD_DIM or not np.isfinite(vector).all():
         raise ValueError(f"{shorten(word)} does not have {WORD_DIM} finite numbers; get it again")
@@ -323,7 +329,7 @@ def parse_vector(numbers: bytes, word: str, parse) -> np.ndarray:
 def train(corpus: Path, counts: dict[str, int], documents: int) -> tuple[list[str], np.ndarray]:
     """Train Word2Vec on a file of one text per line. Returns words and float32 [words, 300].
 
-    All cores update the same vectors at once, so no two runs give the same.
+    All cores update the same vectors at once, so results differ from run to run.
     """
     import gensim
 
@@ -344,7 +350,7 @@ def train(corpus: Path, counts: dict[str, int], documents: int) -> tuple[list[st
 
 
 def check_pair(folder: Path) -> tuple[int, list[str]]:
-    """Reject a pair that a training would reject. Returns its size and notes on oddities."""
+    """Reject a pair that training would reject. Returns its size, and notes on oddities."""
     for name in (WORDS, VECTORS):
         check_file(folder / name, "out")
     with input_error("--out"):
@@ -355,15 +361,16 @@ def check_pair(folder: Path) -> tuple[int, list[str]]:
             raise DataError(folder / VECTORS, "has numbers that are not finite; get another")
     listed, notes = set(words.tolist()), []
     if lost := len(words) - sum(tokenize(word, listed) == [word] for word in listed):
-        notes.append(f"{lost} words can never be found: they are duplicated, or not single words")
+        reason = "can never be found: duplicated, or not a single word"
+        notes.append(f"{plural(lost, 'word')} {reason}")
     if vectors[0].any():
-        notes.append("row 0, the padding's, is not zero")
+        notes.append("row 0, which is for padding, is not zero")
     return len(words), notes
 
 
 @contextlib.contextmanager
 def new_pair(out: Path) -> Iterator[Path]:
-    """Make a folder to write a pair to. The pair is checked, and then moved to `out`."""
+    """Make a folder to write a pair to. Afterwards, check the pair and move it to `out`."""
     make_folder(out, "out")
     check_no_pair(out)
     try:
@@ -383,7 +390,7 @@ def check_no_pair(out: Path) -> None:
     for name in (WORDS, VECTORS):
         if (out / name).exists():
             raise InputError(
-                f"--out: {out / name} exists already, and weights may need it; name another "
+                f"--out: {out / name} already exists, and weights may need it; give another "
                 "folder, or move it away"
             )
 
@@ -393,7 +400,7 @@ def print_pair(out: Path, count: int, notes: list[str]) -> None:
 
 
 def write_pair(folder: Path, words: list[str], vectors: np.ndarray) -> None:
-    table = torch.zeros(len(words) + 1, WORD_DIM)  # row 0 is the padding's
+    table = torch.zeros(len(words) + 1, WORD_DIM)  # row 0 is for padding
     table[1:] = torch.from_numpy(vectors)
     with atomic_write(folder / VECTORS) as file:
         torch.save(table, file)
@@ -413,7 +420,8 @@ def unzip(path: str, folder: Path) -> None:
                     if member.filename.split("/")[-1] == name and "__MACOSX" not in member.filename
                 ]
                 if len(members) != 1:
-                    raise DataError(path, f"has {len(members)} files {name}; one is needed")
+                    reason = f"has {len(members)} files {name} instead of one"
+                    raise DataError(path, f"{reason}; give the released archive")
                 content[name] = archive.read(members[0])
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         reason = f"is damaged, cut short or not a zip archive ({one_line(error)}); get it again"
@@ -444,7 +452,7 @@ def main(argv=None):
 
 
 def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
-    """Return the words and vectors of --vectors."""
+    """Return the selected words of --vectors, and their vectors."""
     check_file(args.vectors, "vectors")
     with input_error("--vectors"), open_vectors(args.vectors) as file:
         read_header(file)  # before the hours of reading captions
@@ -464,16 +472,17 @@ def select_words(args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
     exact, other, lost = ((found == kind).sum() for kind in (EXACT, OTHER_CASE, NOT_FOUND))
     print(f"{exact + other} of {len(words)} words have a vector, {other} of them in other capitals")
     if lost:
-        print(f"skipped: {lost} words without a vector, such as {words[found.argmin()]}")
+        example = words[found.argmin()]
+        print(f"skipped: {plural(lost, 'word')} without a vector, such as {example}")
     return [word for word, kind in zip(words, found, strict=True) if kind], vectors[found > 0]
 
 
 def train_words(
     root: str, folder: Path, num_words: int, min_count: int, language: str = "en"
 ) -> tuple[list[str], np.ndarray]:
-    """Return words of the captions in --caption_root, and vectors that are trained on them.
+    """Return the most frequent words of --caption_root, and vectors trained on its captions.
 
-    The folder is for the text, which can be large. See most_frequent for the choice of the words.
+    folder: for the text, which can be large.
     """
     corpus = folder / "corpus.txt"
     with open(corpus, "w", encoding="utf-8") as file:
@@ -483,8 +492,8 @@ def train_words(
         print(note, flush=True)
     if len(frequent) < 2:
         raise InputError(
-            f"--caption_root: {len(frequent)} word occurs {min_count} times, too few to train "
-            "vectors: give more captions, or lower --min_count"
+            f"--caption_root: only one word occurs {plural(min_count, 'time')} or more, too few to "
+            "train vectors; give more captions, or lower --min_count"
         )
     with open(corpus, encoding="utf-8") as file:
         documents = sum(1 for _ in file)

@@ -57,25 +57,25 @@ def test_the_annotated_videos_of_a_subset_are_read(release, subset, expected):
         "202": Task("Change a Tire", ["jack up", "put things back"]),
     }
     assert videos == expected
-    unlisted = "skipped: 1 videos with annotations that videos.csv does not list"
+    unlisted = "skipped: 1 video with annotations that videos.csv does not list"
     if subset == "val":
         assert notes == [unlisted]
     else:
         assert notes == [
-            "skipped: 1 videos of related tasks",
-            "skipped: 1 videos without annotations",
+            "skipped: 1 video of related tasks",
+            "skipped: 1 video without annotations",
             unlisted,
         ]
 
 
 @pytest.mark.parametrize("ends", ["", "\n", "\n\n", "\r\n\r\n"])
-def test_the_last_task_may_lack_its_empty_line(release, ends):
+def test_the_last_task_need_not_end_with_an_empty_line(release, ends):
     text = TASKS.strip().replace("\n", "\r\n" if "\r" in ends else "\n") + ends
     (release / "tasks_primary.txt").write_bytes(text.encode())
     assert list(crosstask_videos(release, "all")[0]) == ["101", "202"]
 
 
-def test_a_video_that_is_listed_twice_is_one(release):
+def test_a_video_that_is_listed_twice_is_read_once(release):
     (release / "videos.csv").write_text("101,a_0,x\n101,a_0,x\n")
     assert crosstask_videos(release, "test")[1] == [A]
 
@@ -100,7 +100,7 @@ def test_a_missing_file_is_named(release, name):
     assert f"has no {name}; " in refusal(release)
 
 
-def test_a_folder_without_annotations_and_a_file_are_refused(release):
+def test_a_folder_without_annotations_is_refused_and_so_is_a_file(release):
     assert "is not a folder" in refusal(release / "videos.csv")
     (release / "annotations").rename(release / "elsewhere")
     assert "has no annotations; " in refusal(release)
@@ -122,7 +122,7 @@ def test_a_folder_without_annotations_and_a_file_are_refused(release):
         ("1,nan,2", "'nan' is not a time"),
         ("1,0,inf", "'inf' is not a time"),
         ("1,2,1.5", "ends at 1.5, before it starts"),
-        ("1,2", "'1,2' is not 3 cells"),
+        ("1,2", "'1,2' has fewer than 3 cells"),
         ("1,2,3,4", "'3,4' is not a time"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_bad_segment_is_named_with_its_line(release, line, fault):
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("3\npour", "4\npour", "line 1: the task '101' has 3 steps, and states '4'"),
+        ("3\npour", "4\npour", "line 1: the task '101' has 3 steps, not '4' as stated"),
         ("2\njack up, put things back", "0\n", "line 7: a task is five lines"),
         ("3\npour milk,whisk mixture,flip pancake", "0\n", "line 1: a step of task '101' is empty"),
         ("jack up,", "jack up,,", "line 7: a step of task '202' is empty"),
@@ -153,7 +153,7 @@ def test_a_bad_task_is_named_with_its_line(release, old, new, fault):
 
 def test_a_list_with_a_bad_row_or_an_unknown_task_is_refused(release):
     (release / "videos_val.csv").write_text("101,b,x\n101\n")
-    assert "videos_val.csv, line 2: '101' is not 3 cells" in refusal(release)
+    assert "videos_val.csv, line 2: '101' has fewer than 3 cells" in refusal(release)
     (release / "videos_val.csv").write_text("101,../b,x\n")
     assert "videos_val.csv, line 1: '../b' leads out" in refusal(release)
     (release / "videos_val.csv").write_text("101,b,x\n303,unlisted,x\n")

@@ -24,12 +24,12 @@ def test_videos_and_sentences_keep_the_files_order(tmp_path):
     assert list(videos) == ["vid-2", "vid_1"]
     first = [Sentence(False, 1.5, 2, "hello there"), Sentence(True, 10, 12.25, "cut the\nonion")]
     assert videos["vid-2"] == first
-    assert notes == ["1 sentences are empty"]
+    assert notes == ["1 empty sentence"]
 
 
 def test_sentences_that_end_before_they_start_are_noted(tmp_path):
     _, notes = htm_align_sentences(write(tmp_path, {"v": [[1, 5, 4, "cut"]]}))
-    assert notes == ["1 sentences end before they start"]
+    assert notes == ["1 sentence with the end before the start"]
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_sentences_that_end_before_they_start_are_noted(tmp_path):
         ({"v": [[1, -1, 1, "a"]]}, "'[-1, 1]' are not times"),
         ({"v": [[1, "0", 1, "a"]]}, "are not times"),
         ('{"v": [[1, 0, NaN, "a"]]}', "are not times"),
-        ({"v": [[1, 0, 1, None]]}, "'None' is not a text"),
+        ({"v": [[1, 0, 1, None]]}, "'None' is not a string"),
         ({"\ud800": [[1, 0, 1, "a"]]}, "htm_align.json: '\\ud800' is not Unicode"),
         ({"../v": [[1, 0, 1, "a"]]}, "leads out of the data's folder"),
     ],
 )
-def test_what_is_not_the_official_file_is_one_line(tmp_path, content, fault):
+def test_an_invalid_file_is_refused_in_one_line(tmp_path, content, fault):
     path = write(tmp_path, content)
     with pytest.raises(DataError) as refused:
         htm_align_sentences(path)

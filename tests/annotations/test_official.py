@@ -25,7 +25,7 @@ READERS = {"youcook": youcook_table, "msrvtt": msrvtt_table, "hmdb": hmdb_table}
 
 
 def script(name):
-    """data/<name>/prepare.py as a module."""
+    """Load data/<name>/prepare.py as a module."""
     path = ROOT / "data" / name / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -34,7 +34,7 @@ def script(name):
 
 
 def prepare(name, annotations, out, *flags):
-    """Runs data/<name>/prepare.py; returns the table that it wrote."""
+    """Run data/<name>/prepare.py and return the table that it wrote."""
     script(name).main(["--annotations", str(annotations), "--out", str(out), *map(str, flags)])
     numbers = {"youcook": ["start", "end"], "msrvtt": [], "hmdb": ["split1", "split2", "split3"]}
     return read_table(out, [], numbers=numbers[name])
@@ -49,7 +49,7 @@ def rows_of(path):
 
 
 def youcook_json(rows):
-    """youcookii_annotations_trainval.json with these segments, and a video to train on."""
+    """Make youcookii_annotations_trainval.json with these segments, and a training video."""
     train = [{"segment": [1, 2], "id": 0, "sentence": "stir"}]
     database = {"t0": entry("training", "101", train)}
     for row in rows:
@@ -71,7 +71,7 @@ def entry(subset, recipe, annotations):
 
 
 def msrvtt_json(rows, others=2):
-    """test_videodatainfo.json with these sentences, each followed by another of its video."""
+    """Make test_videodatainfo.json with these sentences, and a second one for each video."""
     videos = [{"video_id": row["video_id"], "split": "test"} for row in rows]
     videos += [{"video_id": f"video{n}", "split": "train"} for n in range(others)]
     sentences = []
@@ -91,7 +91,7 @@ def msrvtt_json(rows, others=2):
 
 
 def hmdb_splits(folder, rows):
-    """The folder of split files, in another order than the table's."""
+    """Write the folder of split files, in another order than that of the table."""
     folder.mkdir()
     rows = random.Random(1).sample(rows, len(rows))
     for row in rows:
@@ -143,7 +143,7 @@ SAMPLE = {
 
 @pytest.fixture(params=TABLES)
 def sample(request, tmp_path):
-    """(name, its official file or folder, its table) of a small data set."""
+    """Return (name, official file or folder, table) of a small data set."""
     rows = SAMPLE[request.param]
     write_csv(tmp_path / "table.csv", rows[0], *(row.values() for row in rows))
     return request.param, official(request.param, tmp_path, rows), tmp_path / "table.csv"
@@ -156,39 +156,39 @@ def test_the_official_files_give_the_table(sample, tmp_path, capsys):
     pd.testing.assert_frame_equal(written, READERS[name](path)[0])
     assert [p.name for p in tmp_path.glob("out*")] == ["out.csv"]
     assert {
-        "youcook": "3 segments of 2 validation videos\nskipped: 1 videos of the subset 'train",
-        "msrvtt": "2 videos with a sentence each\nskipped: 2 videos that are not of the split",
+        "youcook": "3 segments of 2 validation videos\nskipped: 1 video of the subset 'train",
+        "msrvtt": "2 videos with a sentence each\nskipped: 2 videos not in the test split",
         "hmdb": "3 clips of 2 classes\nsplit1: 1 to train on, 1 to test, 1 in neither\nsplit2: 2",
     }[name] in capsys.readouterr().out
 
 
 def test_a_table_goes_through_prepare_unchanged(sample, tmp_path):
-    """As MSRVTT_JSFUSION_test.csv does, which is in the format already."""
+    """MSRVTT_JSFUSION_test.csv, for example, already has the format."""
     name, _, table = sample
     prepare(name, table, tmp_path / "out.csv")
     assert rows_of(tmp_path / "out.csv") == rows_of(table)
 
 
-def test_a_table_that_is_there_is_not_written_over(sample, tmp_path):
+def test_an_existing_table_is_not_overwritten(sample, tmp_path):
     name, path, _ = sample
-    (tmp_path / "out.csv").write_text("what was there")
+    (tmp_path / "out.csv").write_text("an earlier table")
     with pytest.raises(InputError, match=r"^--out: .*out\.csv is there already"):
         prepare(name, path, tmp_path / "out.csv")
-    assert (tmp_path / "out.csv").read_text() == "what was there"
+    assert (tmp_path / "out.csv").read_text() == "an earlier table"
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_real_tables_come_back_to_the_byte(name, tmp_path, shared_csv, capsys):
+def test_the_real_tables_are_reproduced_to_the_byte(name, tmp_path, shared_csv, capsys):
     table = shared_csv / TABLES[name]
     path = official(name, tmp_path, rows_of(table))
     prepare(name, path, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_bytes() == table.read_bytes()
-    said = {
+    expected = {
         "youcook": "3350 segments of 436 validation videos",
         "msrvtt": "1000 videos with a sentence each",
         "hmdb": "split3: 3570 to train on, 1530 to test, 1666 in neither",
     }
-    assert said[name] in capsys.readouterr().out
+    assert expected[name] in capsys.readouterr().out
     pd.testing.assert_frame_equal(READERS[name](path)[0], READERS[name](table)[0])
 
 
@@ -196,18 +196,18 @@ ODD = ['say "hi", then cut', "two\nlines", "return\rof carriage", "é 日本", "
 
 
 @pytest.mark.parametrize("name", ["youcook", "msrvtt"])
-def test_captions_with_quotes_newlines_or_nothing_pass_through(name, tmp_path, capsys):
+def test_captions_with_quotes_newlines_or_no_text_are_preserved(name, tmp_path, capsys):
     text = {"youcook": "text", "msrvtt": "sentence"}[name]
     rows = [{**SAMPLE[name][0], "video_id": f"video{n + 7}", text: t} for n, t in enumerate(ODD)]
     content = youcook_json(rows) if name == "youcook" else msrvtt_json(rows)
-    if name == "msrvtt":  # else the empty sentence gives way to the second of its video
+    if name == "msrvtt":  # otherwise the second sentence of the video replaces the empty one
         content["sentences"] = content["sentences"][: len(rows)]
     path = write_json(tmp_path / "a.json", content)
     table = prepare(name, path, tmp_path / "out.csv")
     assert table[text].tolist()[:-1] == [t.replace("\r", "\n") for t in ODD[:-1]]
     assert table[text].isna().tolist() == [False] * (len(ODD) - 1) + [True]
     pd.testing.assert_frame_equal(table, READERS[name](path)[0])
-    assert "1 sentences are empty" in capsys.readouterr().out
+    assert "1 empty sentence" in capsys.readouterr().out
 
 
 # ---- MSR-VTT's lists -----------------------------------------------------------------------------
@@ -219,35 +219,35 @@ def msrvtt(tmp_path):
 
 
 def test_a_list_picks_the_videos_in_its_order_with_their_first_sentences(msrvtt, tmp_path):
-    (tmp_path / "list.txt").write_text("video7020\n\nvideo1\n")  # the latter is one to train on
+    (tmp_path / "list.txt").write_text("video7020\n\nvideo1\n")  # video1 is a training video
     table, notes = msrvtt_table(msrvtt, read_ids(tmp_path / "list.txt"))
     assert table.to_numpy().tolist() == [
         ["ret0", "msr7020", "video7020", "the tomato"],
         ["ret1", "msr1", "video1", "to train on"],
     ]
-    assert notes[0].startswith("skipped: 2 videos that are not in")
-    assert "skipped: 1 sentences, all but the first" in notes[1]
+    assert notes[0] == "skipped: 2 videos not in the list"
+    assert "skipped: 1 sentence, all but the first" in notes[1]
 
 
-def test_a_list_with_sentences_says_which(msrvtt, tmp_path):
+def test_a_list_may_select_the_sentences(msrvtt, tmp_path):
     write_csv(tmp_path / "list.csv", ("video_id", "sentence"), ("video9770", "not cut"))
     table, notes = msrvtt_table(msrvtt, read_ids(tmp_path / "list.csv"))
     assert table["sentence"].tolist() == ["not cut"]
-    assert any("1 sentences are those of the list" in note for note in notes)
+    assert "1 sentence from the list" in notes
 
 
-def test_the_jsfusion_table_serves_as_list(msrvtt, tmp_path):
+def test_the_jsfusion_table_can_be_the_list(msrvtt, tmp_path):
     rows = SAMPLE["msrvtt"]
     write_csv(tmp_path / "list.csv", rows[0], *(row.values() for row in rows))
     table = prepare("msrvtt", msrvtt, tmp_path / "out.csv", "--ids", tmp_path / "list.csv")
     assert table.to_dict("records") == rows
 
 
-def test_without_a_list_it_is_said_that_this_is_not_1k_a(msrvtt):
-    assert any("not the 1,000 of the list 1k-A" in note for note in msrvtt_table(msrvtt)[1])
+def test_without_a_list_a_note_warns_that_the_videos_are_not_1k_a(msrvtt):
+    assert any("not the 1,000 of most papers" in note for note in msrvtt_table(msrvtt)[1])
 
 
-def test_the_first_sentence_is_one_that_is_not_empty(tmp_path):
+def test_the_first_sentence_that_is_not_empty_is_used(tmp_path):
     content = msrvtt_json(SAMPLE["msrvtt"])
     content["sentences"][0]["caption"] = ""
     table, _ = msrvtt_table(write_json(tmp_path / "a.json", content))
@@ -278,10 +278,10 @@ def test_unusable_lists_are_refused(content, complaint, msrvtt, tmp_path):
     assert len(str(caught.value)) < 800
 
 
-def test_a_list_goes_with_a_json_only(tmp_path):
+def test_a_list_is_refused_with_a_table(tmp_path):
     rows = SAMPLE["msrvtt"]
     write_csv(tmp_path / "table.csv", rows[0], *(row.values() for row in rows))
-    with pytest.raises(DataError, match=r"table\.csv: .* a list goes with a JSON"):
+    with pytest.raises(DataError, match=r"table\.csv: .* give a list with a JSON only"):
         msrvtt_table(tmp_path / "table.csv", {"video1": None})
 
 
@@ -310,14 +310,14 @@ def test_the_data_sets_take_the_official_files(sample, tmp_path):
             kind(READERS[name](source)[0], root, TOKENIZER) for source in (path, table)
         )
         assert found.pairs == expected.pairs
-        assert found.num_missing == expected.num_missing == 1  # named, but absent: counted
+        assert found.num_missing == expected.num_missing == 1  # in the table, but absent
 
 
-# ---- files that are not what they should be ------------------------------------------------------
+# ---- invalid files -------------------------------------------------------------------------------
 
 
 def change(content, *keys, to=None):
-    """The content with one value deep in it replaced, or removed where `to` is None."""
+    """Return the content with one nested value replaced, or removed if `to` is None."""
     content = json.loads(json.dumps(content))
     inner = content
     for key in keys[:-1]:
@@ -352,9 +352,9 @@ BAD_YOUCOOK = {
     "recipe that is true": (change(Y, *FIRST, "recipe_type", to=True), "'recipe_type' is 'True'"),
     "no annotations": (change(Y, *FIRST, "annotations"), "has no 'annotations'"),
     "no sentence": (change(Y, *SEGMENT, "sentence"), "annotation 2: has no 'sentence'"),
-    "sentence that is none": (
+    "invalid sentence": (
         change(Y, *SEGMENT, "sentence", to=[]),
-        "'sentence' is '.*not a text",
+        "'sentence' is '.*not a string",
     ),
     "half a character": (change(Y, *SEGMENT, "sentence", to="\ud800"), "annotation 2: .*Unicode"),
     "one time": (change(Y, *SEGMENT, "segment", to=[1]), r"annotation 2: 'segment' is '\[1\]'"),
@@ -368,9 +368,9 @@ BAD_YOUCOOK = {
     ),
     "no validation": (
         change({"database": {"a": entry("training", "1", [])}, "b": 1}, "b"),
-        "annotation of a val",
+        "no annotations of val",
     ),
-    "the same id twice": (b'{"database": {"a": {}, "b": {}, "a": {}}}', "key 'a' is duplicated"),
+    "duplicate id": (b'{"database": {"a": {}, "b": {}, "a": {}}}', "key 'a' is duplicated"),
     "absolute id": (
         json.dumps(youcook_json([{**SAMPLE["youcook"][0], "video_id": "/a"}])).encode(),
         "video '/a': '/a' leads out",
@@ -391,18 +391,18 @@ BAD_MSRVTT = {
         change(M, "videos", 1, "video_id"),
         "entry 2 of videos: has no 'video_id'",
     ),
-    "number as id": (change(M, "videos", 1, "video_id", to=7), "entry 2 of videos: .* not a text"),
+    "number as id": (change(M, "videos", 1, "video_id", to=7), "entry 2 of videos: .* not a str"),
     "no split": (change(M, "videos", 1, "split"), "entry 2 of videos: has no 'split'"),
     "sentence without video": (change(M, "sentences", 2, "video_id"), "entry 3 of sentences: has"),
     "sentence without text": (change(M, "sentences", 2, "caption"), "entry 3 of sentences: has no"),
-    "the same id twice": (change(M, "videos", 1, "video_id", to="video9770"), "entry 2 .*dupl"),
+    "duplicate id": (change(M, "videos", 1, "video_id", to="video9770"), "entry 2 .*dupl"),
     "absolute id": (change(M, "videos", 1, "video_id", to="/etc/x"), "'/etc/x' leads out"),
     "id that climbs": (change(M, "videos", 1, "video_id", to="../x"), "'../x' leads out"),
     "video without sentences": (
         change(M, "videos", 1, "video_id", to="v"),
         r"1 of .*first is 'v'\)",
     ),
-    "nothing to test": (json.dumps(msrvtt_json([])).encode(), "no video of the split test"),
+    "nothing to test": (json.dumps(msrvtt_json([])).encode(), "no video of the test split"),
 }
 
 
@@ -416,7 +416,7 @@ BAD_MSRVTT = {
         *(pytest.param("msrvtt", *case, id=f"msrvtt: {why}") for why, case in BAD_MSRVTT.items()),
     ],
 )
-def test_a_wrong_json_is_one_line_that_says_where(name, content, complaint, tmp_path):
+def test_an_invalid_json_is_refused_in_one_line_with_the_place(name, content, complaint, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.json: .*{complaint}") as caught:
@@ -428,13 +428,13 @@ def test_a_wrong_json_is_one_line_that_says_where(name, content, complaint, tmp_
 
 
 BAD_SPLITS = {
-    "part that is none": ({"wave_test_split2.txt": "a.avi 3\n"}, "split2.txt, line 1: 'a.avi 3'"),
+    "invalid part": ({"wave_test_split2.txt": "a.avi 3\n"}, "split2.txt, line 1: 'a.avi 3'"),
     "no part": ({"wave_test_split2.txt": "b.avi 1\na.avi\n"}, "split2.txt, line 2: 'a.avi'"),
     "twice": ({"wave_test_split1.txt": "a.avi 1\n\na.avi 1\n"}, "split1.txt, line 3: .*duplicated"),
-    "lists differ": ({"wave_test_split3.txt": "b.avi 1\n"}, "split3.txt: does not have 'a.avi'"),
+    "lists differ": ({"wave_test_split3.txt": "b.avi 1\n"}, "split3.txt: lacks 'a.avi'"),
     "one too few": (
         {"wave_test_split1.txt": "b.avi 1\na.avi 1"},
-        "split2.txt: does not have 'b.avi'",
+        "split2.txt: lacks 'b.avi'",
     ),
     "empty": ({"wave_test_split1.txt": ""}, "split1.txt: has no clips"),
     "no text": ({"wave_test_split1.txt": "a\udcff.avi 1"}, "split1.txt: is not a text file"),
@@ -446,7 +446,7 @@ BAD_SPLITS = {
 
 
 @pytest.mark.parametrize(("files", "complaint"), BAD_SPLITS.values(), ids=BAD_SPLITS)
-def test_wrong_split_files_are_refused(files, complaint, tmp_path):
+def test_invalid_split_files_are_refused(files, complaint, tmp_path):
     good = {f"wave_test_split{k}.txt": "a.avi 1 \n" for k in (1, 2, 3)}
     for name, content in {**good, **files}.items():
         if content is not None:
@@ -484,7 +484,7 @@ def test_a_table_without_rows_is_refused(name, tmp_path):
 
 
 def test_a_class_without_a_name_is_refused(tmp_path):
-    """Its clips would be looked for at the root of the file system."""
+    """Otherwise its clips would be looked up at the root of the file system."""
     row = {**SAMPLE["hmdb"][0], "label": "_test"}
     write_csv(tmp_path / "t.csv", row, row.values())
     with pytest.raises(DataError, match="line 2: column label: the cell is empty"):
@@ -495,7 +495,7 @@ def test_a_class_without_a_name_is_refused(tmp_path):
     ("name", "column", "form"),
     [(name, *column) for name, columns in COLUMNS.items() for column in columns],
 )
-def test_a_table_cannot_name_what_is_outside(name, column, form, tmp_path):
+def test_a_table_cannot_name_files_outside_the_folder(name, column, form, tmp_path):
     rows = SAMPLE[name]
     for outside in OUTSIDE:
         bad = {**rows[1], column: form.format(outside)}
@@ -507,14 +507,14 @@ def test_a_table_cannot_name_what_is_outside(name, column, form, tmp_path):
 
 
 @pytest.mark.parametrize("video_id", ["a..b", "..a", "a/b", "...", "-a", "~", "a b", "日本"])
-def test_odd_names_that_stay_inside_are_fine(video_id, tmp_path):
+def test_odd_names_inside_the_folder_are_accepted(video_id, tmp_path):
     rows = [{**SAMPLE["msrvtt"][0], "video_id": video_id}]
     write_csv(tmp_path / "t.csv", rows[0], *(row.values() for row in rows))
     assert msrvtt_table(tmp_path / "t.csv")[0]["video_id"].tolist() == [video_id]
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_cell_that_names_nothing_is_refused(name, tmp_path):
+def test_a_table_with_an_empty_id_is_refused(name, tmp_path):
     rows = SAMPLE[name]
     write_csv(tmp_path / "t.csv", rows[0], {**rows[1], "video_id": ""}.values())
     with pytest.raises(DataError, match="line 2: column video_id: the cell is empty"):
@@ -522,7 +522,7 @@ def test_a_cell_that_names_nothing_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["msrvtt", "hmdb"])
-def test_a_table_with_a_video_twice_is_refused(name, tmp_path):
+def test_a_table_with_a_duplicate_video_is_refused(name, tmp_path):
     rows = [*SAMPLE[name], SAMPLE[name][0]]
     write_csv(tmp_path / "t.csv", rows[0], *(row.values() for row in rows))
     line = len(rows) + 1

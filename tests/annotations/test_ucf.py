@@ -1,4 +1,4 @@
-"""annotations.ucf and data/ucf/prepare.py: the official lists to the clips and their splits."""
+"""annotations.ucf and data/ucf/prepare.py: the clips and splits of the official lists."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ GOLDEN = golden_json("evaluations")["ucf"]
 
 
 def write_lists(folder, **changes):
-    """Write the golden official files, some with another content or, with None, not at all."""
+    """Write the golden official files, with some contents changed or, if None, omitted."""
     folder.mkdir(exist_ok=True)
     for name, content in {**GOLDEN["files"], **changes}.items():
         if content is not None:
@@ -54,10 +54,10 @@ def test_a_clip_that_a_split_lacks_is_unused_and_noted(tmp_path):
     table, notes = ucf_table(write_lists(tmp_path / "lists", testlist02="".join(rest)))
     lacking = table[table["split2"] == 0]
     assert (lacking["label"] + "/" + lacking["video_id"]).tolist() == [first.strip()]
-    assert notes == ["split2 does not have 1 of the clips"]
+    assert notes == ["split2 lacks 1 clip"]
 
 
-def test_numbers_in_a_test_list_are_checked_and_fine(tmp_path):
+def test_numbers_in_a_test_list_are_accepted_and_checked(tmp_path):
     numbered = GOLDEN["files"]["testlist03"].replace("g15_c01.avi", "g15_c01.avi {}")
     right = numbered.format(1, 37)
     pd.testing.assert_frame_equal(
@@ -94,13 +94,13 @@ BAD_LISTS = {
 
 
 @pytest.mark.parametrize(("files", "complaint"), BAD_LISTS.values(), ids=BAD_LISTS)
-def test_wrong_lists_are_one_line_that_says_where(files, complaint, tmp_path):
+def test_invalid_lists_are_refused_in_one_line_with_the_place(files, complaint, tmp_path):
     with pytest.raises(DataError, match=complaint) as caught:
         ucf_table(write_lists(tmp_path / "lists", **files))
     assert "\n" not in str(caught.value)
 
 
-def test_a_table_of_ones_own_is_checked(tmp_path):
+def test_a_csv_table_is_checked(tmp_path):
     row = ("a.avi", "Juggling", 1, 2, 0)
     write_csv(tmp_path / "t.csv", COLUMNS, row)
     assert ucf_table(tmp_path / "t.csv")[0].to_numpy().tolist() == [[*row]]

@@ -1,4 +1,4 @@
-"""The ids of evaluation videos, from what the evaluations' authors publish."""
+"""The ids of evaluation videos, from the files that the authors publish."""
 
 import json
 
@@ -32,14 +32,17 @@ WRONG = {
     "other.json": ('{"version": 3}', "has '3' as annotations of 'version'"),
     "msrvtt.json": ('{"videos": [{"video_id": "video1"}], "sentences": []}', "of 'videos'; fix it"),
     "info.json": ('{"info": {}, "videos": []}', "has '{}' as annotations of 'info'"),
-    "paths.csv": ("video_path\na/b.mp4\n", r"line 2: 'a/b.mp4' is no video id"),
-    "words.txt": ("a-1\nnot an id\n", r"words\.txt, line 2: 'not an id' is no video id"),
-    "other.csv": ("start,end,text\n0,1,a\n", r"other\.csv, line 1: 'start,end,text' is no video"),
+    "paths.csv": ("video_path\na/b.mp4\n", r"line 2: 'a/b.mp4' is not a video id"),
+    "words.txt": ("a-1\nnot an id\n", r"words\.txt, line 2: 'not an id' is not a video id"),
+    "other.csv": (
+        "start,end,text\n0,1,a\n",
+        r"other\.csv, line 1: 'start,end,text' is not a video",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_file_without_ids_is_one_line(tmp_path, name):
+def test_a_file_without_ids_is_refused(tmp_path, name):
     content, reason = WRONG[name]
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=reason):

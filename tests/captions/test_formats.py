@@ -1,4 +1,4 @@
-"""Caption files of one video: subtitles, Whisper's JSON and CSV, recognised by their content."""
+"""Caption files of one video: subtitles, Whisper's JSON and CSV, recognized by their content."""
 
 import json
 import re
@@ -39,9 +39,9 @@ def without_hold(lines):
 # ---- subtitles -----------------------------------------------------------------------------------
 
 
-def test_each_line_of_youtubes_rolling_subtitles_is_there_once_with_its_own_times():
+def test_each_line_of_youtubes_rolling_subtitles_is_returned_once_with_its_own_times():
     text = rolling_vtt(SPOKEN).replace(">>", "&gt;&gt;").replace(" & ", " &amp; ")
-    assert text.count("we're going to make a") == 2  # beside the one with tags
+    assert text.count("we're going to make a") == 2  # and once with tags
     assert parse(text) == (without_hold(SPOKEN), "WebVTT", "en")
 
 
@@ -51,13 +51,13 @@ def test_after_a_pause_the_window_may_be_empty_or_still_show_the_line_before():
     assert parse(shown.replace("cake\n>>", " \n>>"))[0] == without_hold(SPOKEN)
 
 
-def test_rolling_subtitles_may_end_lines_as_windows_does_and_have_a_byte_order_mark():
+def test_rolling_subtitles_may_have_windows_line_ends_and_a_byte_order_mark():
     text = "\ufeff" + rolling_vtt(SPOKEN[:3]).replace("\n", "\r\n")
     assert parse(text)[0] == without_hold(SPOKEN[:3])
 
 
 def to_srt(vtt):
-    """As a converter does: without tags, without lines of spaces, with numbers."""
+    """Convert as programs do: without tags, without lines of spaces, with numbers."""
     blocks = re.sub(r"<[^>]*>", "", vtt).split("\n\n")[1:-1]
     lines = [[line for line in block.split("\n") if line.strip()] for block in blocks]
     for number, block in enumerate(lines, 1):
@@ -66,7 +66,7 @@ def to_srt(vtt):
     return "".join("\n".join(block) + "\n\n" for block in lines)
 
 
-def test_rolling_subtitles_that_were_converted_to_subrip_do_not_repeat_lines_either():
+def test_rolling_subtitles_converted_to_subrip_do_not_repeat_lines_either():
     text = to_srt(rolling_vtt(SPOKEN))
     assert text.startswith("1\n00:00:00,160 --> 00:00:02,390\nhi guys today\n\n2\n")
     assert parse(text, "talk.srt") == (without_hold(SPOKEN), "SubRip", "")
@@ -130,7 +130,7 @@ def test_a_line_whose_words_have_times_is_spoken_even_if_it_was_just_shown():
 
 
 @pytest.mark.parametrize("bad", ["00:03.000 --> 00:0x.000", "00:03.000 -->", "1:0 --> 00:61.000"])
-def test_a_cue_without_times_costs_only_itself(bad):
+def test_a_cue_with_invalid_times_is_skipped(bad):
     vtt = f"{VTT}{bad}\nthere\n\n00:05.000 --> 00:06.000\nyou\n"
     assert parse(vtt)[0] == [(1, 2, "hello"), (5, 6, "you")]
     srt = SUBRIP.replace("00:00:02,500 --> 00:00:03,000", bad)
@@ -168,7 +168,7 @@ def test_csv_may_have_arrows_and_brackets_in_its_texts():
     )
 
 
-# ---- what is none of them ------------------------------------------------------------------------
+# ---- invalid files -------------------------------------------------------------------------------
 
 VTT = "WEBVTT\n\n00:01.000 --> 00:02.000\nhello\n\n"
 SEGMENT = {"start": 0, "end": 1, "text": "a"}
@@ -180,31 +180,31 @@ WRONG = {
     "hello\n": "no column",
     "WEBVTT\n": "no caption with usable times",
     "WEBVTT\n\n00:01.000 --> 00:02.000\n\n": "no caption with usable times",
-    VTT.replace("2.000", "61.000"): "line 3: '00:01.000 --> 00:061.000' is not a cue's times",
-    f"Kind: captions\n{VTT}": "has times of subtitles, but does not start as WebVTT or SubRip do",
+    VTT.replace("2.000", "61.000"): "line 3: '00:01.000 --> 00:061.000' are not valid cue times",
+    f"Kind: captions\n{VTT}": "has subtitle times, but does not start like WebVTT or SubRip",
     "1\n\n": "no column",
-    "1\n00:00:01,000 --> 2\nhello\n": "line 2: '00:00:01,000 --> 2' is not a cue's",
+    "1\n00:00:01,000 --> 2\nhello\n": "line 2: '00:00:01,000 --> 2' are not valid",
     "00:00:01,000 --> 00:00:02,000\nhello\n\n": "Invalid format",
     "{": "is not JSON",
-    "[1, 2]": "without the list 'segments'",
-    '{"a": {"start": [1], "end": [2], "text": ["x"]}}': "without the list 'segments'",
-    '{"segments": {}}': "without the list 'segments'",
+    "[1, 2]": "without Whisper's list 'segments'",
+    '{"a": {"start": [1], "end": [2], "text": ["x"]}}': "without Whisper's list 'segments'",
+    '{"segments": {}}': "without Whisper's list 'segments'",
     '{"segments": []}': "no caption with usable times",
     '{"segments": [{"start": 0, "end": 1}]}': "'segments' lacks the lists",
     '{"segments": ["a"]}': "'segments' lacks the lists",
     json.dumps({"segments": [{**SEGMENT, "start": "0s"}]}): "a time of 'segments' is not a number",
     json.dumps({"segments": [{**SEGMENT, "text": 1}]}): "a text of 'segments' is not a string",
-    json.dumps({"segments": [SEGMENT], "language": 3}): "'language' is '3', not a text",
+    json.dumps({"segments": [SEGMENT], "language": 3}): "'language' is '3', not a string",
     json.dumps({"segments": [{**SEGMENT, "end": 1e9}]}): "no caption with usable times",
     '{"segments": ' + "[" * 100_000: "recursion",
 }
 
 
 @pytest.mark.parametrize(("text", "reason"), WRONG.items(), ids=range(len(WRONG)))
-def test_what_is_no_captions_is_one_line_that_says_why(text, reason):
+def test_an_invalid_caption_file_is_one_line_with_the_reason(text, reason):
     assert reason in refusal(text.encode())
 
 
 @pytest.mark.parametrize("codec", ["latin-1", "utf-16"])
-def test_captions_are_utf_8(codec):
+def test_captions_that_are_not_utf_8_are_refused(codec):
     assert "is not UTF-8" in refusal(f"{VTT}00:03.000 --> 00:04.000\ncafé\n".encode(codec))

@@ -22,7 +22,7 @@ def write(root, files):
 
 
 def read(root, **options):
-    """The captions of a source by video: texts, or the error."""
+    """Return the captions of a source by video: the texts, or the error."""
     outcomes = list(iter_captions(str(root), 1, **options))
     found = {name: captions for name, captions, _ in outcomes}
     assert len(found) == len(outcomes)
@@ -42,7 +42,7 @@ def test_captions_in_shards_are_found_beside_their_videos(tmp_path):
     assert isinstance(found["00000.tar/b"], CaptionError)
 
 
-def test_a_shard_is_a_source_as_its_folder(tmp_path):
+def test_a_shard_gives_the_captions_of_its_folder(tmp_path):
     write(tmp_path / "in", {"a.json": WHISPER, "b.en.vtt": rolling_vtt([(0, 1, "b")])})
     shard = pack_folder(tmp_path / "in", tmp_path / "s.tar")
     assert read(shard) == read(tmp_path / "in") == {"a": ["from json"], "b": ["b"]}
@@ -51,7 +51,7 @@ def test_a_shard_is_a_source_as_its_folder(tmp_path):
 # ---- a folder ------------------------------------------------------------------------------------
 
 
-def test_a_folder_has_captions_of_any_format_whatever_their_suffix_says(tmp_path):
+def test_a_folder_may_have_captions_of_any_format_whatever_their_suffix(tmp_path):
     write(
         tmp_path,
         {
@@ -81,7 +81,7 @@ def test_a_folder_has_captions_of_any_format_whatever_their_suffix_says(tmp_path
     }
 
 
-def test_of_a_videos_files_the_language_and_then_the_format_decide(tmp_path):
+def test_a_videos_files_are_preferred_by_language_and_then_by_format(tmp_path):
     srt = {
         tag: SRT.format(tag or "none") for tag in ("de.", "en-GB.", "en-orig.", "en.", "enm.", "")
     }
@@ -95,13 +95,13 @@ def test_of_a_videos_files_the_language_and_then_the_format_decide(tmp_path):
     assert read(tmp_path) == {"a": ["from json"]}
 
 
-def test_a_file_that_cannot_be_used_leaves_the_video_to_the_next(tmp_path):
+def test_if_a_file_cannot_be_used_the_videos_next_one_is_read(tmp_path):
     write(tmp_path, {"a.json": {"width": 640}, "a.vtt": "<html>", "a.en.srt": SRT.format("srt")})
     write(tmp_path, {"b.json": {**WHISPER, "language": "de"}, "b.en.srt": SRT.format("srt")})
     assert read(tmp_path) == {"a": ["from srt"], "b": ["from srt"]}
 
 
-def test_captions_in_another_language_are_left_out_and_say_which(tmp_path):
+def test_captions_in_another_language_are_an_error_with_that_language(tmp_path):
     write(
         tmp_path,
         {
@@ -120,7 +120,7 @@ def test_captions_in_another_language_are_left_out_and_say_which(tmp_path):
     assert read(tmp_path, language="de")["header"] == ["hallo"]
 
 
-def test_a_dot_in_a_name_is_not_always_a_languages(tmp_path):
+def test_a_dot_in_a_name_need_not_precede_a_language(tmp_path):
     names = ["Mr. X", "v1.5", "a.part1", "dots.in.it"]
     write(tmp_path, {f"{name}.en.vtt": rolling_vtt([(0, 1, name)]) for name in names})
     write(tmp_path, {"b.c.csv": "start,end,text\n0,1,b.c\n", ".en.srt": SRT.format("a file")})
@@ -128,7 +128,7 @@ def test_a_dot_in_a_name_is_not_always_a_languages(tmp_path):
     assert read(tmp_path) == expected
 
 
-def test_a_name_that_ends_as_a_language_does_is_that_of_a_video_beside_it(tmp_path):
+def test_a_name_that_ends_like_a_language_belongs_to_a_video_of_that_name(tmp_path):
     write(tmp_path, {"x/fix.it.mp4": "", "x/fix.mp4": "", "x/fix.it.srt": SRT.format("fix.it")})
     write(tmp_path, {"x/fix.it.it.vtt": "", "x/fix.en.srt": SRT.format("fix"), "day.de.srt": ""})
     pack_folder(tmp_path / "x", tmp_path / "s.tar", ["fix.it.mp4", "fix.it.srt"])
@@ -142,7 +142,7 @@ def test_a_name_that_ends_as_a_language_does_is_that_of_a_video_beside_it(tmp_pa
     assert read(tmp_path / "x", by_id=True) == {"fix.it": ["from fix.it"], "fix": ["from fix"]}
 
 
-def test_languages_are_tagged_and_suffixes_written_in_several_ways(tmp_path):
+def test_languages_and_suffixes_may_be_written_in_several_ways(tmp_path):
     tags = ["en-eEY6_EpapPo", "en_US", "en-", "en"]
     write(tmp_path, {f"{n}.{tag}.VTT": rolling_vtt([(0, 1, tag)]) for n, tag in enumerate(tags)})
     write(tmp_path, {"J.JSON": {**WHISPER, "language": "English"}, "i.INFO.json": {}})
@@ -150,7 +150,7 @@ def test_languages_are_tagged_and_suffixes_written_in_several_ways(tmp_path):
     assert read(tmp_path) == {**expected, "J": ["from json"]}
 
 
-def test_one_bad_file_costs_only_itself(tmp_path):
+def test_a_bad_file_affects_only_its_own_video(tmp_path):
     good = rolling_vtt([(0, 1, "good")])
     write(tmp_path, {"html.en.vtt": "<!doctype html>", "empty.srt": "", "good.en.vtt": good})
     write(tmp_path, {"other.json": [1], "time.vtt": good.replace("00:00:0", "00:00:x")})
@@ -177,7 +177,7 @@ def test_the_sentencified_file_may_have_a_list_of_sentences_per_video(tmp_path):
         assert (starts.tolist(), ends.tolist(), texts) == ([1, 3.5], [2, 9], ["one", "two"])
 
 
-def test_htm_aas_sentences_are_at_an_instant_which_a_clip_is_around(tmp_path):
+def test_htm_aas_sentences_start_and_end_at_their_timestamp(tmp_path):
     rows = [
         ("b", 9.5, "two"),
         ("a", 30, "x"),
@@ -197,7 +197,7 @@ def test_htm_aas_sentences_are_at_an_instant_which_a_clip_is_around(tmp_path):
     assert clip_window(9.5, 9.5, 5) == (7, 12)
 
 
-def test_a_broken_time_of_htm_aa_costs_its_video(tmp_path):
+def test_an_invalid_timestamp_in_htm_aa_affects_only_its_video(tmp_path):
     rows = [("a", "1s", "x"), ("b", 2, "y"), ("c", 2e6, "z")]
     write_csv(tmp_path / "htm_aa.csv", ("vid", "timestamp", "text"), *rows)
     found = read(tmp_path / "htm_aa.csv")
@@ -215,7 +215,7 @@ def test_a_broken_time_of_htm_aa_costs_its_video(tmp_path):
         "vid,time,text\na,1,a\n": "is not a JSON file of captions .* or HTM-AA's CSV file",
     }.items(),
 )
-def test_a_table_of_another_structure_is_one_line(tmp_path, content, reason):
+def test_a_table_of_another_structure_is_refused(tmp_path, content, reason):
     (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=rf"a\.csv.*{reason}"):
         read(tmp_path / "a.csv")

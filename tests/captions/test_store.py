@@ -1,4 +1,4 @@
-"""Captions: the same from a folder of CSV files and from a store, which finds what is damaged."""
+"""Captions: the same from a folder of CSV files and from a store, which detects damage."""
 
 import json
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from captions.packing import write_store
 from captions.readers import (
-    ABOUT,
     CAPTIONS,
     INDEX,
+    MANIFEST,
     CaptionError,
     CaptionFolder,
     CaptionStore,
@@ -36,7 +36,7 @@ def test_captions_keep_null_as_a_word_and_an_empty_cell_as_an_empty_text(tmp_pat
     assert texts == ["null", "", 'say "hi",\nthere']
 
 
-def test_captions_that_end_before_they_start_stay_and_rows_without_times_do_not(tmp_path):
+def test_captions_that_end_before_they_start_are_kept_and_rows_without_times_skipped(tmp_path):
     (tmp_path / "a.csv").write_text("start,end,text\n9,3,back\n,4,a\n4,,b\n-1,2,c\n1,2e6,d\n")
     starts, ends, texts = read_captions(tmp_path / "a.csv")
     assert (starts.tolist(), ends.tolist(), texts) == ([9], [3], ["back"])
@@ -63,7 +63,7 @@ def test_unusable_caption_files_are_one_error_that_names_them(tmp_path, content)
     assert "\n" not in str(error.value)
 
 
-def test_a_videos_captions_have_its_path_without_extension_and_by_id_its_name_too():
+def test_captions_are_looked_up_by_path_without_extension_and_by_id_also_by_name():
     assert lookup_keys("a/b.c.mp4") == ["a/b.c"]
     assert lookup_keys("./a//b.mp4", by_id=True) == ["a/b", "b"]
     assert lookup_keys("-x_", by_id=True) == ["-x_", "-x_"]
@@ -106,7 +106,7 @@ def store(tmp_path):
     return tmp_path / "store"
 
 
-def test_a_store_gives_what_was_put_into_it(store):
+def test_a_store_returns_the_captions_written_to_it(store):
     captions = open_captions(store)
     assert isinstance(captions, CaptionStore) and len(captions) == 3
     for name, rows in VIDEOS.items():
@@ -123,7 +123,7 @@ def test_a_video_that_is_not_in_a_store_is_one_error_that_names_it(store, absent
     assert str(store) in str(error.value) and absent in str(error.value)
 
 
-def test_by_id_a_video_is_found_by_its_name_in_any_folder_but_by_its_path_first(tmp_path):
+def test_by_id_a_video_is_looked_up_by_path_first_and_then_by_name(tmp_path):
     videos = [("x", *arrays([(0, 1, "x")])), ("c/x", *arrays([(0, 1, "c/x")]))]
     write_store(tmp_path / "store", videos, by_id=True)
     captions = CaptionStore(tmp_path / "store")
@@ -140,7 +140,7 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc"), include_character
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.tuples(TIMES, TIMES, TEXTS)), min_size=1, max_size=4))
-def test_folder_and_store_give_the_same(tmp_path_factory, tables):
+def test_folder_and_store_give_the_same_captions(tmp_path_factory, tables):
     folder = tmp_path_factory.mktemp("captions")
     videos = []
     for number, rows in enumerate(tables):
@@ -158,7 +158,7 @@ def test_folder_and_store_give_the_same(tmp_path_factory, tables):
 
 
 def test_the_header_of_an_array_is_numpys(store):
-    """Arrays are written piece by piece, into files that numpy reads as its own."""
+    """Arrays are written piece by piece, but the files equal those of np.save."""
     for name, dtype in {**INDEX, **CAPTIONS}.items():
         values = np.load(store / f"{name}.npy")
         np.save(store / "again.npy", values)
@@ -166,9 +166,9 @@ def test_the_header_of_an_array_is_numpys(store):
         assert (store / "again.npy").read_bytes() == (store / f"{name}.npy").read_bytes()
 
 
-# ---- what is not a whole store -------------------------------------------------------------------
+# ---- damaged stores ------------------------------------------------------------------------------
 
-FILES = [ABOUT, *(f"{name}.npy" for name in (*INDEX, *CAPTIONS))]
+FILES = [MANIFEST, *(f"{name}.npy" for name in (*INDEX, *CAPTIONS))]
 
 
 def flip(path, place):
@@ -190,7 +190,7 @@ def test_a_store_with_a_file_missing_or_cut_short_is_refused(store, name):
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:40], b""):
         path.write_bytes(content)
-        assert (content == whole[:-1] and name == ABOUT) or refusal(store)
+        assert (content == whole[:-1] and name == MANIFEST) or refusal(store)
     path.unlink()
     assert f"{name} is missing" in refusal(store)
 
@@ -198,7 +198,7 @@ def test_a_store_with_a_file_missing_or_cut_short_is_refused(store, name):
 @pytest.mark.parametrize("name", INDEX)
 def test_a_store_with_a_damaged_index_is_refused(store, name):
     path = store / f"{name}.npy"
-    damage = {-1: f"{name}.npy has another checksum", 2: "pickle"}  # 2: in numpy's magic string
+    damage = {-1: f"{name}.npy does not match", 2: "pickle"}  # 2: in numpy's magic string
     for place, reason in damage.items():
         flip(path, place)
         assert reason in refusal(store)
@@ -206,20 +206,20 @@ def test_a_store_with_a_damaged_index_is_refused(store, name):
     assert len(open_captions(store)) == len(VIDEOS)
 
 
-@pytest.mark.parametrize("about", ["[]", "{}", "null", "{", '{"format": "other", "version": 1}'])
-def test_a_store_with_another_description_is_refused(store, about):
-    (store / ABOUT).write_text(about)
-    assert "is not a whole caption store" in refusal(store)
+@pytest.mark.parametrize("manifest", ["[]", "{}", "null", "{", '{"format": "other", "version": 1}'])
+def test_a_store_with_another_manifest_is_refused(store, manifest):
+    (store / MANIFEST).write_text(manifest)
+    assert "is not an intact caption store" in refusal(store)
 
 
 def test_a_store_of_another_version_is_refused(store):
-    about = json.loads((store / ABOUT).read_text())
-    (store / ABOUT).write_text(json.dumps({**about, "version": 2}))
+    manifest = json.loads((store / MANIFEST).read_text())
+    (store / MANIFEST).write_text(json.dumps({**manifest, "version": 2}))
     assert "version 2" in refusal(store)
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-def test_damaged_captions_cost_their_video_only(store, name):
+def test_damaged_captions_affect_only_their_video(store, name):
     flip(store / f"{name}.npy", -1)  # of the video that was written last
     captions = CaptionStore(store)
     with pytest.raises(CaptionError, match="captions of b are damaged"):
@@ -228,8 +228,8 @@ def test_damaged_captions_cost_their_video_only(store, name):
         assert lists(captions.read(f"{video}.mp4")) == lists(arrays(VIDEOS[video]))
 
 
-def test_a_lost_block_in_the_middle_is_damage(store):
-    """As of a copy that was stopped and left its file sparse."""
+def test_a_lost_block_in_the_middle_is_detected(store):
+    """An interrupted copy may leave a sparse file."""
     content = bytearray((store / "text.npy").read_bytes())
     content[2000:3000] = bytes(1000)
     (store / "text.npy").write_bytes(content)
@@ -252,7 +252,7 @@ def stop_after(videos, exception):
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt(), MemoryError(), DataError("a", "b")])
-def test_a_store_is_written_whole_or_not_at_all(tmp_path, exception):
+def test_a_store_is_written_atomically(tmp_path, exception):
     videos = [(name, *arrays(rows)) for name, rows in VIDEOS.items()]
     with pytest.raises(type(exception)):
         write_store(tmp_path / "store", stop_after(videos, exception))
@@ -266,9 +266,9 @@ def test_a_full_disk_is_one_line_that_names_the_store(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_store_is_not_written_over_another_or_beside_a_run_that_writes_it(store):
+def test_a_store_does_not_overwrite_another_or_interfere_with_a_run_that_writes_it(store):
     before = {path: path.read_bytes() for path in store.iterdir()}
-    with pytest.raises(DataError, match=r"store: exists already"):
+    with pytest.raises(DataError, match=r"store: already exists"):
         write_store(store, [])
     store.with_name("other.part").mkdir()
     with pytest.raises(DataError, match=r"other\.part: exists; wait"):
@@ -277,17 +277,17 @@ def test_a_store_is_not_written_over_another_or_beside_a_run_that_writes_it(stor
     assert store.with_name("other.part").is_dir()
 
 
-def test_a_store_of_nothing_is_refused(tmp_path):
+def test_a_store_without_videos_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no captions"):
         write_store(tmp_path / "store", [])
     assert not list(tmp_path.iterdir())
 
 
-# ---- what it costs -------------------------------------------------------------------------------
+# ---- memory and open files -----------------------------------------------------------------------
 
 
 class ReadAll:
-    """An item reads all captions: what the worker's memory and open files were before and after."""
+    """Read all captions per item, and measure the worker's memory and open files around it."""
 
     def __init__(self, captions, names):
         self.captions, self.names = captions, names
@@ -307,7 +307,7 @@ class ReadAll:
 
 
 class Held:
-    """All captions as objects of Python, which is what the store is there to avoid."""
+    """All captions as Python objects, which is what a store avoids."""
 
     def __init__(self, videos):
         self.captions = {name: captions for name, *captions in videos}
@@ -317,7 +317,7 @@ class Held:
 
 
 def growth(captions, names):
-    """By how many bytes each of three workers grows; none may have more files open than before."""
+    """Return the bytes by which each of three workers grows; none may open more files."""
     [batch] = sample_batches(ReadAll(captions, names), [[0, 1, 2]], workers=3, timeout=60)
     assert batch["errors"] == [None] * 3
     assert batch["files"][:, 0].tolist() == batch["files"][:, 1].tolist()

@@ -1,4 +1,4 @@
-"""data/howto100m/prepare.py: what the authors hand out becomes a caption store and a video list."""
+"""data/howto100m/prepare.py: make a caption store and a video list from published captions."""
 
 import importlib.util
 import io
@@ -37,7 +37,7 @@ USABLE = ["v-1", "_B2"]
 
 @pytest.fixture
 def captions(tmp_path):
-    """The same captions as a folder and as the JSON file, of videos in one folder."""
+    """Write the same captions as a folder and as the JSON file, of videos in one folder."""
     (tmp_path / "csv").mkdir()
     for name, rows in ROWS.items():
         write_csv(tmp_path / "csv" / f"{name}.csv", ("", "start", "end", "text"), *numbered(rows))
@@ -86,18 +86,18 @@ def written(folder):
 
 
 @pytest.mark.parametrize("source", ["csv", "all.json"])
-def test_a_store_has_the_captions_that_the_folders_reader_finds(captions, source, capsys):
+def test_a_store_has_the_same_captions_as_the_folder(captions, source, capsys):
     folder, store = CaptionFolder(captions / "csv"), pack(captions / source, captions / "store")
     assert len(store) == 2
     for name in USABLE:
         assert lists(store.read(f"{name}.mp4")) == lists(folder.read(f"{name}.mp4"))
     assert not store.has("none.mp4")
     printed = capsys.readouterr()
-    assert printed.out.endswith("5 captions of 2 videos; 1 videos have no usable caption\n")
+    assert printed.out.endswith("5 captions of 2 videos; 1 video without usable captions\n")
     assert "skipped: " in printed.err and "none" in printed.err
 
 
-def test_what_is_missing_in_json_is_nan_or_null(tmp_path):
+def test_missing_values_in_json_are_nan_or_null(tmp_path):
     for missing in ("NaN", "null"):
         times, texts = f'"start": [1, 2, {missing}], "end": [3, 4, 5]', f'["x", {missing}, "y"]'
         (tmp_path / "all.json").write_text(f'{{"a": {{{times}, "text": {texts}}}}}')
@@ -105,13 +105,13 @@ def test_what_is_missing_in_json_is_nan_or_null(tmp_path):
         assert lists(store.read("a.mp4")) == ([1, 2], [3, 4], ["x", ""])
 
 
-def test_half_a_surrogate_pair_is_no_word(tmp_path):
+def test_a_lone_surrogate_is_replaced(tmp_path):
     text = r'{"a": {"start": [1], "end": [2], "text": ["one\ud83dtwo \ud83d\ude42"]}}'
     (tmp_path / "all.json").write_text(text)
     assert pack(tmp_path / "all.json", tmp_path / "out").read("a.mp4")[2] == ["one?two 🙂"]
 
 
-def test_videos_in_folders_find_their_captions_by_path_and_by_id_where_asked_for(tmp_path):
+def test_captions_of_videos_in_folders_are_found_by_path_and_with_by_id_by_name(tmp_path):
     write_captions(tmp_path / "csv", "a", "x/b")
     strict = pack(tmp_path / "csv", tmp_path / "strict")
     by_id = pack(tmp_path / "csv", tmp_path / "by_id", "--by_id")
@@ -126,7 +126,7 @@ def test_videos_in_folders_find_their_captions_by_path_and_by_id_where_asked_for
         assert folder.has(video) == strict.has(video)
 
 
-def test_captions_of_the_json_file_go_by_id(captions):
+def test_captions_of_the_json_file_are_found_by_id(captions):
     store = pack(captions / "all.json", captions / "store")
     assert store.has("v-1.mp4") and store.has("some/folder/v-1.webm")
 
@@ -139,7 +139,7 @@ def test_unreadable_caption_files_are_reported_and_skipped(captions, capsys):
         file.write("start,end,text\n0,1,a\n")
     assert len(pack(captions / "csv", captions / "store", "--num_workers", "2")) == 2
     printed = capsys.readouterr()
-    assert "4 videos have no usable caption" in printed.out
+    assert "4 videos without usable captions" in printed.out
     for named in ("latin.csv", "empty.csv", "none.csv", r"caf\xe9.csv"):
         assert named in printed.err
     assert printed.err.count("skipped: ") == 4
@@ -148,7 +148,7 @@ def test_unreadable_caption_files_are_reported_and_skipped(captions, capsys):
 WHISPER = {"segments": [{"start": 1, "end": 2, "text": "hi"}]}
 
 
-def test_a_store_records_its_origin_and_what_is_left_out_is_counted(tmp_path, capsys):
+def test_a_store_records_its_origin_and_skipped_videos_are_counted(tmp_path, capsys):
     write_captions(tmp_path / "in", "csv")
     for name, language in {"a": "en", "b": "en", "c": "de", "d": "ja", "e": "de"}.items():
         content = json.dumps({**WHISPER, "language": language})
@@ -162,18 +162,18 @@ def test_a_store_records_its_origin_and_what_is_left_out_is_counted(tmp_path, ca
     assert store.origin == f"packed from {tmp_path}/in: 2 Whisper JSON, 1 CSV; language en"
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
-        f"{tmp_path}/store: 3 captions of 3 videos; 1 videos have no usable caption",
+        f"{tmp_path}/store: 3 captions of 3 videos; 1 video without usable captions",
         "skipped: 3 videos in other languages (de 2, ja 1)",
     ]
     assert printed.err.count("skipped: ") == 1 and "f.en.vtt: is HTML" in printed.err
     assert len(pack(tmp_path / "in", tmp_path / "german", "--language", "de")) == 3  # and the CSV
 
 
-def test_a_source_without_captions_in_the_language_is_one_line(tmp_path):
+def test_a_source_without_captions_in_the_language_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.json").write_text(json.dumps({**WHISPER, "language": "de"}))
     with pytest.raises(
-        InputError, match=r"--caption_root: .*1 videos in other languages \(de 1\); .* --language"
+        InputError, match=r"--caption_root: .*1 video in other languages \(de 1\); .* --language"
     ):
         pack(tmp_path / "in", tmp_path / "store")
     assert written(tmp_path) == ["in"]
@@ -202,7 +202,7 @@ def test_file_names_may_have_any_characters(tmp_path):
     assert [store.read(f"{name}.mp4")[2] for name in names] == [[name] for name in names]
 
 
-def test_two_files_of_one_id_are_refused(tmp_path):
+def test_by_id_two_files_with_the_same_id_are_refused(tmp_path):
     write_captions(tmp_path / "csv", "x/a", "y/a")
     assert len(pack(tmp_path / "csv", tmp_path / "store")) == 2
     with pytest.raises(InputError, match=r"--caption_root: .*csv: x/a\.csv and y/a\.csv"):
@@ -224,7 +224,7 @@ WRONG = {
     '"a"': "Expecting '{'",
     f"{{{GOOD},}}": "name in quotes, at character 48",
     f"{{{GOOD} {GOOD}}}": "Expecting ',' or '}', at character 48",
-    f"{{{GOOD}}} {{": "more follows",
+    f"{{{GOOD}}} {{": "text follows",
     f"{{{GOOD}, b: 1}}": "name in quotes",
     '{"a" 1}': "Expecting ':'",
     '{"a": [1}': "Expecting ',' delimiter",
@@ -236,7 +236,7 @@ WRONG = {
     '{"a": [1, 2]}': "video 'a' lacks the lists",
     '{"a": {"start": [1], "end": [2]}}': "video 'a' lacks the lists",
     '{"a": {"start": 1, "end": 2, "text": "x"}}': "video 'a' lacks the lists",
-    '{"a": {"start": [1, 2], "end": [2], "text": ["x"]}}': "video 'a' are 2, 1, 1 long",
+    '{"a": {"start": [1, 2], "end": [2], "text": ["x"]}}': "video 'a' have lengths 2, 1, 1",
     '{"a": {"start": [[1]], "end": [2], "text": ["x"]}}': "a time of video 'a'",
     '{"a": {"start": ["1s"], "end": [2], "text": ["x"]}}': "a time of video 'a'",
     '{"a": {"start": [{}], "end": [2], "text": ["x"]}}': "a time of video 'a'",
@@ -248,7 +248,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "reason"), WRONG.items(), ids=range(len(WRONG)))
-def test_what_is_not_a_json_file_of_captions_is_one_line_that_says_why(tmp_path, text, reason):
+def test_an_invalid_json_file_is_refused_in_one_line_with_the_reason(tmp_path, text, reason):
     (tmp_path / "all.json").write_text(text)
     with pytest.raises(InputError, match=r"^--caption_root: .*all\.json: is not a JSON") as refused:
         pack(tmp_path / "all.json", tmp_path / "store")
@@ -256,7 +256,7 @@ def test_what_is_not_a_json_file_of_captions_is_one_line_that_says_why(tmp_path,
     assert written(tmp_path) == ["all.json"]
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_a_json_file_that_is_not_utf_8_is_refused(tmp_path):
     (tmp_path / "all.json").write_bytes(b'{"a": {"start": [1], "end": [2], "text": ["\xff"]}}')
     with pytest.raises(InputError, match=r"--caption_root: .*not UTF-8"):
         pack(tmp_path / "all.json", tmp_path / "store")
@@ -283,12 +283,12 @@ def test_a_json_file_may_be_cut_into_chunks_anywhere(captions, monkeypatch, chun
     assert list(caption_source.json_members(io.StringIO(text))) == whole
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "all.json").write_text(f"\ufeff{{{GOOD}}}")
     assert pack(tmp_path / "all.json", tmp_path / "store").has("a.mp4")
 
 
-def test_of_a_json_file_one_video_at_a_time_is_in_memory(monkeypatch):
+def test_one_video_of_a_json_file_is_in_memory_at_a_time(monkeypatch):
     monkeypatch.setattr(caption_source, "JSON_CHUNK", 1 << 16)
     value = {"start": [0.5] * 100, "end": [1.5] * 100, "text": ["one two three"] * 100}
     text = io.StringIO(json.dumps({f"video{i}": value for i in range(3000)}))
@@ -301,7 +301,7 @@ def test_of_a_json_file_one_video_at_a_time_is_in_memory(monkeypatch):
     assert peak < len(text.getvalue()) / 8
 
 
-def test_a_fault_at_the_beginning_does_not_read_all_the_file(monkeypatch):
+def test_an_error_at_the_beginning_is_found_without_reading_the_whole_file(monkeypatch):
     monkeypatch.setattr(caption_source, "JSON_CHUNK", 1 << 10)
     monkeypatch.setattr(caption_source, "LARGEST_VIDEO", 1 << 12)
     file = io.StringIO('{"a": [1}' + " " * (1 << 20))
@@ -324,7 +324,7 @@ def pairs(tmp_path):
 
 
 @pytest.mark.parametrize("captions", ["csv", "store"])
-def test_the_list_has_the_pairs_that_exist_in_order_and_says_what_else_there_is(
+def test_the_list_has_the_videos_with_captions_in_order_and_counts_the_rest(
     pairs, captions, capsys
 ):
     capsys.readouterr()
@@ -334,8 +334,8 @@ def test_the_list_has_the_pairs_that_exist_in_order_and_says_what_else_there_is(
     assert all(map(captions.has, listed))
     assert capsys.readouterr().out.splitlines() == [
         f"{pairs / 'list.csv'}: 3 videos with captions",
-        "skipped: 1 videos without captions, such as d.mp4",
-        "skipped: 2 captions without a video, such as y/d",
+        "skipped: 1 video without captions, such as d.mp4",
+        "skipped: 2 videos with captions but without a file, such as y/d",
     ]
 
 
@@ -348,15 +348,15 @@ def test_by_id_videos_in_any_folder_are_paired(captions, capsys, by_id):
     assert listed == ["0/v-1.mp4", "1/2/_B2.webm"]
     printed = capsys.readouterr().out
     assert "2 videos without captions, such as none.mp4\n" in printed
-    assert ("1 videos whose captions are unusable, such as none" in printed) == (by_id != "store")
+    assert ("1 video whose captions are unusable, such as none" in printed) == (by_id != "store")
 
 
-def test_captions_that_only_by_id_would_find_are_told(tmp_path, capsys):
+def test_captions_that_only_by_id_would_find_are_reported(tmp_path, capsys):
     touch(tmp_path / "videos", "0/a.mp4", "b.mp4", "c.mp4")
     write_captions(tmp_path / "csv", "a", "b")
     assert list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv") == ["b.mp4"]
-    told = "2 videos without captions, such as 0/a.mp4 (1 have by their names alone: pack"
-    assert told in capsys.readouterr().out
+    hint = "2 videos without captions, such as 0/a.mp4 (1 would match by file name alone; pack"
+    assert hint in capsys.readouterr().out
     (tmp_path / "videos" / "b.mp4").unlink()
     with pytest.raises(InputError, match=r"--caption_root: none of 2 videos .*--by_id"):
         list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "other.csv")
@@ -394,7 +394,7 @@ def test_links_to_files_and_folders_are_followed_but_not_in_circles(tmp_path):
     assert listed == ["a.mp4", "x/b/c.mp4"]
 
 
-def test_odd_file_names_come_back_from_the_list(tmp_path, capsys):
+def test_odd_file_names_are_preserved_in_the_list(tmp_path, capsys):
     names = [
         "a b",
         "-x",
@@ -413,15 +413,15 @@ def test_odd_file_names_come_back_from_the_list(tmp_path, capsys):
     write_captions(tmp_path / "csv", *names, *unlistable)
     listed = list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv")
     assert listed == sorted(f"{name}.mp4" for name in names)
-    told = [line for line in capsys.readouterr().out.splitlines() if "not UTF-8" in line]
-    assert len(told) == 1 and "skipped: 3 videos whose name" in told[0]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "not UTF-8" in line]
+    assert "skipped: 3 videos whose name" in line
 
 
-def test_two_videos_of_the_same_captions_are_refused_and_named(tmp_path, capsys):
+def test_two_videos_with_the_same_captions_are_refused_and_named(tmp_path, capsys):
     touch(tmp_path / "videos", "a.mp4", "a.webm", "x/b.mp4", "y/b.mp4")
     write_captions(tmp_path / "csv", "a", "b")
     pack(tmp_path / "csv", tmp_path / "store", "--by_id")
-    with pytest.raises(InputError, match="--video_path: 2 videos have the captions of another"):
+    with pytest.raises(InputError, match="--video_path: 2 videos with the captions of another"):
         list_videos(tmp_path / "videos", tmp_path / "store", tmp_path / "list.csv")
     printed = capsys.readouterr().err
     assert "duplicate: a.mp4 and a.webm\n" in printed
@@ -434,7 +434,7 @@ def skipped(printed):
     return [line.removeprefix("skipped: ") for line in lines if line.startswith("skipped: ")]
 
 
-def test_videos_of_evaluations_can_be_left_out_and_are_counted_by_file(tmp_path, capsys):
+def test_videos_of_evaluations_can_be_excluded_and_are_counted_by_file(tmp_path, capsys):
     videos = ["a-1.mp4", "x/_b.webm", "How to [c_3].mp4", "d [of c_3] e.mp4", "e.mp4"]
     touch(tmp_path / "videos", *videos)
     write_captions(tmp_path / "csv", *(os.path.splitext(video)[0] for video in videos))
@@ -451,24 +451,24 @@ def test_videos_of_evaluations_can_be_left_out_and_are_counted_by_file(tmp_path,
         f"2 videos of {tmp_path}/align.json, such as How to [c_3].mp4",
         f"2 videos of {tmp_path}/videos_val.csv, such as a-1.mp4",
     ]
-    assert f"--exclude: no video has an id of {tmp_path}/none.txt" in printed.err
+    assert f"--exclude: no video has an id in {tmp_path}/none.txt" in printed.err
 
 
 @pytest.mark.parametrize("source", ["csv", "store", "all.json"])
-def test_videos_with_few_captions_can_be_left_out(captions, capsys, source):
+def test_videos_with_few_captions_can_be_skipped(captions, capsys, source):
     touch(captions / "videos", "v-1.mp4", "_B2.mp4", "none.mp4")
     pack(captions / "csv", captions / "store")
     capsys.readouterr()
     found = captions / "videos", captions / source
     listed = list_videos(*found, captions / "list.csv", "--min_captions", 3)
     assert listed == ["v-1.mp4"]
-    assert "1 videos with fewer than 3 captions, such as _B2.mp4" in skipped(capsys.readouterr())
+    assert "1 video with fewer than 3 captions, such as _B2.mp4" in skipped(capsys.readouterr())
     with pytest.raises(InputError, match=r"no video is left for the list: .*2 videos with fewer"):
         list_videos(*found, captions / "other.csv", "--min_captions", 4)
     assert not (captions / "other.csv").exists()
 
 
-def test_videos_that_are_too_short_or_long_can_be_left_out(tmp_path, capsys):
+def test_videos_that_are_too_short_or_long_can_be_skipped(tmp_path, capsys):
     for seconds in (1, 2, 3):
         make_video(tmp_path / "videos" / f"{seconds}.mp4", seconds)
     touch(tmp_path / "videos", "empty.mp4")
@@ -477,20 +477,20 @@ def test_videos_that_are_too_short_or_long_can_be_left_out(tmp_path, capsys):
     listed = list_videos(tmp_path / "videos", tmp_path / "csv", tmp_path / "list.csv", *limits)
     assert listed == ["2.mp4"]
     short, long, unknown = skipped(capsys.readouterr())
-    assert short == "1 videos shorter than 1.5 s, such as 1.mp4"
-    assert long == "1 videos longer than 2.5 s, such as 3.mp4"
-    assert unknown.startswith("1 videos whose duration cannot be read, such as empty.mp4 (")
+    assert short == "1 video shorter than 1.5 s, such as 1.mp4"
+    assert long == "1 video longer than 2.5 s, such as 3.mp4"
+    assert unknown.startswith("1 video whose duration cannot be read, such as empty.mp4 (")
 
 
 def test_the_list_of_a_folder_counts_subtitles_in_other_languages(tmp_path, capsys):
     touch(tmp_path, "a.mp4", "a.en.vtt", "b.mp4", "b.de.vtt", "b.fr.vtt")
     assert list_videos(tmp_path, tmp_path, tmp_path / "list.csv") == ["a.mp4"]
-    assert "1 videos whose captions are in another language, such as b" in skipped(
+    assert "1 video whose captions are in another language, such as b" in skipped(
         capsys.readouterr()
     )
 
 
-def test_metadata_of_a_shard_are_no_captions(tmp_path, capsys):
+def test_metadata_in_a_shard_is_not_taken_for_captions(tmp_path, capsys):
     """video2dataset leaves `<key>.json` beside each video."""
     touch(tmp_path / "in", "a.mp4", "b.mp4")
     (tmp_path / "in" / "a.json").write_text(json.dumps(WHISPER))
@@ -499,7 +499,7 @@ def test_metadata_of_a_shard_are_no_captions(tmp_path, capsys):
     for videos in (tmp_path / "in", shard):
         (tmp_path / "list.csv").unlink(missing_ok=True)
         assert list_videos(videos, videos, tmp_path / "list.csv") == ["a.mp4"]
-        unusable = "1 videos whose captions are unusable, such as b"
+        unusable = "1 video whose captions are unusable, such as b"
         assert unusable in skipped(capsys.readouterr())
 
 
@@ -509,7 +509,7 @@ PACK, LIST = ["pack", "--caption_root", "{pairs}/csv"], ["list", "--video_path",
 WRONG_CALLS = {
     "no command": ([], "pack|list"),
     "no source": (["pack", "--out", "x"], "--caption_root"),
-    "a source that is not there": (
+    "a missing source": (
         ["pack", "--caption_root", "no", "--out", "x"],
         "no: is not an existing",
     ),
@@ -518,13 +518,13 @@ WRONG_CALLS = {
         "--caption_root: {pairs}/videos/x: has no caption file",
     ),
     "a store": (["pack", "--caption_root", "{pairs}/store", "--out", "x"], "is already a store"),
-    "a store that is there": ([*PACK, "--out", "{pairs}/store"], "--out: "),
+    "an existing store": ([*PACK, "--out", "{pairs}/store"], "--out: "),
     "a store inside a file": (
         [*PACK, "--out", "{pairs}/csv/a.csv/store"],
         "--out: {pairs}/csv/a.csv/store: cannot be written",
     ),
     "no process": ([*PACK, "--out", "x", "--num_workers", "0"], "--num_workers"),
-    "videos that are not there": (
+    "missing videos": (
         ["list", "--video_path", "no", "--caption_root", "{pairs}/csv"],
         "--video_path: there is no folder no",
     ),
@@ -537,7 +537,7 @@ WRONG_CALLS = {
         ["list", "--video_path", "{pairs}/videos/x", "--caption_root", "{pairs}/csv"],
         "none of 2 videos has captions",
     ),
-    "a list that is there": (
+    "an existing list": (
         [*LIST, "--caption_root", "{pairs}/csv", "--out", "{pairs}/csv"],
         "--out",
     ),
@@ -545,7 +545,7 @@ WRONG_CALLS = {
         [*LIST, "--caption_root", "{pairs}/csv", "--min_duration", "9", "--max_duration", "8"],
         "--min_duration is above --max_duration",
     ),
-    "ids that are not there": (
+    "missing ids": (
         [*LIST, "--caption_root", "{pairs}/csv", "--exclude", "no.json"],
         "--exclude: no.json: No such file",
     ),
@@ -557,7 +557,7 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("fault", WRONG_CALLS)
-def test_a_wrong_call_is_one_line_that_names_the_flag_and_status_2(
+def test_an_invalid_call_is_refused_in_one_line_that_names_the_flag(
     pairs, monkeypatch, capsys, fault
 ):
     monkeypatch.chdir(pairs)
@@ -574,7 +574,7 @@ def test_a_wrong_call_is_one_line_that_names_the_flag_and_status_2(
     assert written(pairs) == before
 
 
-def test_the_script_runs_as_a_user_does(captions):
+def test_the_script_runs_as_a_command(captions):
     command = [sys.executable, SCRIPT, "pack", "--caption_root", captions / "csv", "--out"]
     done = subprocess.run([*command, captions / "store"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("\n") == 1
@@ -602,7 +602,7 @@ def kill_in_the_middle_of_a_result(folder, tasks, language, results):
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("kill", [kill_before_a_result, kill_in_the_middle_of_a_result])
-def test_a_reading_process_that_is_killed_ends_the_packing_with_one_line(
+def test_if_a_reader_process_is_killed_packing_ends_with_one_line(
     tmp_path, monkeypatch, kill, workers
 ):
     write_captions(tmp_path / "csv", *map(str, range(20)))

@@ -1,4 +1,4 @@
-"""data/own/prepare.py: a folder of videos with captions beside them becomes a training."""
+"""data/own/prepare.py: prepare a folder of videos with captions beside them for training."""
 
 import json
 import shlex
@@ -45,7 +45,7 @@ def printed_command(output):
     return shlex.split(line)
 
 
-def test_what_can_be_trained_on_is_prepared_and_what_not_is_explained(tmp_path, video, capsys):
+def test_usable_videos_are_prepared_and_the_others_skipped_with_a_reason(tmp_path, video, capsys):
     folder = tmp_path / "my talks"
     vtt = rolling_vtt(LINES)
     captions = {
@@ -64,13 +64,15 @@ def test_what_can_be_trained_on_is_prepared_and_what_not_is_explained(tmp_path, 
 
     output = capsys.readouterr().out
     skipped = [line for line in output.splitlines() if line.startswith("skipped: ")]
-    silent = "there is none of silent.en.vtt, silent.csv, silent.json, silent.vtt, silent.srt"
+    silent = (
+        "none of these files exists: silent.en.vtt, silent.csv, silent.json, silent.vtt, silent.srt"
+    )
     for line, expected in zip(
         skipped,
         [
             f"german.mp4: {folder}/german.de.vtt: its language is 'de', not en",
             f"html.mp4: {folder}/html.vtt: is HTML or XML, not captions; download it again",
-            f"silent.mp4: it has no captions: {silent}",
+            f"silent.mp4: it has no captions; {silent}",
             "a.webm: a.mp4 has the same captions",
             f"broken.mp4: {folder}/broken.mp4: ",
             "the captions of gone: there is no such video",
@@ -93,21 +95,23 @@ def test_what_can_be_trained_on_is_prepared_and_what_not_is_explained(tmp_path, 
     command = printed_command(output)
     assert command[:2] == ["python", "main_distributed.py"]
     assert {f"--video_path={folder}", f"--train_csv={tmp_path}/out/videos.csv"} <= set(command)
-    name = f"{tmp_path}/out".strip("/").replace("/", "-")  # two folders `out` are two trainings
+    name = f"{tmp_path}/out".strip("/").replace(
+        "/", "-"
+    )  # unique, even if another folder is called `out`
     assert f"--checkpoint_dir={name}" in command
 
 
-def test_without_usable_captions_every_reason_is_told(tmp_path, video, capsys):
+def test_without_usable_captions_every_reason_is_printed(tmp_path, video, capsys):
     captions = {"a.vtt": "<html>", "b.srt": "", "c.de.vtt": "", "d.de.vtt": "", "e.ja.vtt": ""}
     fill(tmp_path / "in", video, [f"{name}.mp4" for name in "abcde"], captions)
     languages = r"3 videos in other languages \(de 2, ja 1\); give another source or --language"
     with pytest.raises(InputError, match=languages):
         prepare.main([str(tmp_path / "in"), f"--out={tmp_path}/out"])
-    told = capsys.readouterr().err
-    assert "a.vtt: is HTML" in told and "b.srt: is empty" in told
+    errors = capsys.readouterr().err
+    assert "a.vtt: is HTML" in errors and "b.srt: is empty" in errors
 
 
-def test_given_word_vectors_are_checked_and_taken(tmp_path, video, capsys):
+def test_given_word_vectors_are_checked_and_used(tmp_path, video, capsys):
     fill(tmp_path / "in", video, ["a.mp4"], {"a.vtt": rolling_vtt(LINES)})
     write_pair(tmp_path, ["cut", "stir"], np.ones((2, WORD_DIM)))
     vectors = f"--word2vec_path={tmp_path}/word2vec.pth"
@@ -135,14 +139,14 @@ WRONG = {
     ),
     "no usable captions": (
         lambda folder, video: fill(folder, video, ["a.mp4"], {"a.vtt": "<html>"}),
-        "FOLDER: {folder}: has no captions that can be used: 1 videos have none that are intact",
+        "FOLDER: {folder}: has no captions that can be used: 1 video with invalid captions",
     ),
     "no word": (
         lambda folder, video: fill(folder, video, ["a.mp4"], {"a.vtt": rolling_vtt([(0, 1, "-")])}),
         "has words",
     ),
     "no intact video": (broken, "FOLDER: none of its 1 videos can be trained on"),
-    "an output that is there": (
+    "an existing output": (
         lambda folder, video: (folder.parent / "out").mkdir(),
         "--out: {folder}/../out is there already",
     ),

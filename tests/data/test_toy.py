@@ -1,4 +1,4 @@
-"""The toy data set: in the layouts and formats of the real ones, and worth training on."""
+"""The toy data set has the layouts and formats of the real ones, and can be learned from."""
 
 import importlib.util
 import itertools
@@ -36,7 +36,7 @@ def run(out, *flags):
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module: it is no package's, so it is loaded from its file."""
+    """Load the script, which is in no package, as a module."""
     spec = importlib.util.spec_from_file_location("toy_prepare", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["toy_prepare"] = module  # where its processes look for the function to run
@@ -64,7 +64,7 @@ def captions(toy):
     return {path.stem: pd.read_csv(path) for path in sorted((toy / "captions").glob("*.csv"))}
 
 
-def test_training_files(toy):
+def test_training_files_have_the_real_formats(toy):
     videos = pd.read_csv(toy / "howto100m_videos.csv")
     assert list(videos.columns) == ["video_path"]
     assert len(videos) == VIDEOS
@@ -82,7 +82,7 @@ def test_training_files(toy):
             assert container.duration / av.time_base >= table.end.max()
 
 
-def test_word_list_and_vectors(toy):
+def test_the_vocabulary_has_all_words_and_a_vector_for_each(toy):
     words = np.load(toy / "dict.npy", allow_pickle=False)
     vectors = torch.load(toy / "word2vec.pth", weights_only=True)
     assert words.dtype.kind == "U"
@@ -97,8 +97,8 @@ def test_word_list_and_vectors(toy):
     assert said == set(words)
 
 
-def test_words_of_one_kind_are_apart(script, tmp_path):
-    """The model's word vectors are frozen: what they do not tell apart, it never will."""
+def test_words_of_one_kind_have_different_vectors(script, tmp_path):
+    """The model's word vectors are frozen, so it cannot learn to tell equal ones apart."""
     script.plan_training(tmp_path, 1, 24)
     script.write_word_vectors(tmp_path, 1)
     words = list(np.load(tmp_path / "dict.npy"))
@@ -110,7 +110,7 @@ def test_words_of_one_kind_are_apart(script, tmp_path):
         assert (cosines - torch.eye(len(rows))).max() < 0.93
 
 
-def test_youcook(toy, script):
+def test_youcook_has_the_real_format(toy, script):
     table = pd.read_csv(toy / "validation_youcook.csv")
     assert list(table.columns) == ["end", "start", "task", "text", "video_id"]
     assert len(table) == SMALL["YOUCOOK_VIDEOS"] * script.YOUCOOK_STEPS
@@ -125,7 +125,7 @@ def test_youcook(toy, script):
     assert suffixes == {".mp4", ".mkv", ".webm"}
 
 
-def test_msrvtt(toy):
+def test_msrvtt_has_the_real_format(toy):
     table = pd.read_csv(toy / "msrvtt_test.csv")
     assert list(table.columns) == ["key", "vid_key", "video_id", "sentence"]
     assert len(table) == SMALL["MSRVTT_CLIPS"]
@@ -134,7 +134,7 @@ def test_msrvtt(toy):
     assert files == {f"{name}.mp4" for name in table.video_id}
 
 
-def test_hmdb(toy, script):
+def test_hmdb_has_the_real_format(toy, script):
     table = pd.read_csv(toy / "hmdb51.csv")
     assert list(table.columns) == ["video_id", "label", "split1", "split2", "split3"]
     assert table.video_id.is_unique
@@ -149,8 +149,8 @@ def test_hmdb(toy, script):
         assert (counts[0] == script.HMDB_UNUSED).all()
 
 
-def test_ucf(toy, script):
-    """The official lists: their line ends, and a class that its clips spell with other capitals."""
+def test_ucf_has_the_real_format(toy, script):
+    """This includes the lists' line ends, and a class whose clips have other capitals."""
     lists = {path.stem: path.read_bytes() for path in (toy / "ucfTrainTestlist").iterdir()}
     assert len(lists) == 7
     for content in lists.values():
@@ -171,7 +171,7 @@ def duration(path):
         return container.duration / av.time_base
 
 
-def test_crosstask(toy, script):
+def test_crosstask_has_the_real_format(toy, script):
     tasks, val, _ = crosstask_videos(toy / "crosstask_release", "val")
     _, videos, _ = crosstask_videos(toy / "crosstask_release", "all")
     assert len(tasks) == SMALL["CROSSTASK_TASKS"]
@@ -179,12 +179,12 @@ def test_crosstask(toy, script):
     assert len(val) == SMALL["CROSSTASK_TASKS"] * script.CROSSTASK_VAL
     for video in videos:
         steps = [segment.step for segment in video.segments]
-        assert steps == sorted(steps) and len(steps) >= 3  # as the task has them
+        assert steps == sorted(steps) and len(steps) >= 3  # in the task's order
         path = toy / "crosstask" / video.task / f"{video.video}.mp4"
         assert duration(path) >= max(segment.end for segment in video.segments)
 
 
-def test_htm_align(toy):
+def test_htm_align_has_the_real_format(toy):
     videos, notes = htm_align_sentences(toy / "htm_align.json")
     assert (len(videos), notes) == (SMALL["HTM_ALIGN_VIDEOS"], [])
     for video, sentences in videos.items():
@@ -215,8 +215,8 @@ def test_files_decode_to_moving_pictures(toy, path):
     assert np.abs(np.diff(video, axis=0)).max(axis=(1, 2, 3)).mean() > 10
 
 
-def test_evaluation_is_held_out(toy):
-    """No clip of the evaluations is one of the training set's, and none is there twice."""
+def test_evaluation_clips_are_held_out(toy):
+    """No two files are equal, so no evaluation clip is a training clip."""
     seen = set()
     for path in sorted(toy.glob("**/*.*")):
         if path.suffix in (".mp4", ".mkv", ".webm", ".avi"):
@@ -248,14 +248,14 @@ def test_the_same_seed_gives_the_same_files(script, tmp_path, monkeypatch):
     assert {str(path) for path in one if one[path] != more[path]} <= settings
 
 
-def test_seeds_and_videos_differ(script, tmp_path):
+def test_seeds_and_videos_have_different_steps(script, tmp_path):
     plans = [script.plan_training(tmp_path / str(seed), seed, 2) for seed in (1, 2)]
     steps = [item[1] for plan in plans for item in plan]
     assert all(a != b for i, a in enumerate(steps) for b in steps[:i])
 
 
 def test_captions_are_displaced_yet_mostly_right(script):
-    """As in HowTo100M, narration and action are apart, and far enough to be wrong now and then."""
+    """As in HowTo100M, a caption may miss its action, sometimes completely."""
     shifts, overlaps, idle = [], [], 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -302,7 +302,7 @@ def test_drift_moves_captions_and_changes_nothing_else(script, tmp_path):
 
 
 def test_shapes_and_actions_look_different(script):
-    """One still per shape, and one clip per action, drawn alike otherwise."""
+    """Compare a still of each shape and a clip of each action, which are otherwise alike."""
 
     def clip(action, shape):
         thing = ("red", shape)
@@ -326,8 +326,8 @@ def test_second_run_reuses_the_first(toy):
     assert {path: path.stat().st_mtime_ns for path in toy.glob("**/*")} == before
 
 
-def test_incomplete_and_foreign_folders(script, tmp_path, monkeypatch):
-    # Only where it starts to draw is of interest here: the drawing itself is tested above.
+def test_an_incomplete_folder_is_completed_and_a_foreign_one_refused(script, tmp_path, monkeypatch):
+    # Only whether it starts to draw matters here; the drawing itself is tested above.
     class Started(Exception):
         pass
 
@@ -341,11 +341,11 @@ def test_incomplete_and_foreign_folders(script, tmp_path, monkeypatch):
     (mine / "settings.json").write_text("{}")  # a run that was stopped while it moved its files
     with pytest.raises(Started):
         script.prepare(mine, 1, 1)
-    assert (mine / "videos").exists()  # nothing goes before there is something in its place
+    assert (mine / "videos").exists()  # nothing is removed before its replacement exists
 
     theirs = tmp_path / "theirs"
     (theirs / "videos").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"--out: .*videos is not of this script"):
+    with pytest.raises(InputError, match=r"--out: .*videos is not from this script"):
         script.prepare(theirs, 1, 1)
     assert list(theirs.iterdir()) == [theirs / "videos"]
 
@@ -359,7 +359,7 @@ def test_incomplete_and_foreign_folders(script, tmp_path, monkeypatch):
         (["--colour", "red"], "--colour"),
     ],
 )
-def test_unusable_flags(tmp_path, flags, named):
+def test_invalid_flags_are_refused_in_one_line(tmp_path, flags, named):
     done = run(tmp_path, *flags)
     assert done.returncode == 2
     assert named in done.stderr
@@ -367,7 +367,7 @@ def test_unusable_flags(tmp_path, flags, named):
     assert not list(tmp_path.iterdir())
 
 
-def test_unwritable_out(tmp_path):
+def test_an_unwritable_folder_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = run(tmp_path / "file" / "toy", "--num_videos", 1)
     assert done.returncode == 2

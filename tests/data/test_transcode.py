@@ -1,4 +1,4 @@
-"""data/howto100m/transcode.py: the training store holds the same videos, cheaper to decode."""
+"""data/howto100m/transcode.py: the training store has the same videos, cheaper to decode."""
 
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ CLIP = {"fps": 5, "num_frames": 8, "size": 96}
 
 
 def encode(path, *options, size="400x320", rate="30", seconds=5):
-    """A drawn video whose every frame is another."""
+    """Encode a test pattern in which all frames differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pattern = f"testsrc2=size={size}:rate={rate}:duration={seconds}"
     program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y"]
@@ -33,7 +33,7 @@ def encode(path, *options, size="400x320", rate="30", seconds=5):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A small tree of sources and the store made of it."""
+    """Make a small tree of videos, and the store of it."""
     root = tmp_path_factory.mktemp("transcode")
     encode(root / "source" / "a.mp4", "-c:v", "libx264")
     encode(root / "source" / "deep" / "er" / "b.webm", "-c:v", "libvpx", "-cpu-used", "8")
@@ -56,11 +56,11 @@ def psnr(first, second):
     return -10 * torch.log10((first.float() - second.float()).square().mean() / 255**2)
 
 
-def test_names_and_folders_stay(tree):
+def test_names_and_folders_stay_the_same(tree):
     assert files(tree / "store") == ["a.mp4", "c.avi", "deep/er/b.webm"]
 
 
-def test_shape_rate_and_groups_of_the_store(tree):
+def test_the_store_has_the_documented_sizes_rate_and_keyframes(tree):
     for name, size in {
         "a.mp4": (320, 256),
         "deep/er/b.webm": (320, 256),
@@ -80,7 +80,7 @@ def test_shape_rate_and_groups_of_the_store(tree):
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 4])
 def test_clips_from_whole_seconds_show_the_same_frames(tree, tmp_path, multiple):
-    """Frame by frame the store's picture is closer to the source's than to its neighbours'."""
+    """Each picture of the store is closer to that of the source than to its neighbours."""
     source, target = tree / "source" / "a.mp4", tmp_path / "a.mp4"
     transcode.transcode(
         source, target, fps=5, multiple=multiple, short_side=256, keyint=1, crf=12, preset="fast"
@@ -97,7 +97,7 @@ def test_clips_from_whole_seconds_show_the_same_frames(tree, tmp_path, multiple)
 
 @pytest.mark.parametrize("size", ["480x360", "482x360", "852x480", "360x480"])
 def test_the_centre_square_of_a_scaled_video_stays_where_it_was(size, tmp_path):
-    """A pixel more to the left or right would be a worse match."""
+    """Shifted by one pixel in any direction, the match would be worse."""
     source, target = tmp_path / "source.mp4", tmp_path / "store.mp4"
     encode(source, "-c:v", "libx264", "-vf", "gblur=2", size=size, seconds=2)
     transcode.transcode(
@@ -115,8 +115,8 @@ def test_the_centre_square_of_a_scaled_video_stays_where_it_was(size, tmp_path):
     assert in_place > max(matches.values()) + 3, (in_place, matches)
 
 
-def test_time_is_the_containers(tmp_path):
-    """A picture that starts after the sound keeps its place: captions count from the start."""
+def test_a_video_that_starts_after_its_sound_keeps_its_timestamps(tmp_path):
+    """The times of captions count from the start of the container."""
     source, target = tmp_path / "late.mp4", tmp_path / "store.mp4"
     plain = tmp_path / "plain.mp4"
     encode(plain, "-c:v", "libx264")
@@ -131,7 +131,7 @@ def test_time_is_the_containers(tmp_path):
     assert psnr(stored, video_decoder.decode_clip(source, 2, **CLIP)) > 30
 
 
-def test_a_second_run_does_only_what_is_missing(tree, capsys):
+def test_a_second_run_makes_only_the_missing_videos(tree, capsys):
     kept, lost = tree / "store" / "a.mp4", tree / "store" / "c.avi"
     before = kept.stat()
     lost.unlink()
@@ -155,7 +155,7 @@ def test_failures_are_listed_and_leave_nothing_behind(tree, tmp_path, capsys):
     assert files(tmp_path / "store") == ["whole.mp4"]
 
 
-def test_a_file_cut_short_by_a_crash_is_not_taken_for_done(tree, tmp_path):
+def test_a_partial_file_left_by_a_crash_is_not_taken_for_a_video(tree, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.mp4").write_bytes((tree / "source" / "a.mp4").read_bytes())
@@ -167,7 +167,7 @@ def test_a_file_cut_short_by_a_crash_is_not_taken_for_done(tree, tmp_path):
     assert video_decoder.decode_clip(tmp_path / "store" / "a.mp4", 0, **CLIP).any()
 
 
-def test_two_runs_at_once_leave_a_whole_store(tree, tmp_path):
+def test_two_runs_at_once_leave_a_complete_store(tree, tmp_path):
     command = [sys.executable, str(SCRIPT), *arguments(tree / "source", tmp_path / "store")]
     runs = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
@@ -191,14 +191,14 @@ SHARDS = ["--shards", "0.2"]  # MB: the first two of the three videos are 0.14 a
 
 @pytest.fixture(scope="module")
 def sharded(tree, tmp_path_factory):
-    """The store of the same tree in shards."""
+    """Make the store of the same tree, in shards."""
     folder = tmp_path_factory.mktemp("sharded") / "store"
     transcode.main(arguments(tree / "source", folder, *SHARDS))
     return folder
 
 
-def test_shards_hold_the_videos_of_the_store(tree, sharded):
-    """Under their names, in order, and each has an index; nothing else is left."""
+def test_shards_contain_the_videos_of_the_store(tree, sharded):
+    """The names and their order are kept, each shard has an index, and no other file is left."""
     assert files(sharded) == [f"0000{n}.tar{end}" for n in (0, 1) for end in ("", ".index")] + [
         "transcode.lock"
     ]
@@ -211,7 +211,7 @@ def test_shards_hold_the_videos_of_the_store(tree, sharded):
 
 
 def stop_after(monkeypatch, count):
-    """Have the run crash when `count` videos are transcoded."""
+    """Make the run crash after `count` transcoded videos."""
     original, done = transcode.transcode, []
 
     def stopping(source, target, **settings):
@@ -224,9 +224,7 @@ def stop_after(monkeypatch, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_run_that_was_stopped_ends_with_the_same_shards(
-    count, tree, sharded, tmp_path, monkeypatch
-):
+def test_a_resumed_run_ends_with_the_same_shards(count, tree, sharded, tmp_path, monkeypatch):
     command = arguments(tree / "source", tmp_path / "store", "--num_workers", "1", *SHARDS)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
         stop_after(patch, count)
@@ -234,7 +232,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_shards(
     left = ["unpacked/a.mp4.part"] if count == 1 else ["00000.tar", "00000.tar.index"]
     assert files(tmp_path / "store") == sorted([*left, "transcode.lock"])
     with monkeypatch.context() as patch:
-        stop_after(patch, 3 - count)  # what is done is not done again
+        stop_after(patch, 3 - count)  # finished videos are not transcoded again
         transcode.main(command)
     for number in (0, 1):
         shard = f"0000{number}.tar"
@@ -258,14 +256,14 @@ def test_new_videos_go_into_new_shards_and_failures_into_none(tree, sharded, tmp
     assert list(video_decoder.walk_files(store / "00002.tar", {".mp4"})) == ["0.mp4"]
 
 
-def test_shards_are_transcoded_as_files_are(tree, tmp_path):
+def test_videos_in_shards_are_transcoded_like_files(tree, tmp_path):
     with tarfile.open(tmp_path / "s, 1.tar", "w") as tar:
         tar.add(tree / "source" / "c.avi", "in/c.avi")
     transcode.main(arguments(tmp_path / "s, 1.tar", tmp_path / "store"))
     assert (tmp_path / "store/in/c.avi").read_bytes() == (tree / "store/c.avi").read_bytes()
 
 
-def test_the_shards_of_a_store_have_one_writer_and_one_size(tree, sharded):
+def test_a_store_refuses_a_second_writer_and_other_settings_of_shards(tree, sharded):
     with transcode.lock_store(sharded), pytest.raises(InputError, match="another run"):
         transcode.main(arguments(tree / "source", sharded, *SHARDS))
     for others in ([], ["--shards"]):
@@ -277,7 +275,7 @@ def test_the_shards_of_a_store_have_one_writer_and_one_size(tree, sharded):
     ("wrong", "message"),
     [
         (["--video_path", "no/such/folder"], "no/such/folder"),
-        (["--out", "{source}/inside"], "apart"),
+        (["--out", "{source}/inside"], "separate folders"),
         (["--fps", "0"], "--fps"),
         (["--multiple", "0"], "--multiple"),
         (["--crf", "99"], "--crf"),
@@ -291,7 +289,7 @@ def test_the_shards_of_a_store_have_one_writer_and_one_size(tree, sharded):
         (["--video_path", "{empty}"], "no video found"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_status_2(tree, tmp_path, wrong, message):
+def test_an_invalid_call_is_refused_in_one_line_with_status_2(tree, tmp_path, wrong, message):
     (tmp_path / "empty").mkdir()
     (tree / "a.file").touch()
     wrong = [part.format(source=tree / "source", empty=tmp_path / "empty") for part in wrong]

@@ -1,4 +1,4 @@
-"""data/word2vec/prepare.py: files of word vectors, or captions, to dict.npy and word2vec.pth."""
+"""data/word2vec/prepare.py: make dict.npy and word2vec.pth from word vectors or captions."""
 
 import gzip
 import importlib.util
@@ -36,7 +36,7 @@ def prepare():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """ENTRIES as every kind of file."""
+    """Write ENTRIES to every kind of file."""
     folder = tmp_path_factory.mktemp("vectors")
     made = KeyedVectors(300)
     made.add_vectors(ENTRIES, VECTORS)
@@ -55,7 +55,7 @@ def files(tmp_path_factory):
 
 
 def pair(out):
-    """What a training reads: a dict from word to its row."""
+    """Read the pair as training does: a dict from word to row."""
     words, vectors = load_words(out / "dict.npy"), load_word_vectors(out / "word2vec.pth")
     stored = torch.load(out / "word2vec.pth", weights_only=True)
     assert stored.dtype == torch.float32 and stored.shape == (len(words) + 1, 300)
@@ -79,7 +79,7 @@ FORMATS = ["a.bin", "a.bin.gz", "a.txt", "a.txt.gz", "c.bin", "c.txt"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_words_of_a_list_take_their_vectors_in_its_order(
+def test_the_words_of_a_list_get_their_vectors_in_the_order_of_the_list(
     prepare, files, name, tmp_path, capsys
 ):
     words = word_list(tmp_path, "tomato", "unheard", "the", "日本", "don't")
@@ -88,9 +88,9 @@ def test_the_words_of_a_list_take_their_vectors_in_its_order(
     assert list(found) == ["tomato", "the", "日本", "don't"]
     for word, row in found.items():
         np.testing.assert_array_equal(row, vector(word))
-    said = capsys.readouterr().out
-    assert "4 of 5 words have a vector, 0 of them in other capitals" in said
-    assert "skipped: 1 words without a vector, such as unheard" in said
+    output = capsys.readouterr().out
+    assert "4 of 5 words have a vector, 0 of them in other capitals" in output
+    assert "skipped: 1 word without a vector, such as unheard" in output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dict.npy",
         "word2vec.pth",
@@ -98,7 +98,7 @@ def test_the_words_of_a_list_take_their_vectors_in_its_order(
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.txt"])
-def test_the_entry_without_capitals_comes_first_then_the_first_other(
+def test_the_entry_without_capitals_is_preferred_and_then_the_first_other(
     prepare, files, name, tmp_path, capsys
 ):
     words = word_list(tmp_path, "tomato", "paris", "new_york")
@@ -109,23 +109,23 @@ def test_the_entry_without_capitals_comes_first_then_the_first_other(
     assert "3 of 3 words have a vector, 2 of them in other capitals" in capsys.readouterr().out
 
 
-def test_a_word_is_what_the_tokenizer_makes_of_it(prepare, files, tmp_path, capsys):
+def test_words_are_normalized_like_the_tokenizers(prepare, files, tmp_path, capsys):
     words = word_list(tmp_path, " Tomato ", "cut the", "tomato", "", "x" * 101, "CUT")
     run(prepare, "--vectors", files / "a.bin", "--vocabulary", words, "--out", tmp_path / "out")
     assert list(pair(tmp_path / "out")) == ["tomato", "cut"]
-    said = capsys.readouterr().out
-    assert "skipped: 1 words that are duplicates" in said
-    assert "skipped: 2 entries that are not a single word, such as 'cut the'" in said
+    output = capsys.readouterr().out
+    assert "skipped: 1 duplicate after lower-casing" in output
+    assert "skipped: 2 lines without exactly one word, such as 'cut the'" in output
 
 
-def test_a_numpy_list_serves_as_vocabulary(prepare, files, tmp_path):
+def test_a_numpy_vocabulary_is_accepted(prepare, files, tmp_path):
     np.save(tmp_path / "dict.npy", np.array(["cut", "the"]))
     list_of = tmp_path / "dict.npy"
     run(prepare, "--vectors", files / "a.bin", "--vocabulary", list_of, "--out", tmp_path / "out")
     assert list(pair(tmp_path / "out")) == ["cut", "the"]
 
 
-def test_the_model_takes_the_pair(prepare, files, tmp_path):
+def test_the_model_loads_the_pair(prepare, files, tmp_path):
     words = word_list(tmp_path, "the", "tomato")
     run(prepare, "--vectors", files / "a.bin", "--vocabulary", words, "--out", tmp_path)
     model = S3D(word2vec_path=tmp_path / "word2vec.pth", token_to_word_path=tmp_path / "dict.npy")
@@ -134,7 +134,7 @@ def test_the_model_takes_the_pair(prepare, files, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(prepare, tmp_path):
-    """GoogleNews has 3.6 GB: only the chosen rows and one chunk are held."""
+    """Only the selected rows and one chunk are in memory, as GoogleNews has 3.6 GB."""
     count, row = 20_000, np.ones(300, np.float32).tobytes()
     with open(tmp_path / "big.bin", "wb") as file:
         file.write(b"%d 300\n" % count)
@@ -165,7 +165,7 @@ def captions(tmp_path):
     return folder
 
 
-def test_the_most_frequent_words_of_captions_are_a_vocabulary(
+def test_the_most_frequent_words_of_captions_become_the_vocabulary(
     prepare, files, captions, tmp_path, capsys
 ):
     flags = [
@@ -178,14 +178,16 @@ def test_the_most_frequent_words_of_captions_are_a_vocabulary(
     ]
     run(prepare, "--vectors", files / "a.bin", *flags)
     assert list(pair(tmp_path / "out")) == ["the", "tomato", "cut"]  # aroma has no vector
-    said = capsys.readouterr().out
-    assert "read the captions of 2 videos, 17 words" in said
-    assert "skipped: 1 videos without usable captions" in said and "broken.csv" in said
-    assert "the vocabulary is 4 of the captions' 6 distinct words" in said
-    assert "skipped: 1 words without a vector, such as aroma" in said
+    output = capsys.readouterr().out
+    assert "read the captions of 2 videos, 17 words" in output
+    assert "skipped: 1 video without usable captions" in output and "broken.csv" in output
+    assert "the vocabulary has 4 of the captions' 6 distinct words" in output
+    assert "skipped: 1 word without a vector, such as aroma" in output
 
 
-def test_a_wrong_file_of_vectors_is_found_before_the_captions_are_read(prepare, tmp_path, capsys):
+def test_an_invalid_file_of_vectors_is_refused_before_the_captions_are_read(
+    prepare, tmp_path, capsys
+):
     (tmp_path / "v.txt").write_text("1 100\nword 1\n")
     for vectors, named in (("v.txt", "vectors of 100 numbers"), ("no.bin", "there is no file")):
         with pytest.raises(InputError, match=f"--vectors: .*{named}"):
@@ -198,7 +200,7 @@ def test_the_default_size_is_that_of_the_released_vocabulary(prepare):
     assert args.num_words + 1 == VOCABULARY_ROWS
 
 
-def test_folder_store_and_json_file_of_captions_have_the_same_words(prepare, captions, tmp_path):
+def test_folder_store_and_json_file_of_captions_give_the_same_words(prepare, captions, tmp_path):
     (captions / "broken.csv").unlink()
     videos = {name: read_captions(captions / f"{name}.csv") for name in ("a", "deep/b")}
     write_store(tmp_path / "store", ((name, *found) for name, found in videos.items()))
@@ -223,11 +225,11 @@ def test_words_are_read_from_subtitles_in_one_language(prepare, tmp_path):
         (tmp_path / f"{name}.vtt").write_text(rolling_vtt(lines))
     counts, notes = prepare.count_words(tmp_path)
     assert counts == {"stir": 2, "it": 2, "again": 1}
-    assert notes[1] == "skipped: 1 videos whose captions are in another language"
+    assert notes[1] == "skipped: 1 video with captions in another language"
 
 
 def test_vectors_are_trained_on_captions(prepare, tmp_path, capsys):
-    """Words that keep the same company end up alike."""
+    """Words that occur together get similar vectors."""
     folder, rng = tmp_path / "captions", np.random.default_rng(0)
     folder.mkdir()
     topics = [[f"{topic}{n}" for n in range(10)] for topic in ("cook", "car")]
@@ -253,7 +255,7 @@ def test_one_word_is_too_few_to_train(prepare, tmp_path):
     (tmp_path / "captions").mkdir()
     write_csv(tmp_path / "captions/a.csv", ("start", "end", "text"), (0, 1, "stir stir stir"))
     flags = ["--train", "--caption_root", tmp_path / "captions", "--out", tmp_path / "out"]
-    with pytest.raises(InputError, match="--caption_root: 1 word occurs 1 times, too few"):
+    with pytest.raises(InputError, match="--caption_root: only one word occurs 1 time or more"):
         run(prepare, *flags, "--min_count", 1)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -275,7 +277,7 @@ def test_captions_without_words_are_refused(prepare, files, source, captions, tm
     assert list((tmp_path / "out").iterdir()) == []
 
 
-# ---- files that are not what they should be ------------------------------------------------------
+# ---- invalid files -------------------------------------------------------------------------------
 
 
 def select(prepare, path, content, *words):
@@ -284,14 +286,14 @@ def select(prepare, path, content, *words):
     out = path.parent / "out"
     with pytest.raises(InputError) as caught:
         run(prepare, "--vectors", path, "--vocabulary", words, "--out", out)
-    assert list(out.iterdir()) == []  # neither a pair nor half a one
+    assert list(out.iterdir()) == []  # not even half a pair
     message = str(caught.value)
     assert message.startswith(f"--vectors: {path}: ") and "\n" not in message
     return message
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_cut_short_is_refused_wherever_it_is_cut(prepare, files, name, tmp_path):
+def test_a_truncated_file_is_refused_wherever_it_is_cut(prepare, files, name, tmp_path):
     content = (files / name).read_bytes()
     for share in (0.1, 0.5, 0.9, 0.99):
         message = select(prepare, tmp_path / name, content[: int(share * len(content))])
@@ -304,7 +306,7 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(prepare, files, name, tm
         (b"", "does not start with a line"),
         (b"the 0.1 0.2\ncut 0.3 0.4\n", "does not start with a line `words numbers`"),
         (b"\x80\x04\x95\xff\xff" * 50, "does not start with a line"),
-        (b"2 200\nthe " + b"0.1 " * 200 + b"\n", "vectors of 200 numbers; give one of 300"),
+        (b"2 200\nthe " + b"0.1 " * 200 + b"\n", "vectors of 200 numbers; give a file with 300"),
         (b"1 300\nthe " + b"0.1 " * 299 + b"\n", "'the' does not have 300"),
         (b"1 300\nthe " + b"0.1 " * 299 + b"x\n", "'the' does not have 300"),
         (b"1 300\nthe " + b"0.1 " * 299 + b"nan\n", "'the' does not have 300 finite"),
@@ -313,11 +315,11 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(prepare, files, name, tm
         (b"2 300\n" + b"\xff" * 100_000, "damaged at entry 1"),
         (b"0 300\n", "has none of the 2 words"),
         (b"1 300\nother " + b"0.1 " * 300 + b"\n", "has none of the 2 words"),
-        (b"PK\x03\x04" + b"\0" * 50, "is a zip archive; give the file that is in it"),
+        (b"PK\x03\x04" + b"\0" * 50, "is a zip archive; give the file inside it"),
         (b"\x1f\x8b" + b"\0" * 50, "damaged"),
     ],
 )
-def test_what_is_not_word2vecs_format_is_refused(prepare, content, complaint, tmp_path):
+def test_a_file_in_another_format_is_refused(prepare, content, complaint, tmp_path):
     assert complaint in select(prepare, tmp_path / "v.bin", content)
 
 
@@ -327,7 +329,7 @@ def test_a_damaged_gzip_file_is_refused(prepare, files, tmp_path):
     assert "damaged" in select(prepare, tmp_path / "v.bin.gz", bytes(content))
 
 
-def test_bytes_that_are_no_word_are_passed_over(prepare, files, tmp_path):
+def test_entries_that_are_not_utf_8_are_skipped(prepare, files, tmp_path):
     content = (files / "a.bin").read_bytes().replace("日本 ".encode(), b"\xff\xfe ")
     (tmp_path / "v.bin").write_bytes(content)
     words = word_list(tmp_path, "cut", "日本")
@@ -357,7 +359,7 @@ def test_unusable_vocabularies_are_refused(prepare, files, name, content, compla
 
 
 def released(folder, words=("the", "cut"), rows=3, name=lambda file: f"word2vec/{file}"):
-    """An archive like the published one."""
+    """Make an archive like the published one."""
     np.save(folder / "dict.npy", np.array(words))
     table = torch.arange(rows * 300.0).reshape(rows, 300) - torch.arange(300.0)
     table[0] = 0
@@ -371,7 +373,9 @@ def released(folder, words=("the", "cut"), rows=3, name=lambda file: f"word2vec/
 
 
 @pytest.mark.parametrize("name", [str, "word2vec/{}".format, "../../{}".format], ids=range(3))
-def test_the_released_archive_gives_its_two_files_unchanged(prepare, name, tmp_path, capsys):
+def test_the_two_files_of_the_released_archive_are_extracted_unchanged(
+    prepare, name, tmp_path, capsys
+):
     path = released(tmp_path, name=name)
     run(prepare, "--zip", path, "--out", tmp_path / "deep" / "out")
     for file in ("dict.npy", "word2vec.pth"):
@@ -380,7 +384,7 @@ def test_the_released_archive_gives_its_two_files_unchanged(prepare, name, tmp_p
     run(prepare, "--check", "--out", tmp_path / "deep" / "out")
 
 
-def test_an_archive_cut_short_or_damaged_is_refused_wherever(prepare, tmp_path):
+def test_an_archive_truncated_or_damaged_anywhere_is_refused(prepare, tmp_path):
     path = released(tmp_path)
     content = path.read_bytes()
     damaged = [content[: int(share * len(content))] for share in (0, 0.1, 0.5, 0.9, 0.99)]
@@ -397,21 +401,21 @@ def test_an_archive_cut_short_or_damaged_is_refused_wherever(prepare, tmp_path):
     ("archive", "complaint"),
     [
         ({"rows": 5}, "2 words, but the word embedding has 5 rows"),
-        ({"name": "other/x{}".format}, "has 0 files word2vec.pth; one is needed"),
+        ({"name": "other/x{}".format}, "has 0 files word2vec.pth instead of one"),
         ({"words": (1.0, 2.0)}, "not a vocabulary"),
     ],
 )
-def test_an_archive_of_something_else_is_refused(prepare, archive, complaint, tmp_path):
+def test_an_archive_with_other_content_is_refused(prepare, archive, complaint, tmp_path):
     with pytest.raises(InputError, match=complaint):
         run(prepare, "--zip", released(tmp_path, **archive), "--out", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_check_tells_a_pair_that_fits_from_one_that_does_not(prepare, tmp_path, capsys):
+def test_check_accepts_a_matching_pair_and_refuses_others(prepare, tmp_path, capsys):
     released(tmp_path, words=("the", "the"))
     run(prepare, "--check", "--out", tmp_path)
-    said = capsys.readouterr().out
-    assert "2 words\n" in said and "1 words can never be found" in said
+    output = capsys.readouterr().out
+    assert "2 words\n" in output and "1 word can never be found" in output
     released(tmp_path, words=("the", "cut", "it"))
     with pytest.raises(InputError, match=r"--out: .*dict\.npy has 3 words"):
         run(prepare, "--check", "--out", tmp_path)
@@ -423,13 +427,13 @@ def test_check_tells_a_pair_that_fits_from_one_that_does_not(prepare, tmp_path, 
         run(prepare, "--check", "--out", tmp_path)
 
 
-def test_a_pair_that_is_there_is_never_written_over(prepare, files, tmp_path):
+def test_an_existing_pair_is_never_overwritten(prepare, files, tmp_path):
     path = released(tmp_path)
     before = (tmp_path / "dict.npy").read_bytes()
     words = word_list(tmp_path, "tomato")
     (tmp_path / "word2vec.pth").unlink()
     for source in (["--zip", path], ["--vectors", files / "a.bin", "--vocabulary", words]):
-        with pytest.raises(InputError, match=r"--out: .*dict\.npy exists already"):
+        with pytest.raises(InputError, match=r"--out: .*dict\.npy already exists"):
             run(prepare, *source, "--out", tmp_path)
     assert (tmp_path / "dict.npy").read_bytes() == before
 
@@ -445,7 +449,9 @@ def test_a_pair_that_is_there_is_never_written_over(prepare, files, tmp_path):
         (["--train", "--caption_root", "c", "--num_words", "0"], "--num_words"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_status_2(prepare, flags, named, tmp_path, capsys):
+def test_an_invalid_call_is_refused_in_one_line_with_status_2(
+    prepare, flags, named, tmp_path, capsys
+):
     with pytest.raises(SystemExit) as stopped:
         run(prepare, *flags, "--out", tmp_path / "out")
     error = capsys.readouterr().err

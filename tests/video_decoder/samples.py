@@ -1,4 +1,4 @@
-"""The videos of these tests: how each is made by the ffmpeg program of imageio-ffmpeg."""
+"""The videos of these tests, and how the ffmpeg program of imageio-ffmpeg makes them."""
 
 import subprocess
 

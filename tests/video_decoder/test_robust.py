@@ -1,4 +1,4 @@
-"""video_decoder against damage and malice: frames or one error, in bounded time and memory."""
+"""Damaged and hostile files give frames or one error, in bounded time and memory."""
 
 import itertools
 import multiprocessing
@@ -43,8 +43,8 @@ if VIDEOS.is_dir():
     SOURCES += ["h265_video.mp4", "video_90.mov", "corrupted.mp4"]
 
 
-def damaged(data, rng):
-    """A copy of a file's bytes: cut short, with its head gone, or with bytes changed."""
+def damage(data, rng):
+    """Return a damaged copy of a file's bytes: truncated, without its head, or with changes."""
     data, length = bytearray(data), len(data)
     kind = rng.choice(["short", "headless", "bits", "noise", "header", "zeros", "gap", "twice"])
     at, span = rng.randrange(length), rng.randrange(5000)
@@ -71,7 +71,7 @@ def damaged(data, rng):
 
 
 def outcome(path, backend, whole):
-    """What decoding gives: a tensor, or the message of its DecodeError."""
+    """Return the decoded tensor, or the message of the DecodeError."""
     began = time.monotonic()
     try:
         if whole:
@@ -86,17 +86,17 @@ def outcome(path, backend, whole):
 
 
 def check_damage(make, folder, seed, count):
-    """Damages `count` files: both backends accept the same, and intact parts come out alike.
+    """Damage `count` files, and check that the backends accept the same ones and decode them alike.
 
-    What damage does to pictures depends on FFmpeg's version, and PyAV's wheel carries another one
-    than the ffmpeg program; so the bits of H.264, where that is rare, have to agree nearly always.
+    How FFmpeg shows damage depends on its version, and PyAV's wheel has another version than the
+    ffmpeg program. In H.264 this is rare, so nearly all H.264 results must be equal.
     """
     rng = random.Random(seed)
     refused, equal = 0, []
     for number in range(count):
         source = make(SOURCES[number % len(SOURCES)])
         path = folder / f"{seed}_{number}{source.suffix}"
-        path.write_bytes(damaged(source.read_bytes(), rng))
+        path.write_bytes(damage(source.read_bytes(), rng))
         whole = rng.random() < 0.3
         ours, theirs = (outcome(path, backend, whole) for backend in BACKENDS)
         assert isinstance(ours, str) == isinstance(theirs, str), (path, ours, theirs)
@@ -124,7 +124,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 
 
 def run_alone(code, *arguments):
-    """What a fresh process prints that runs this code."""
+    """Run code in a new process and return its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
@@ -132,8 +132,8 @@ def run_alone(code, *arguments):
     ).stdout
 
 
-def replaced(path, old, new, folder, least=1):
-    """A copy of a file with the bytes `old` replaced."""
+def replace_bytes(path, old, new, folder, least=1):
+    """Make a copy of a file with the bytes `old` replaced."""
     data = path.read_bytes()
     assert data.count(old) >= least
     copy = folder / f"hostile{path.suffix}"
@@ -142,16 +142,16 @@ def replaced(path, old, new, folder, least=1):
 
 
 def hostile_frame_sizes(folder):
-    """Files whose pictures claim to be 60000 pixels wide and high, or as many as fit."""
+    """Yield files whose pictures claim to be 60000 pixels wide and high, or as many as fit."""
     pattern = ("-f", "lavfi", "-i", "testsrc2=size=64x48:duration=1")
     jpeg, vp8 = folder / "jpeg.avi", folder / "vp8.webm"
     run_ffmpeg(*pattern, "-c:v", "mjpeg", str(jpeg))
     run_ffmpeg(*pattern, "-c:v", "libvpx", "-g", "1", str(vp8))
     size = (60000).to_bytes(2, "big") * 2
     start = bytes.fromhex("ffc0001108")  # JPEG: the frame header, its length, 8 bits
-    yield replaced(jpeg, start + bytes([0, 48, 0, 64]), start + size, folder)
+    yield replace_bytes(jpeg, start + bytes([0, 48, 0, 64]), start + size, folder)
     start = bytes.fromhex("9d012a")  # VP8: the start code of a keyframe
-    yield replaced(vp8, start + bytes([64, 0, 48, 0]), start + b"\xff\x3f\xff\x3f", folder)
+    yield replace_bytes(vp8, start + bytes([64, 0, 48, 0]), start + b"\xff\x3f\xff\x3f", folder)
 
 
 PEAK = """
@@ -172,7 +172,7 @@ print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 
 @needs_proc
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_huge_frames_are_refused_without_the_memory(tmp_path, backend):
+def test_huge_frames_are_refused_without_allocating_them(tmp_path, backend):
     paths = []
     for number, path in enumerate(hostile_frame_sizes(tmp_path)):
         paths.append(path.rename(tmp_path / f"{number}{path.suffix}"))
@@ -181,7 +181,7 @@ def test_huge_frames_are_refused_without_the_memory(tmp_path, backend):
 
 
 def hostile_clock(folder):
-    """A million frames a second, the last of them an hour after the first thirty."""
+    """Make a file of 30 frames, a million per second, the last of them 20 minutes late."""
     path = folder / "clock.mp4"
     pattern = "testsrc2=size=64x48:rate=1000000:duration=0.00003"
     late = "setpts='if(eq(N,29),1.2e9,N)'"
@@ -192,8 +192,8 @@ def hostile_clock(folder):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_million_frames_a_second(tmp_path, backend, monkeypatch):
-    """A window costs what it shows; the whole file is refused, or what the command makes of it."""
+def test_a_million_frames_per_second_do_not_fill_the_memory(tmp_path, backend, monkeypatch):
+    """A window is decoded; the whole file is refused or decoded within the limit."""
     monkeypatch.setattr(pyav, "MAX_BYTES", 64 << 20)
     monkeypatch.setattr(ffmpeg, "MAX_BYTES", 64 << 20)
     path = hostile_clock(tmp_path)
@@ -217,7 +217,7 @@ def test_a_whole_file_too_large_for_memory_is_refused(video, backend, monkeypatc
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_time_is_limited_by_the_worker_alone(video, backend, monkeypatch):
+def test_decoding_has_no_time_limit_of_its_own(video, backend, monkeypatch):
     path = video("h264_bpyramid.mp4")
     clip = {"fps": 5, "num_frames": 8, "size": 32, "backend": backend}
     expected = decode_clip(path, 1, **clip), decode_frames(path, size=32, backend=backend)
@@ -253,8 +253,8 @@ def test_an_ffmpeg_process_ends_with_the_process_that_started_it(video, ffmpeg_i
     await_gone(program)
 
 
-def test_a_hostile_clock_does_not_hold_the_process(video, monkeypatch):
-    """The program is ended once it has written enough, whatever it still means to write."""
+def test_the_program_is_killed_once_it_has_written_enough(video, monkeypatch):
+    """Otherwise a file with hostile timestamps would keep it writing."""
     path = video("h264_bpyramid.mp4")
     command = [sys.executable, "-c", "while True: print('x' * 1000)"]
     pixels, status, _ = ffmpeg.run_program(path, command, 5000)
@@ -305,7 +305,7 @@ print(sizes[1] - sizes[0])
 
 
 def growth(warm, total, paths):
-    """Bytes of resident memory gained from the warm-th to the last clip, in a fresh process."""
+    """Return the bytes of resident memory gained between two clips' numbers, in a new process."""
     return int(run_alone(LEAK, warm, total, *paths))
 
 
@@ -314,7 +314,7 @@ LEAKY = ["h264_bpyramid.mp4", "packed_b.avi", "vp9.webm", "interlaced.mp4", "tur
 
 @pytest.fixture
 def leaky_files(video, tmp_path):
-    """One file for each way through the decoder, and one that is refused."""
+    """Return one file for each code path of the decoder, and one that is refused."""
     (tmp_path / "broken.mp4").write_bytes(video(LEAKY[0]).read_bytes()[:3000])
     return [*map(video, LEAKY), tmp_path / "broken.mp4"]
 
@@ -378,8 +378,8 @@ def test_the_quoted_message_is_one_short_line(video, ffmpeg_in_path):
     assert len(outcome(path, "ffmpeg", False)) < len(str(path)) + 300
 
 
-def test_a_file_of_which_little_can_be_decoded_gives_that(video, tmp_path):
-    """The program's own limit, an error if two thirds of the packets are damaged, is off."""
+def test_a_mostly_damaged_file_gives_the_frames_that_can_be_decoded(video, tmp_path):
+    """The program's default limit, an error above two thirds of damaged packets, is off."""
     source = video("h264_bpyramid.mp4")
     with av.open(str(source)) as container:
         packets = [p for p in container.demux(container.streams.video[0]) if p.size]
@@ -393,7 +393,7 @@ def test_a_file_of_which_little_can_be_decoded_gives_that(video, tmp_path):
     assert not isinstance(frames, str) and frames.any()
 
 
-def test_a_program_that_works_is_tried_and_pyav_needs_none(ffmpeg_in_path):
+def test_check_backend_accepts_a_working_program_and_pyav_without_one(ffmpeg_in_path):
     ffmpeg_in_path("exit 1")
     check_backend("ffmpeg")
     ffmpeg_in_path("exit 1", version=False)
@@ -414,7 +414,7 @@ def test_a_program_that_works_is_tried_and_pyav_needs_none(ffmpeg_in_path):
         ("exec sleep 60", "did not print its version in 0.2 s"),
     ],
 )
-def test_a_program_that_does_not_run_is_found_before_the_work(
+def test_check_backend_reports_a_program_that_does_not_work(
     ffmpeg_in_path, monkeypatch, commands, named
 ):
     if "sleep" in commands:

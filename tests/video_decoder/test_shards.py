@@ -1,4 +1,4 @@
-"""Videos in tar files: the same pixels as from files, and what damage and hostile tars cost."""
+"""Videos in tar files: the same pixels as from files, and damaged and hostile tar files."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def read(path):
 
 @pytest.fixture(scope="session")
 def member(video, tmp_path_factory):
-    """A function from a name in FILES to the same file in a shard, between two others."""
+    """Return a function from a name in FILES to the same file in a shard, between two others."""
     folder = tmp_path_factory.mktemp("shards")
 
     def put(name):
@@ -90,7 +90,7 @@ SAMPLES = [BASE, "mpeg2.ts", "packed_b.avi", "vp9.webm", "h264_fragments.mp4"]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_member_shows_what_the_file_does(name, backend, video, member):
+def test_a_member_gives_the_pixels_of_the_file(name, backend, video, member):
     check_same(video(name), member(name), backend, 2, "quick")
     assert probe_duration(member(name)) == probe_duration(video(name))
     assert probe_size(member(name)) == probe_size(video(name))
@@ -99,7 +99,7 @@ def test_a_member_shows_what_the_file_does(name, backend, video, member):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FILES)
-def test_every_member_shows_what_its_file_does(name, backend, video, member):
+def test_every_member_gives_the_pixels_of_its_file(name, backend, video, member):
     check_same(video(name), member(name), backend, 4, "slow")
 
 
@@ -179,7 +179,7 @@ def test_members_are_found_by_the_name_that_a_folder_would_give_them(tmp_path):
     assert read(shard / "b.json") == b"j"
 
 
-def test_what_exists(tmp_path):
+def test_video_exists_finds_files_and_members(tmp_path):
     shard = pack(tmp_path / "s.tar", [("a.mp4", b"a"), ("b.mp4", b"1"), ("b.mp4", b"2")])
     (tmp_path / "text.tar").write_text("not a tar file")
     assert video_exists(shard) and video_exists(shard / "a.mp4")
@@ -193,7 +193,7 @@ def test_what_exists(tmp_path):
 
 
 def lines_of(folder, log):
-    """What is found below a folder, and the lines that are logged."""
+    """Return the files found below a folder, and the logged lines."""
     log.clear()
     shards.warn_once.cache_clear()  # as in another process
     return sorted(walk_files(folder, EXTENSIONS)), [r.getMessage() for r in log.records]
@@ -224,9 +224,9 @@ def test_bad_members_cost_only_themselves(tmp_path, milnce_log):
     assert found == ["s.tar/good.mp4", "s.tar/last.mp4"]
     expected = {
         "twice.mp4": "more than once",
-        "soft.mp4": "a link",
-        "hard.mp4": "a link",
-        "fifo.mp4": "not a file",
+        "soft.mp4": "is a link",
+        "hard.mp4": "is a link",
+        "fifo.mp4": "special file",
         **dict.fromkeys(outside, "leads out"),
     }
     assert len(lines) == len(expected)
@@ -253,7 +253,7 @@ def test_a_sparse_member_is_refused(tmp_path, milnce_log):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_shard_that_is_cut_keeps_what_is_before(form, tmp_path, milnce_log):
+def test_a_truncated_shard_keeps_the_members_before_the_cut(form, tmp_path, milnce_log):
     members = [(f"{number}.mp4", bytes([number]) * 3000) for number in range(3)]
     whole = pack(tmp_path / "whole.tar", members, format=form).read_bytes()
     (tmp_path / "whole.tar").unlink()
@@ -289,7 +289,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path, milnce_log):
     assert found == ["s.tar/0.mp4"] and f"damaged at byte {header};" in lines[0]
 
 
-def test_a_second_tar_file_behind_the_first_is_told_once(tmp_path, milnce_log):
+def test_a_second_tar_file_after_the_first_is_logged_once(tmp_path, milnce_log):
     first, second = (pack(tmp_path / f"{n}.x", [(f"{n}.mp4", b"x")]).read_bytes() for n in "ab")
     (tmp_path / "s.tar").write_bytes(first + second)
     found, lines = lines_of(tmp_path, milnce_log)
@@ -297,12 +297,12 @@ def test_a_second_tar_file_behind_the_first_is_told_once(tmp_path, milnce_log):
     assert list(walk_files(tmp_path, EXTENSIONS)) == found and len(milnce_log.records) == 1
 
 
-def test_what_is_no_shard_is_one_line(tmp_path, milnce_log):
+def test_each_file_that_is_not_a_shard_is_logged_in_one_line(tmp_path, milnce_log):
     (tmp_path / "empty.tar").write_bytes(b"")
     (tmp_path / "text.tar").write_text("not a tar file\n" * 100)
     with tarfile.open(tmp_path / "zipped.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.mp4"))
-    for name in ("a.tar.gz", "b.tgz", "c.tar.zst", "d.gz"):  # the last is no tar file
+    for name in ("a.tar.gz", "b.tgz", "c.tar.zst", "d.gz"):  # the last is not a tar file
         (tmp_path / name).write_bytes(b"x")
     pack(tmp_path / "good.tar", [("a.mp4", b"a")])
     found, lines = lines_of(tmp_path, milnce_log)
@@ -317,7 +317,7 @@ def test_what_is_no_shard_is_one_line(tmp_path, milnce_log):
 
 
 def header(name, size, kind):
-    """A header whose size may be negative or larger than the file."""
+    """Return a header whose size may be negative or larger than the file."""
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
     return info.tobuf(tarfile.GNU_FORMAT)
@@ -325,7 +325,7 @@ def header(name, size, kind):
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("size", [-512, -1024, -4096, 1 << 40, 1 << 62])
-def test_hostile_sizes_end(kind, size, tmp_path):
+def test_hostile_sizes_do_not_cause_endless_reads(kind, size, tmp_path):
     good = header("good.mp4", 0, tarfile.REGTYPE)
     (tmp_path / "s.tar").write_bytes(good + header("bad.mp4", size, kind) + good * 3)
     list(walk_files(tmp_path, EXTENSIONS))
@@ -339,7 +339,7 @@ def test_hostile_sizes_end(kind, size, tmp_path):
 
 @pytest.fixture
 def made(monkeypatch):
-    """A list that gets the name of each shard whose headers are read."""
+    """Return a list that gets the name of each shard whose headers are read."""
     names, make_index = [], shards.make_index
 
     def count(shard, *status):
@@ -358,7 +358,7 @@ def test_the_headers_are_read_once(tmp_path, made):
     assert made == ["s.tar"] and sorted(os.listdir(tmp_path)) == ["s.tar", "s.tar.index"]
 
 
-def test_an_index_of_an_older_shard_is_made_again(tmp_path, made):
+def test_the_index_of_an_older_shard_is_rebuilt(tmp_path, made):
     shard = pack(tmp_path / "s.tar", [("a.mp4", b"a"), ("b.mp4", b"b")])
     before = shard.stat()
     assert read(shard / "b.mp4") == b"b"
@@ -370,7 +370,7 @@ def test_an_index_of_an_older_shard_is_made_again(tmp_path, made):
     assert read(shard / "c.mp4") == b"c" and made == ["s.tar"] * 2
 
 
-def test_a_damaged_index_is_made_again(tmp_path, made):
+def test_a_damaged_index_is_rebuilt(tmp_path, made):
     shard = pack(tmp_path / "s.tar", [("a.mp4", b"a"), ("b.mp4", b"b")])
     assert read(shard / "a.mp4") == b"a"
     index = tmp_path / "s.tar.index"
@@ -384,7 +384,7 @@ def test_a_damaged_index_is_made_again(tmp_path, made):
 
 
 @pytest.mark.parametrize("place", [(4096, 9000), (1 << 62, 1 << 62), (0, -1), (-6, 0)])
-def test_an_index_with_members_outside_its_shard_is_made_again(tmp_path, made, place):
+def test_an_index_with_members_outside_its_shard_is_rebuilt(tmp_path, made, place):
     shard = pack(tmp_path / "s.tar", [("a.mp4", b"a")])
     write_index(shard, {b"a.mp4": place})
     made.clear()
@@ -392,14 +392,14 @@ def test_an_index_with_members_outside_its_shard_is_made_again(tmp_path, made, p
 
 
 @pytest.mark.parametrize(("count", "ends"), [(-1, [5]), (1 << 40, [5]), (1, [6]), (1, [-1])])
-def test_an_index_whose_numbers_do_not_fit_it_is_refused(count, ends):
+def test_an_index_with_inconsistent_numbers_is_refused(count, ends):
     rest = np.array([0, 0, *ends], "<i8").tobytes() + b"a.mp4"
     header = shards.HEADER.pack(shards.MAGIC, zlib.crc32(rest), 10, 0, count, -1)
     with pytest.raises(ValueError, match=r"damaged|outside"):
         shards.ShardIndex(np.frombuffer(header + rest, np.uint8))
 
 
-def test_names_of_an_index_that_lead_out_are_not_listed(tmp_path, milnce_log):
+def test_names_in_an_index_that_lead_out_of_the_shard_are_not_listed(tmp_path, milnce_log):
     shard = pack(tmp_path / "s.tar", [("a.mp4", b"a")])
     write_index(shard, {b"../b.mp4": (512, 1), b"a.mp4": (512, 1)})
     found, lines = lines_of(tmp_path, milnce_log)
@@ -421,7 +421,7 @@ def test_the_index_of_a_read_only_folder_is_in_the_cache_or_in_memory(tmp_path, 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
-    """A worker that has looked in all of 300 shards of 1,000 members has 3 KB more for each."""
+    """A worker that has read from 300 shards of 1,000 members needs at most 3 KB for each."""
     for number in range(300):
         shard = tmp_path / f"{number:05}.tar"
         with open(shard, "wb") as file:
@@ -441,10 +441,10 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
 
 
 def write_index(shard, members):
-    """Write the index of a shard of made members, whose headers are not read."""
+    """Write a shard's index with the given members, without reading the shard's headers."""
     status = shard.stat()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "read_headers", lambda *_: (members, -1))
         content = shards.make_index(str(shard), status.st_size, status.st_mtime_ns)
-    with atomic_write(f"{shard}.index") as file:  # on the disk, else its pages count as changed
+    with atomic_write(f"{shard}.index") as file:  # synced, as dirty pages are private memory
         file.write(content)

@@ -26,7 +26,7 @@ from video_decoder import (
     timing,
 )
 
-needs_shared = pytest.mark.skipif(not VIDEOS.is_dir(), reason="the shared clips are not here")
+needs_shared = pytest.mark.skipif(not VIDEOS.is_dir(), reason="the shared clips are missing")
 
 
 # --- golden frames ----------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def golden_rows():
 
 
 def decode_row(row, backend, folder=VIDEOS):
-    """The clips a golden row speaks of, of the video in that folder."""
+    """Decode the clips of a golden row, from the video in `folder`."""
     path, count, size = folder / row["video"], row["num_frames"], row["size"]
     if row["kind"] == "hmdb":
         video = decode_frames(path, size=size, backend=backend)
@@ -69,7 +69,7 @@ def test_golden_frames(row, backend):
 
 
 def random_case(rng):
-    """A function of video_decoder, its arguments after the path, and its settings."""
+    """Draw a function of video_decoder, its arguments after the path, and its settings."""
     settings = {
         "size": rng.choice([16, 40, 56, 64, 77, 112]),
         "crop_only": rng.random() < 0.5,
@@ -101,7 +101,7 @@ def check_same(path, seed, cases):
 
 @pytest.mark.parametrize("name", FILES)
 def test_backends_give_the_same_bits(video, name):
-    """Five random cases a file: over 300 in all."""
+    """Compare five random cases per file, over 300 in all."""
     assert len(FILES) * 5 >= 300 or not VIDEOS.is_dir()
     check_same(video(name), "quick", 5)
 
@@ -117,7 +117,7 @@ def packets_of(path):
         return [packet for packet in container.demux(video=0) if packet.size]
 
 
-def test_the_files_are_what_their_names_say(video):
+def test_the_sample_files_have_the_features_in_their_names(video):
     """Otherwise the tests above would prove less than they claim."""
     assert any(packet.is_discard for packet in packets_of(video("edit_list.mp4")))
     assert any(packet.size < 10 for packet in packets_of(video("packed_b.avi")))
@@ -168,7 +168,7 @@ def test_the_fast_path_is_taken_by_rule(video, name, slow_paths):
 
 
 def test_the_fast_path_decodes_fewer_frames(video, monkeypatch):
-    """With B-frames it must not decode those that no window displays and no frame refers to."""
+    """With B-frames, it skips those that no window displays and no frame refers to."""
     counts, decode_displayed = [], pyav.decode_displayed
 
     def count(packets, displayed, *others):
@@ -211,13 +211,13 @@ def test_missing_frames_are_black_at_the_end(video, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_window_at_all(video, backend):
+def test_no_windows_give_an_empty_tensor(video, backend):
     settings = {"fps": 5, "num_frames": 8, "size": 32, "backend": backend}
     assert decode_clips(video(BASE), [], **settings).shape == (0, 3, 8, 32, 32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_flip_mirrors_the_uncropped_picture(video, backend):
+def test_flip_mirrors_the_cropped_picture(video, backend):
     settings = {"fps": 5, "num_frames": 2, "size": 96, "crop_only": True, "backend": backend}
     clip = decode_clip(video("odd_size.mp4"), 1, crop=(0, 0.5), **settings)
     mirrored = decode_clip(video("odd_size.mp4"), 1, crop=(0, 0.5), flip=True, **settings)
@@ -225,8 +225,8 @@ def test_flip_mirrors_the_uncropped_picture(video, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_turned_picture_stands_upright(video, backend):
-    """The tag is undone before the crop: turned by 180 degrees, the opposite corner is cut."""
+def test_a_rotated_picture_is_turned_upright(video, backend):
+    """The picture is turned before the crop: after 180 degrees, (1, 1) is the corner (0, 0)."""
     settings = {"size": 40, "crop_only": True, "crop": (0, 0), "backend": backend}
     plain = decode_frames(video(BASE), **settings)
     turned = decode_frames(video("turned_180.mp4"), **settings | {"crop": (1, 1)})
@@ -243,7 +243,7 @@ def test_frames_smaller_than_the_crop_are_enlarged(video, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_of_two_video_streams_the_first_is_decoded(video, backend):
+def test_the_first_of_two_video_streams_is_decoded(video, backend):
     first = decode_frames(video(SMALL), size=32, backend=backend)
     assert torch.equal(decode_frames(video("two_videos.mp4"), size=32, backend=backend), first)
 
@@ -273,7 +273,7 @@ def filter_frames(ticks, num_frames):
     ("ticks", "expected"),
     [
         ([0, 1, 2, 3, 4], "abcd."),  # the last tick is where the last frame ends
-        ([0, 0, 1, 1, 1, 2, 3], "bef.."),  # of frames with one tick the last is displayed
+        ([0, 0, 1, 1, 1, 2, 3], "bef.."),  # of frames with the same tick, the last is displayed
         ([0, 3, 5], "aaabb"),  # a gap is filled with the frame before it
         ([2, 3, 5], "aaabb"),  # and before the first frame, with the first
         ([2, 2, 3, 5], "bbbcc"),
@@ -283,7 +283,7 @@ def filter_frames(ticks, num_frames):
         ([0, 2, 1, 3], "aac.."),  # a clock that steps back: the later frame wins
         ([0, None], "....."),
         ([None], "....."),
-        ([4_000_000, 4_000_001], "....."),  # FFmpeg refuses so many repeats
+        ([4_000_000, 4_000_001], "....."),  # too many repeats for FFmpeg
     ],
 )
 def test_fps_filter(ticks, expected):
@@ -294,7 +294,7 @@ def test_fps_filter(ticks, expected):
     ("times", "expected"),
     [
         ([0, 1, 2, 3], "abcd"),
-        ([0, 1.2, 1.9, 3.1], "abcd"),  # jitter below half a frame is no matter
+        ([0, 1.2, 1.9, 3.1], "abcd"),  # jitter below half a frame does not matter
         ([0, 3, 4], "aabbc"),  # a gap is shared between its neighbours
         ([2, 3, 4], "aaabc"),
         ([0, 1, 0.5, 2, 3], "abcde"),  # late frames are kept up to 1.1 frames ...
@@ -307,7 +307,7 @@ def test_sync_to_constant_rate(times, expected):
     assert output == expected
 
 
-# --- arguments and files that must be refused -------------------------------------------------
+# --- invalid arguments and files --------------------------------------------------------------
 
 
 def test_unknown_backend_names_the_choices(video):
@@ -328,7 +328,7 @@ def test_unknown_backend_names_the_choices(video):
         {"crop": (0, 1.5)},
     ],
 )
-def test_arguments_out_of_range(video, wrong):
+def test_arguments_out_of_range_are_refused(video, wrong):
     settings = {"start": 0, "fps": 5, "num_frames": 1, "size": 8} | wrong
     with pytest.raises(ValueError):
         decode_clip(video(BASE), settings.pop("start"), **settings)
@@ -346,15 +346,15 @@ def rejection(path, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_not_a_video_file_is_rejection(tmp_path, backend):
+def test_files_that_are_not_videos_are_refused(tmp_path, backend):
     (tmp_path / "empty.mp4").write_bytes(b"")
-    (tmp_path / "text.mp4").write_text("This is no video.\n" * 100)
+    (tmp_path / "text.mp4").write_text("This is not a video.\n" * 100)
     run_ffmpeg("-f", "lavfi", "-i", "color=s=64x64", "-frames:v", "1", str(tmp_path / "a.png"))
     (tmp_path / "a.png").rename(tmp_path / "still.mp4")
     run_ffmpeg("-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4"))
     for name in ("empty.mp4", "text.mp4"):
         assert "Invalid data" in rejection(tmp_path / name, backend)
-    assert "none of the video formats" in rejection(tmp_path / "still.mp4", backend)
+    assert "not in a supported video format" in rejection(tmp_path / "still.mp4", backend)
     assert "no video stream" in rejection(tmp_path / "sound.mp4", backend)
     assert "No such file" in rejection(tmp_path / "absent.mp4", backend)
     assert "not a regular file" in rejection(tmp_path, backend)
@@ -372,7 +372,7 @@ def test_a_file_that_points_to_others_is_refused(video, tmp_path, backend):
     }
     for name, text in playlists.items():
         (tmp_path / name).write_text(text)
-        assert "none of the video formats" in rejection(tmp_path / name, backend)
+        assert "not in a supported video format" in rejection(tmp_path / name, backend)
     for name in (f"concat:{target}", f"file:{target}", f"subfile,,start,0,end,0,,:{target}"):
         assert "No such file" in rejection(name, backend)
     assert "No such file" in rejection("http://127.0.0.1:9/video.mp4", backend)
@@ -388,7 +388,7 @@ def test_odd_file_names_are_only_names(video, tmp_path, monkeypatch, name, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", [BASE, "mpeg2.ts"])  # of the fast path, and of the slow one
+@pytest.mark.parametrize("name", [BASE, "mpeg2.ts"])  # fast path, slow path
 def test_windows_repeat_the_last_frame_and_count_the_real_ones(video, name, backend):
     starts = [1, 4.4, 100]  # of a video of 5 s
     black = decode_clips(video(name), starts, fps=5, num_frames=8, size=32, backend=backend)
@@ -407,8 +407,8 @@ def test_probe_duration(video, name):
     assert video_decoder.probe_duration(video(name)) == pytest.approx(5, abs=0.15)
 
 
-def test_probe_duration_refuses_what_is_no_video(tmp_path):
-    (tmp_path / "text.mp4").write_text("This is no video.")
+def test_probe_duration_refuses_a_file_that_is_not_a_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("This is not a video.")
     with pytest.raises(DecodeError, match=r"text\.mp4"):
         video_decoder.probe_duration(tmp_path / "text.mp4")
 
@@ -424,7 +424,7 @@ def test_the_program_in_path_comes_first(tmp_path, monkeypatch):
 
 
 def test_frames_are_freed_without_a_garbage_collection(video):
-    """Else a worker holds hundreds of pictures until the collector comes by."""
+    """Otherwise a worker holds hundreds of pictures until the garbage collector runs."""
     path = video(BASE)
     gc.collect()
     gc.disable()
