@@ -1,7 +1,7 @@
 """Zero-shot step localization on CrossTask: python eval_crosstask.py --pretrain_cnn_path FILE
 
 --eval_csv is the folder of the official release. --feature_cache FILE stores the features. If FILE
-exists they are read from it, and no videos are needed.
+exists, they are read from it, and no videos are needed.
 """
 
 from args import get_args
@@ -56,8 +56,8 @@ def main() -> None:
     found = second_features(args, model, weights, device, dataset)
     log_left_out(found.left_out)
 
-    # All steps of the task get one second each, in their order, that maximize the sum of the dot
-    # products. A hit is a second in which the annotations of this video show the step.
+    # Each step of the task gets one second, in the steps' order, so that the sum of the dot
+    # products is the largest. It is a hit if the video's annotations show the step in that second.
     placed = {
         name: place_steps(seconds @ steps[video.task].T, video.segments)
         for name, seconds in found.features.items()

@@ -1,6 +1,6 @@
 """Linear action recognition on HMDB-51: python eval_hmdb.py --pretrain_cnn_path FILE
 
---feature_cache FILE stores the features. If FILE exists they are read from it, and neither videos
+--feature_cache FILE stores the features. If FILE exists, they are read from it, and neither videos
 nor weights are needed. Labels and splits are always those of --eval_csv.
 """
 
@@ -29,7 +29,7 @@ def evaluate(
 ) -> None:
     """Evaluate a data set of action recognition: HMDB-51, or UCF-101 (eval_ucf.py).
 
-    table: of csv, the clips with their labels and splits.
+    csv: the path of the annotations. table: its clips, with labels and splits.
     """
     # Pooled mixed_5c features of evenly spaced windows of each clip.
     dataset, found, checksum = recognition_features(args, data_set, table)

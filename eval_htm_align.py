@@ -1,6 +1,6 @@
 """Zero-shot alignment of narrations on HTM-Align: python eval_htm_align.py --pretrain_cnn_path FILE
 
---eval_csv is the official htm_align.json. --feature_cache FILE stores the features. If FILE exists
+--eval_csv is the official htm_align.json. --feature_cache FILE stores the features. If FILE exists,
 they are read from it, and no videos are needed.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     check_evaluation_outputs(args)
     check_decoder(args)
 
-    # The sentences of each video, alignable ones and others.
+    # The sentences of each video, alignable and not.
     json_file, annotations = evaluation_table(args, htm_align_sentences, ANNOTATIONS["htm_align"])
     dataset = localization_set(args, HTMAlign, annotations)
 
@@ -48,22 +48,23 @@ def main() -> None:
     # The embedding of the window around each second of a video [T, 512].
     found = second_features(args, model, weights, device, dataset)
     log_left_out(found.left_out)
-    said = {name: dataset.sentences[name] for name in found.features}
+    narrations = {name: dataset.sentences[name] for name in found.features}
 
-    # A sentence is placed at the second with the largest dot product; among all seconds, and among
-    # those near its idle neighbours. The largest dot product tells alignable sentences from others.
+    # A sentence is placed at the second with the largest dot product, once among all seconds and
+    # once among those near its idle neighbours. The largest dot product is also the score by which
+    # AUC separates alignable sentences from the others.
     placed, placed_64 = [], []
     for name, seconds in found.features.items():
-        sentences = said[name]
+        sentences = narrations[name]
         texts = embed_texts(model, tokenizer, [sentence.text for sentence in sentences], device)
         scores = texts @ seconds.T
         candidates = candidate_seconds(sentences, len(seconds))
         placed.append(place_sentences(scores, sentences))
         placed_64.append(place_sentences(scores, sentences, candidates))
-    results = htm_align_results(list(said.values()), placed, placed_64, len(found.left_out))
+    results = htm_align_results(list(narrations.values()), placed, placed_64, len(found.left_out))
     report_results(args, "HTM-Align", results, weights)
     if args.html_report:
-        data = htm_align_data(said, found, placed, placed_64)
+        data = htm_align_data(narrations, found, placed, placed_64)
         flags = {"fps": args.fps}
         report_page(args, "HTM-Align", results, weights, data, table=json_file, **flags)
 

@@ -31,11 +31,11 @@ def main() -> None:
     check_decoder(args)
     model, words, weights = text_video_model(args, device)
 
-    # The 1k-A test list: a sentence per video.
+    # The 1k-A test list: one sentence per video.
     csv, table = evaluation_table(args, msrvtt_table, ANNOTATIONS["msrvtt"])
     dataset = retrieval_set(args, MSRVTT, table, words)
 
-    # A video is embedded as the mean of evenly spaced windows, all of them in `videos`.
+    # `videos` has the embeddings of evenly spaced windows. Their mean represents the video.
     thumbnails = {}
 
     def add_thumbnail(index, windows):

@@ -1,6 +1,6 @@
 """Linear action recognition on UCF-101: python eval_ucf.py --pretrain_cnn_path FILE
 
---feature_cache FILE stores the features. If FILE exists they are read from it, and neither videos
+--feature_cache FILE stores the features. If FILE exists, they are read from it, and neither videos
 nor weights are needed. Labels and splits are always those of --eval_csv.
 """
 

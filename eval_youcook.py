@@ -35,7 +35,7 @@ def main() -> None:
     csv, table = evaluation_table(args, youcook_table, ANNOTATIONS["youcook"])
     dataset = retrieval_set(args, YouCook2, table, words)
 
-    # A segment is embedded as the mean of evenly spaced windows, all of them in `videos`.
+    # `videos` has the embeddings of evenly spaced windows. Their mean represents the segment.
     thumbnails = {}
 
     def add_thumbnail(index, windows):

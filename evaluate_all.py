@@ -1,10 +1,10 @@
 """Run every evaluation whose videos you have: python evaluate_all.py --pretrain_cnn_path FILE
 
-Give the folder of each data set's videos, such as --youcook_root DIR. Each is evaluated by its
-script, eval_<name>.py, into --out/<name>/. --out/results.json and --out/index.html have all results
-beside the published figures. Run the same command again to resume after an interruption: data sets
-that are done with the same weights, annotations and flags are not evaluated again. Exit status 1:
-an evaluation failed.
+Give the folder of each data set's videos, such as --youcook_root DIR. Each data set is evaluated by
+its script, eval_<name>.py, which writes to --out/<name>/. --out/results.json and --out/index.html
+show all results beside the published figures. Run the same command again to resume after an
+interruption: data sets that are done with the same weights, annotations and flags are skipped. Exit
+status 1: an evaluation failed.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent
 MACHINE_FLAGS = {"num_thread_reader", "batch_size_val", "sample_timeout", "device", "gpu"}
 MACHINE_FLAGS |= {"verbose"}
 CACHE = "features.npz"
-LONGEST_REASON = 500  # characters: a pipe holds it until it is read
+LONGEST_REASON = 500  # characters: few enough for a pipe to hold until they are read
 
 
 class Evaluation(NamedTuple):
@@ -93,7 +93,7 @@ READERS = {
 
 
 class Plan(NamedTuple):
-    """An evaluation that is to be run, or has been."""
+    """One evaluation of this run: its folder, its input and its script's flags."""
 
     evaluation: Evaluation
     folder: Path  # of its results
@@ -124,7 +124,7 @@ def check_annotations(args, name: str) -> None:
 
 
 def check_model(args, chosen: list[Evaluation]) -> str:
-    """Check that weights and vocabulary suit the evaluations. Returns the weights' checksum."""
+    """Check that weights and vocabulary suit the evaluations. Return the weights' checksum."""
     cpu = torch.device("cpu")
     if any(evaluation.text for evaluation in chosen):
         return text_video_model(args, cpu)[2]
@@ -156,7 +156,7 @@ def input_checksums(args, evaluation: Evaluation, weights: str) -> dict[str, str
 
 
 def make_plan(args, evaluation: Evaluation, checksums: dict[str, str]) -> Plan:
-    """Plan an evaluation. checksums: of input_checksums."""
+    """Plan an evaluation. checksums: from input_checksums."""
     root = getattr(args, f"{evaluation.name}_root")
     csv = getattr(args, f"{evaluation.name}_csv")
     changed = changed_flags(args, evaluation.script)
@@ -180,7 +180,7 @@ def make_plan(args, evaluation: Evaluation, checksums: dict[str, str]) -> Plan:
 
 
 def read_json(path: Path) -> dict | None:
-    """Read a file that this script or its evaluations wrote; None if there is none."""
+    """Read a file that this script or its evaluations wrote; None if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -197,16 +197,16 @@ def read_results(plan: Plan) -> dict | None:
 
 
 def run_evaluation(plan: Plan) -> str:
-    """Run an evaluation's script. Returns why it failed, or ''.
+    """Run an evaluation's script. Return why it failed, or ''.
 
-    It runs in a process of its own, so that nothing that happens in it, such as a lack of memory,
-    ends the others, and with the terminal's streams, on which it shows its progress.
+    It runs in a separate process, so that a crash, for example for lack of memory, does not end the
+    other evaluations. It shows its progress on the terminal.
     """
     with input_error("--out"):
         plan.metrics.unlink(missing_ok=True)
-        page_path(plan.folder).unlink(missing_ok=True)  # written last: with it all is done
+        page_path(plan.folder).unlink(missing_ok=True)  # written last: its presence means "done"
         if read_json(plan.settings) != plan.stamp:
-            Path(plan.folder, CACHE).unlink(missing_ok=True)  # of other weights or flags
+            Path(plan.folder, CACHE).unlink(missing_ok=True)  # has other weights or flags
             with atomic_write(plan.settings) as file:
                 file.write(json.dumps(plan.stamp, indent=2).encode())
     context = multiprocessing.get_context("spawn")
@@ -229,7 +229,7 @@ def run_evaluation(plan: Plan) -> str:
 
 
 def run_main(script: str, flags: list[str], sender) -> None:
-    """Run a script's main() in this process, which is its own, and send why it failed."""
+    """Run a script's main() in this process, started for it. If it fails, send the reason."""
     die_with_parent()
     sys.argv = [os.path.relpath(ROOT / f"{script}.py"), *flags]
     try:
@@ -302,8 +302,8 @@ def write_summary(out: str, weights: str, found: dict[str, dict], statuses: dict
 
 
 def print_summary(rows: list[dict]) -> None:
-    """Print the table of the page; of the published figures the first."""
-    print(f"\n{'data set':<10} {'metric':<12} {'ours':>7} {'missing':>13}  published, by whom")
+    """Print the table of the page, with the first published figure of each metric."""
+    print(f"\n{'data set':<10} {'metric':<12} {'ours':>7} {'missing':>13}  published: source")
     for evaluation, row in zip(EVALUATIONS, rows, strict=True):
         missing = row["missing"]
         for key, (caption, published, ours, _) in zip(
@@ -331,7 +331,7 @@ def main() -> None:
         statuses[name] = "not run yet" if root else "no videos given"
     if not chosen:
         flags = ", ".join(f"--{evaluation.name}_root" for evaluation in EVALUATIONS)
-        raise InputError(f"no data set is given; give the videos of one or more: {flags}")
+        raise InputError(f"no data set is given; give the video folder of one or more: {flags}")
     make_folder(args.out, "out")
     for evaluation in chosen:
         make_folder(Path(args.out, evaluation.name), "out")
@@ -339,7 +339,7 @@ def main() -> None:
     weights = check_model(args, chosen)
     plans = [make_plan(args, e, input_checksums(args, e, weights)) for e in chosen]
 
-    # One after the other: each keeps the device and all data workers busy.
+    # Sequentially: each evaluation keeps the device and all data workers busy.
     found = {}
     for plan in plans:
         evaluation = plan.evaluation

@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: features and reports, as their flags describe them."""
+"""Code that the evaluation scripts share: features and reports, as their flags request them."""
 
 import argparse
 import os
@@ -48,7 +48,7 @@ def text_video_model(args: argparse.Namespace, device: torch.device) -> tuple[S3
 
 
 def decoding_options(args: argparse.Namespace) -> dict:
-    """Return the options of evaluation.features.video_features that flags set."""
+    """Return the options of evaluation.features.video_features that are flags."""
     return {
         "batch_size": args.batch_size_val,
         "workers": args.num_thread_reader,
@@ -89,7 +89,7 @@ def recognition_features(
         dataset, found, settings = extract_clips(args, data_set, table)
     if reasons := list(found.left_out.values()):
         counts = reasons.count("absent"), reasons.count("undecodable")
-        log.info("skipped: %d absent videos, %d undecodable", *counts)
+        log.info("skipped videos: %d absent, %d undecodable", *counts)
     return dataset, found, settings.get("pretrain_cnn_path")
 
 
@@ -122,7 +122,7 @@ def extract_clips(
 def localization_set(
     args: argparse.Namespace, data_set: type[LongVideos], annotations: Sequence | dict
 ) -> LongVideos:
-    """Build a localization data set of annotations and the videos of the flags.
+    """Build a localization data set from annotations and --eval_video_root.
 
     If --feature_cache exists, no videos are needed.
     """
@@ -152,7 +152,7 @@ def second_features(
         with input_error("--feature_cache"):
             found = read_features(args.feature_cache, settings, dataset.names)
             if not found.features:
-                raise DataError(args.feature_cache, "has none of the videos; delete it")
+                raise DataError(args.feature_cache, "has features of none of the videos; delete it")
         return found
     found = localization_features(model, dataset, device, windows, **decoding_options(args))
     if not found.features:
@@ -170,11 +170,11 @@ def store_features(args: argparse.Namespace, settings: dict, found: FeatureSet) 
         log.error("--feature_cache: could not write %s: %s", args.feature_cache, one_line(error))
 
 
-# --- what is reported -----------------------------------------------------------------------------
+# --- reports --------------------------------------------------------------------------------------
 
 
 def describe_run(weights_checksum: str | None) -> dict[str, str | None]:
-    """Return what a run can be repeated with: its command, and the checksum of its weights."""
+    """Return the provenance of a run: its command, and the checksum of its weights."""
     command = shlex.join(["python", *sys.argv])
     return {"command": command, "weights_checksum": weights_checksum}
 
@@ -202,9 +202,9 @@ def report_page(
 ) -> None:
     """Write the page to --html_report, and print its path.
 
-    data: see evaluation.report.write_page. table: the path of the annotations. features: of the
-    feature file, named if no weights are given. flags: {name: value} of those that the results
-    depend on, in addition to those of every evaluation.
+    data: see evaluation.report.write_page. table: the path of the annotations. features: the path
+    of the feature file, shown if no weights are given. flags: {name: value} of the flags that the
+    results depend on, in addition to those of every evaluation.
     """
     settings = describe_settings(
         table,

@@ -2,10 +2,10 @@
 
     python extract_features.py --pretrain_cnn_path FILE --video_path DIR --feature_root OUT
 
-For each video, OUT gets a .npy, float32 [W, 1024] or [W, 512], a row per window, and a sidecar
+For each video, OUT gets a .npy, float32 [W, 1024] or [W, 512], one row per window, and a sidecar
 .json that describes the rows. Videos that have both are skipped, so the same command resumes a run
-that was stopped. Processes that are started by torchrun, srun, as a SLURM job array or with --shard
-share the videos. evaluation/features.py defines the windows of a video.
+that was stopped. Processes started by torchrun, by srun, as a SLURM job array or with --shard
+divide the videos among themselves. evaluation/features.py defines the windows of a video.
 """
 
 from args import get_args
@@ -60,14 +60,14 @@ COLUMNS = ["video_path", "feature_path"]
 
 
 class Item(NamedTuple):
-    """A video and the file of its features, relative to --video_path and to --feature_root."""
+    """A video and its feature file, relative to --video_path and --feature_root."""
 
     video: str
     features: str
 
 
 def list_items(args: argparse.Namespace) -> list[Item]:
-    """List the videos of --feature_csv, or all in --video_path. No two share a file of features."""
+    """List the videos of --feature_csv, or all in --video_path. No two share a feature file."""
     check_video_folder(args.video_path, "video_path")
     if args.feature_csv:
         with input_error("--feature_csv"):
@@ -77,18 +77,20 @@ def list_items(args: argparse.Namespace) -> list[Item]:
         videos = files_below(args.video_path, "video_path", EXTENSIONS)
         stems = [os.path.splitext(video)[0] for video in videos]
         taken = Counter(stems + videos)
-        # Of a.mp4 and a.mkv, each keeps its extension in the name of its features.
+        # The features of a.mp4 and a.mkv keep the extensions: a.mp4.npy, a.mkv.npy.
         items = [
             Item(video, f"{video if taken[stem] > 1 else stem}.npy")
             for video, stem in zip(videos, stems, strict=True)
         ]
     if not items:
-        raise InputError(f"no videos in {args.feature_csv or args.video_path}; give others")
+        raise InputError(
+            f"no videos in {args.feature_csv or args.video_path}; give another list or folder"
+        )
     return items
 
 
 def read_feature_csv(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a table of videos and files of features, and normalize the paths of the latter."""
+    """Read a table of videos and feature files, and normalize the paths of the latter."""
     table = read_table(path, COLUMNS, names=COLUMNS)
     require_non_empty(table, COLUMNS, path)
     for row, name in enumerate(table["feature_path"]):
@@ -100,14 +102,14 @@ def read_feature_csv(path: str | os.PathLike) -> pd.DataFrame:
 
 
 def is_done(path: Path, video: str, settings: dict) -> bool:
-    """Whether the features of this video at `path` are complete, with their sidecar file.
+    """Check whether the features of this video at `path` are complete, with their sidecar file.
 
-    Raises InputError if there are features of something else, which are never overwritten.
+    Raises InputError if they are features of something else, which are never overwritten.
     """
     sidecar = path.with_suffix(".json")
     if not path.exists() and not sidecar.exists():
         return False
-    fix = "give another folder, or delete them"
+    fix = "give another folder, or delete these features"
     try:
         made = json.loads(sidecar.read_bytes())
         source, differ = made["video"], difference(made["settings"], settings)
@@ -118,24 +120,24 @@ def is_done(path: Path, video: str, settings: dict) -> bool:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"--feature_root: {sidecar} is damaged, or something else; {fix}"
+            f"--feature_root: {sidecar} is damaged or does not describe features; {fix}"
         ) from None
     if differ:
         raise InputError(f"--feature_root: the features {path} were made with {differ}; {fix}")
     if source != video:
         raise InputError(f"--feature_root: the features {path} are of {source}, not {video}; {fix}")
     if before_repeating and rows == 1:
-        return False  # a short video's: until 2026-11 black frames filled its window
+        return False  # of a short video: until 2026-11 black frames filled its window
     try:
         return len(np.load(path, mmap_mode="r")) == rows
     except (FileNotFoundError, EOFError, ValueError, TypeError):
-        return False  # absent, or a file that lost its end: extract them again
+        return False  # absent or truncated: extract them again
 
 
 def write_pair(path: Path, video: str, settings: dict, found: VideoFeatures) -> None:
     """Write the sidecar file and then the features, each atomically.
 
-    In this order, features always have their description beside them.
+    In this order, a feature file always has its sidecar file beside it.
     """
     sidecar = {
         "video": video,
@@ -152,19 +154,18 @@ def write_pair(path: Path, video: str, settings: dict, found: VideoFeatures) -> 
             np.save(file, found.features, allow_pickle=False)
     except OSError as error:
         raise InputError(
-            f"--feature_root: could not write {path} ({one_line(error)}); make room, and start "
-            "again to resume"
+            f"--feature_root: could not write {path} ({one_line(error)}); make room, and run the "
+            "same command to resume"
         ) from None
 
 
 class FailureList:
-    """The CSV file of a shard's videos without features, written as they fail."""
+    """The CSV file that lists a shard's failed videos, each added when it fails."""
 
     def __init__(self, root: Path, shard: Shard):
-        """Remove the lists of earlier runs, as their videos are tried again.
+        """Remove the lists of earlier runs, whose videos are retried.
 
-        Lists of another number of shards are all removed; of this number, each shard removes its
-        own.
+        A shard removes its own list, and all lists of another number of shards.
         """
         for path in root.glob("failed*.csv"):
             match = re.fullmatch(r"failed(?:_(\d+)of(\d+))?\.csv", path.name)
@@ -203,8 +204,8 @@ def main() -> None:
     model = inference_model(args, device, joint_space=args.layer == "embedding")
     root = Path(args.feature_root)
     to_do = [item for item in items if not is_done(root / item.features, item.video, settings)]
-    part = f", shard {shard.index} of {shard.count}" if shard.count > 1 else ""
-    log.info("%d videos%s, %d of them done before", len(items), part, len(items) - len(to_do))
+    part = f" of shard {shard.index} of {shard.count}" if shard.count > 1 else ""
+    log.info("videos%s: %d, already done: %d", part, len(items), len(items) - len(to_do))
 
     failures = FailureList(root, shard)
     num_windows = num_black = 0
@@ -228,15 +229,15 @@ def main() -> None:
             write_pair(root / item.features, item.video, settings, found)
             num_windows += len(found.starts)
             num_black += len(found.black)
-    log.info("features of %d videos written to %s", len(to_do) - failures.count, root)
+    log.info("features written to %s (videos: %d)", root, len(to_do) - failures.count)
     if failures.count:
         where = f"listed in {failures.path}" if failures.complete else "named above"
-        log.error("%d videos could not be used: they are %s", failures.count, where)
+        log.error("videos that could not be used: %d, %s", failures.count, where)
     mostly_black = 2 * num_black > num_windows
     if mostly_black:
         log.error(
-            "%d of %d windows are black; look at the videos, try the other --decoder, and delete "
-            "these features before the next run",
+            "black windows: %d of %d; check the videos, try the other --decoder, and delete these "
+            "features before the next run",
             *(num_black, num_windows),
         )
     if failures.count or mostly_black:

@@ -3,20 +3,20 @@
     python benchmarks/bench_captions.py                   # some minutes, 5 GB of disk
     python benchmarks/bench_captions.py --videos 500      # half a minute, with rough results
 
-Makes 100,000 videos of 100 captions each, as CSV files and as one JSON file, packs both with
+Makes captions of 100,000 videos, 100 each, as CSV files and as one JSON file, packs both with
 data/howto100m/prepare.py, and reads the captions of random videos, as training does:
 
-    folder    captions.readers.CaptionFolder: a CSV file per video
-    store     captions.readers.CaptionStore: all of them in memory-mapped arrays
+    folder    captions.readers.CaptionFolder: one CSV file per video
+    store     captions.readers.CaptionStore: all captions in memory-mapped arrays
 
 One process reads the same videos from both. "Warm" is CPU time with the files in the page cache.
-"Cold" is wall time after they were dropped from it; the file system's own tables stay, so a folder
-of a million files on a network file system is slower. "CPU ms per item" is of an item of
-video_loader.HowTo100M: captions, words and a decoded clip of 16 x 224 x 224. All videos are links
-to one of 340x256, 25 frames/s, GOP 250. Memory is the growth of the workers of
-workers.sample_batches as they read random videos: the Private_Dirty of /proc, summed. It excludes
-the pages of files, of the store and of the folder, which the page cache has once and releases when
-memory is short. The last line reports whether the captions of a thousand videos are the same in the
+"Cold" is wall time after they were dropped from it. The file system's own tables stay cached, so a
+folder of a million files on a network file system is slower. "CPU ms per item" is the cost of an
+item of video_loader.HowTo100M: captions, words and a decoded clip of 16 x 224 x 224. All videos are
+links to one of 340x256, 25 frames/s, GOP 250. Memory is the growth of Private_Dirty of /proc,
+summed over the workers of workers.sample_batches, as they read random videos. It excludes the pages
+of the store's and the folder's files, which the page cache has once and releases when memory is
+short. The last line reports for how many of a thousand videos the captions are the same in the
 folder and in both stores.
 """
 
@@ -73,7 +73,7 @@ def make_set(root, videos, captions):
 
 
 def pack(source, out):
-    """Return wall and CPU seconds, and the peak in MiB of the process without its readers."""
+    """Pack, and return wall and CPU seconds and the peak MiB of this process, without readers."""
     began, spent = time.perf_counter(), cpu_seconds()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare.main(["pack", "--caption_root", str(source), "--out", str(out)])
@@ -106,7 +106,7 @@ def drop_cache(root):
 
 
 def read(root, names):
-    """Return milliseconds to open, wall and CPU milliseconds per video, and open files."""
+    """Read these videos: milliseconds to open, wall and CPU milliseconds per video, open files."""
     files = len(os.listdir("/proc/self/fd"))
     began = time.perf_counter()
     captions = open_captions(root)
@@ -120,7 +120,7 @@ def read(root, names):
 
 
 class Reader:
-    """A data set whose item reads a part of the videos, and has the memory before and after."""
+    """A data set whose items read a part of the videos and contain the memory before and after."""
 
     def __init__(self, root, parts):
         self.captions, self.parts = open_captions(root), parts
@@ -140,7 +140,7 @@ def private_memory():
 
 
 def workers_memory(root, names, workers):
-    """Return the growth in MB of all workers together as they read these videos."""
+    """Return the memory growth in MB, summed over the workers, as they read these videos."""
     parts = [[f"{name}.mp4" for name in names[rank::workers]] for rank in range(workers)]
     reader = Reader(root, parts)
     [batch] = sample_batches(reader, [list(range(workers))], workers=workers, timeout=600)

@@ -1,17 +1,17 @@
-"""Measure decoding: CPU milliseconds per clip, ours and the other ways, in one run.
+"""Measure decoding: CPU milliseconds per clip, for our backends and other decoders, in one run.
 
     python benchmarks/bench_decode.py            # about ten minutes on two cores
     python benchmarks/bench_decode.py --quick    # a minute or two, with rough results
 
 Makes its own files: several minutes at 256p and 30 frames per second, x264 medium, GOP 250. Their
-source is the clips in ../shared/videos if they exist (real motion), otherwise drawn scenes with
-camera noise. All contenders take the same random clips in turn. CPU time is that of this process
-and of its children, user and system. Contenders:
+source is the clips in ../shared/videos if they exist (real motion), otherwise synthetic scenes with
+camera noise. All contenders decode the same random clips in turn. CPU time is user and system time
+of this process and its children. Contenders:
 
     release   the public release's way: an ffmpeg process per window, FFmpeg's default threads
     ffmpeg    our backend of that name: the same command, one decoder thread
     torchcodec, decord    if installed, one thread; they are not requirements of the project. Their
-              frames are similar, not bit-exact, as they round times in another way.
+              frames are similar, not bit-exact, because they round times differently.
     pyav      our backend of that name, the default
 """
 
@@ -206,7 +206,7 @@ def print_table(title, times):
 
 
 def psnr(source, store, starts):
-    """Compute the PSNR in dB of the store's clips, as training decodes them, to the source's."""
+    """Compute the PSNR in dB of the store's clips, as training decodes them, against the source."""
     squares = []
     for start in starts:
         pair = [video_decoder.decode_clip(path, start, **WINDOWS) for path in (source, store)]

@@ -1,4 +1,4 @@
-"""Measure the extraction of features: videos per minute and core, ours and ffmpeg per window.
+"""Measure feature extraction: videos per minute and core, ours and an ffmpeg process per window.
 
     python benchmarks/bench_extract.py            # about ten minutes on two cores
     python benchmarks/bench_extract.py --quick    # less than a minute, with rough results
@@ -7,9 +7,9 @@ Makes its own files (see bench_decode.py): videos of 40 s, 340x256, 30 frames pe
 medium, GOP 250. Both ways decode the same windows, 16 frames of 224x224 at 5 per second, in one
 process, and pass the same batches to the same model: `ours` is strided_features, as
 extract_features.py calls it; `ffmpeg` starts the program once per window. The row "decoding" is
-without the model, as with a fast GPU. Time is CPU time, of this process and of its children, user
-and system, which depends less on the load of the machine. The ways take turns, twice, and the
-better run counts.
+without the model, as with a fast GPU. Time is user and system CPU time of this process and its
+children, which depends less on the load of the machine than wall time. The ways take turns, twice,
+and the better run counts.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def decode_by_processes(path, starts, clip):
 
 
 def videos_per_minute(paths, model, decode, stride):
-    """Extract once, with a worker that decodes by `decode`: videos per minute of CPU time."""
+    """Extract once, with a worker that decodes with `decode`: videos per minute of CPU time."""
     ours = features.decode_windows
     features.decode_windows = decode or ours
     began = bench_decode.cpu_seconds()
@@ -92,7 +92,7 @@ def main():
         for stride in (3.2, 1.0):
             for name, network in (("decoding", NoModel()), ("all", model)):
                 if network is model and stride == 1.0:
-                    continue  # three times the windows: the CPU's model hides the decoding
+                    continue  # with three times the windows, the model on a CPU hides the decoding
                 rates = [
                     [
                         videos_per_minute(paths, network, way, stride)

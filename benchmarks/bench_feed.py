@@ -7,14 +7,14 @@
 The workers of workers.sample_batches only copy a clip into the shared memory. The main process
 takes the batches:
 
-    collecting    of clips of a few bytes: what a clip costs whatever its size
-    lent          as training does: a batch stays where the workers wrote it, and its memory is
-                  used again when the batch is dropped
-    copied        the way before that: each batch is copied out of the shared memory
+    collecting    clips of a few bytes: the cost of a clip of any size
+    lent          as in training: a batch stays where the workers wrote it, and its memory is reused
+                  when the batch is dropped
+    copied        as before that: each batch is copied out of the shared memory
 
 The ways take turns. "CPU us per clip" is the CPU time of the main process, all its threads, in the
-best of the rounds; "clips/s on one core" is what that allows if the workers have cores of their
-own. "clips/s" is what was reached here, where they share the machine's: with big clips it is the
+best of the rounds; "clips/s on one core" is the rate that it allows if the workers have their own
+cores. "clips/s" is the rate reached here, where they share the machine's cores: with big clips, the
 rate at which the workers fill memory. With --pin the batches are page-locked; that needs a GPU.
 """
 
@@ -60,16 +60,16 @@ class Way(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """What a clip costs: seconds of the clock, and CPU seconds of the main process."""
+    """The cost of a clip: wall seconds, and CPU seconds of the main process."""
 
     seconds: float
     cpu: float
 
 
 def collect(way, workers, clips, options):
-    """Collect so many clips in batches.
+    """Collect this many clips, or a few more, in batches.
 
-    Neither the first batches count, which touch the memory, nor the end, which frees it.
+    The first batches, which touch the memory, are not counted, nor is the end, which frees it.
     """
     number, unmeasured = -(-clips // options.batch), 6
     keys = ([(epoch, index) for index in range(options.batch)] for epoch in count())
@@ -82,7 +82,7 @@ def collect(way, workers, clips, options):
         pin_memory=options.pin,
     )
     with closing(batches):
-        deque(islice(batches, unmeasured), maxlen=0)  # which keeps none of them
+        deque(islice(batches, unmeasured), maxlen=0)  # drops them at once
         began, spent = time.perf_counter(), time.process_time()
         for batch in islice(batches, number):
             if way.copied:
@@ -107,7 +107,7 @@ def main():
     add("--batch", type=positive(int), default=64)
     add("--frames", type=positive(int), default=16)
     add("--size", type=positive(int), default=224)
-    add("--clips", type=positive(int), default=1500, help="per round; twenty times as tiny ones")
+    add("--clips", type=positive(int), default=1500, help="per round; 20 times as many tiny ones")
     add("--rounds", type=positive(int), default=3)
     add("--pin", action="store_true", help="page-lock the batches: needs a GPU")
     add("--quick", action="store_true", help="few workers, clips and rounds")

@@ -5,21 +5,21 @@
 Forward and backward in float32 on the CPU, as one of 64 ranks sees a batch of 8192 videos:
 
     dense     the public release's way: every rank computes the whole B x B*K with autograd. The
-              positives are read off its diagonal; the release multiplies all of it by an identity.
+              positives are read from its diagonal; the release multiplies all of it by an identity.
     ours      loss.MILNCELoss: own videos against all texts, all videos against own texts
 
 One process acts as one rank, without a process group. The union of the ranks' embeddings is drawn
-beforehand, and in both ways a gather is replaced by one that returns a new copy of it. In ours the
-gather of backward is replaced, too, and returns the dense way's denominators as those of the other
-ranks. The gradient of the rank's own embeddings must then be the dense way's; the last line prints
-their difference.
+beforehand, and in both ways the gather is replaced by a function that returns a new copy of it. In
+ours, the gather of the backward pass is also replaced: it returns the dense way's denominators as
+those of the other ranks. The gradient of the rank's own embeddings must then equal the dense way's.
+The last line prints their difference.
 
-Each way has a new process. Its memory is the peak of its resident set (VmHWM of /proc, which unlike
-ru_maxrss does not include the parent's) less the resident set before the loss. Counted on both
-sides: the gathered copies, all scores and temporaries, all gradients. Not counted: Python, torch,
-which a tiny loss has warmed up, the rank's own embeddings and the prepared union. In both processes
+Each way runs in a new process. Its memory is the peak of its resident set (VmHWM of /proc, which
+unlike ru_maxrss does not include the parent's) less the resident set before the loss. This counts
+the gathered copies, all scores and temporaries, and all gradients. It does not count Python, torch
+(warmed up with a tiny loss), the rank's own embeddings and the prepared union. In both processes
 glibc releases freed blocks of 1 MiB and more immediately. By default it keeps those below 32 MiB,
-which are most of ours and none of the dense way's, and the peak would depend on how they fit. Time
+which are most of ours and none of the dense way's, so the peak would depend on how they fit. Time
 is the wall time of the fastest step.
 """
 

@@ -1,17 +1,18 @@
-"""Measure a query: video_search.index.best_moments, and a plain product and sort.
+"""Measure a query: video_search.index.best_moments against a plain product and sort.
 
     python benchmarks/bench_search.py          # a million windows of 512 numbers: 2 GB of disk
 
 Makes an index of random embeddings in a temporary folder (TMPDIR): windows of 3.2 seconds every
-1.6 seconds, 500 per video. Each way has a new process, which first loads the index or the array:
+1.6 seconds, 500 per video. Each way runs in a new process, which first loads the index or the
+array:
 
     plain     numpy.load, all scores, numpy.argsort of them, the first 24 windows: they may overlap
     ours      read_index, which maps the file, and best_moments: 24 moments that do not overlap
 
 The first query is cold for the process only: most of the file, which has just been written, is
-still in the page cache. The queries after it are warm. Memory is the peak of the resident set
-(VmHWM) less what it was before loading; the last column is the part of the resident set that is
-pages of files, libraries included (RssFile), which the system may evict. At the end the moments
+still in the page cache. The later queries are warm. Memory is the peak of the resident set (VmHWM)
+less the resident set before loading. The last column is the part of the resident set that consists
+of pages of files, libraries included (RssFile), which the system may evict. At the end the moments
 are compared with those of the sorted scores.
 """
 
@@ -58,7 +59,7 @@ def make(folder, windows, dim):
     write_index(folder / "index", METADATA, videos)
 
 
-def queries(dim, count):
+def draw_queries(dim, count):
     return np.random.default_rng(2).standard_normal((count, dim), np.float32)
 
 
@@ -90,7 +91,7 @@ def measure(way, folder, queries):
 
 
 def expected(folder, query):
-    """Return the rows that best_moments has to find, from all scores in order."""
+    """Return the rows that best_moments must find, from all scores in order."""
     length = METADATA.window_seconds
     scores = np.load(folder / "array.npy", mmap_mode="r") @ query
     found = []
@@ -117,7 +118,7 @@ def main():
         f"{processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; torch "
         f"{torch.__version__}\n{options.windows:,} windows x {options.dim} float32\n"
     )
-    asked = queries(options.dim, options.queries)
+    queries = draw_queries(options.dim, options.queries)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make(folder, options.windows, options.dim)
@@ -126,14 +127,14 @@ def main():
         for way in (plain, ours):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 load, (cold, *warm), memory, files, rows = pool.submit(
-                    measure, way, folder, asked
+                    measure, way, folder, queries
                 ).result()
             print(
                 f"| {way.__name__} | {load:.3f} | {cold:.3f} | {statistics.median(warm):.3f} | "
                 f"{max(warm):.3f} | {memory:.0f} | {files:.0f} |"
             )
-        wrong = sum(rows[k] != expected(folder, query) for k, query in enumerate(asked))
-        print(f"\nours: {wrong} of {len(asked)} queries have other moments than all scores sorted")
+        wrong = sum(rows[k] != expected(folder, query) for k, query in enumerate(queries))
+        print(f"\nours: {wrong} of {len(queries)} queries have other moments than sorted scores")
     sys.exit(bool(wrong))
 
 

@@ -4,14 +4,14 @@
     python benchmarks/bench_shards.py --quick    # a minute, with rough results
 
 Makes its own files: copies of one video of the training store, as single files and in shards.
-A clip is a training clip, 16 frames at 5 per second. CPU time is this process's and that of its
-ended children. System calls are counted by strace (skipped if it is not installed), without those
-of starting Python. Bytes read are rchar of /proc/self/io, of read calls from any cache; bytes from
-the disk are read_bytes, with the file dropped from the page cache before every clip. They include
-the kernel's readahead, which in a shard may go past the end of the video.
+A clip is a training clip, 16 frames at 5 per second. CPU time is that of this process and of its
+children that have ended. System calls are counted by strace (skipped if it is not installed),
+without those of starting Python. Bytes read are rchar of /proc/self/io, which counts read calls
+from any cache. Bytes from the disk are read_bytes, with the file dropped from the page cache before
+every clip; they include the kernel's readahead, which in a shard may go past the end of the video.
 
-The index is measured with shards that have no videos: files of the right size, which take no space,
-and their indexes. Memory is what a process has changed and shares with no other.
+The index is measured with shards that have no videos: sparse files of the right size and their
+indexes. Memory is private memory that the process has changed (Private_Dirty).
 """
 
 import argparse
@@ -41,7 +41,7 @@ WAYS = ("files", "shards")
 
 
 def make_stores(folder: Path, copies: int) -> None:
-    """Make the same videos as folder/files/NAME and folder/shards/0.tar/NAME."""
+    """Make the same videos under folder/files/NAME and folder/shards/0.tar/NAME."""
     source = folder / "made"
     source.mkdir()
     *_, store = make_files(source, 1)
@@ -137,7 +137,7 @@ def private_kilobytes() -> int:
 
 
 def measure_index(folder: Path, num_shards: int, members: int, lookups: int) -> None:
-    """Look up random videos of shards that are sizes and indexes only."""
+    """Look up random videos of shards that consist of a size and an index only."""
     size = members * 1024
 
     def member_name(shard, number):
@@ -151,7 +151,7 @@ def measure_index(folder: Path, num_shards: int, members: int, lookups: int) -> 
         places = {name: (1024 * number + 512, 512) for number, name in enumerate(names)}
         shards.read_headers = lambda *_, places=places: (places, -1)
         content = shards.make_index(str(path), size, path.stat().st_mtime_ns)
-        with atomic_write(f"{path}.index") as file:  # on the disk, else its pages count as changed
+        with atomic_write(f"{path}.index") as file:  # syncs: unwritten pages would count as changed
             file.write(content)
     del places
     total = sum(path.stat().st_size for path in folder.glob("*.index"))
@@ -168,8 +168,8 @@ def measure_index(folder: Path, num_shards: int, members: int, lookups: int) -> 
         more = private_kilobytes() - before
         opened = len(os.listdir("/proc/self/fd")) - files
         print(
-            f"the {part} {lookups:,} lookups: {micros:.0f} us each; {more / 1000:.1f} MB of "
-            f"memory more and {opened} open files more than before"
+            f"the {part} {lookups:,} lookups: {micros:.0f} us each; {more / 1000:.1f} MB more "
+            f"memory and {opened} more open files than before"
         )
 
 

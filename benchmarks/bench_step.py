@@ -1,17 +1,16 @@
-"""Measure forward pass, training step and evaluation: the release's way and ours, in one run.
+"""Measure the forward pass, training step and evaluation: the release's way and ours, in one run.
 
     python benchmarks/bench_step.py                         # about six minutes on two cores
     python benchmarks/bench_step.py --size 224              # on a GPU: the largest batch that fits
     python benchmarks/bench_step.py --frames 32 --size 200
-    python benchmarks/bench_step.py --profile               # instead: profile our step
-    python benchmarks/bench_step.py --effective 8192        # instead: one step of that many clips
+    python benchmarks/bench_step.py --profile               # only profile our step
+    python benchmarks/bench_step.py --effective 8192        # only measure a step of that many clips
 
 ways.py describes the plain way, which is the release's, and ours. Each round runs every way once,
 on a new copy of the model, so that noise affects all of them; a time is the fastest pass of all
-rounds. On a GPU each way has the largest power of two of clips that fits, in memory and in tensors
-of 2^31 elements; PyTorch's default lets float32 convolutions use TF32 there, in both ways, and
-cuDNN tries its algorithms for both. The row "2D" has the layers of s3dg.compute_in_2d, which no
-script uses.
+rounds. On a GPU, each way gets the largest power of two of clips that fits in memory and in tensors
+of 2^31 elements. There PyTorch's default lets float32 convolutions use TF32, and cuDNN tries its
+algorithms, in both ways. The row "2D" has the layers of s3dg.compute_in_2d, which no script uses.
 
     of the peak    floating-point operations of the plain model per second (convolutions and matrix
                    products, without the recomputation of --grad_checkpoint and --accum_steps) over
@@ -20,9 +19,9 @@ script uses.
     MiB            peak memory less weights and batch, over two passes; on a CPU, of the resident
                    set of a new process
     apart          |a - b| / |b| over all embeddings, or over all gradients of a step, where b is
-                   the plain way in float64. BatchNorm makes a new model amplify rounding, above all
-                   in its gradient: compare with the plain way's own distance. --accum_steps
-                   normalizes smaller batches, and has none.
+                   the plain way in float64. Because of BatchNorm, a new model amplifies rounding,
+                   above all in its gradient: compare with the plain way's own distance. Empty for
+                   --accum_steps, which normalizes smaller batches.
 """
 
 import argparse
@@ -96,7 +95,7 @@ def list_rows(short, compiled):
 
 
 def prepare_pass(row, model, options, clips, device):
-    """Free the other rows' GPU memory. Return the row's pass over that many clips, a function."""
+    """Free the other rows' GPU memory. Return a function that runs the row's pass."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -115,7 +114,7 @@ def seconds(run, device):
 
 
 def measure_peak(row, options, clips, device):
-    """Return MiB in addition to weights and batch, and the seconds of the second of two passes.
+    """Run two passes: peak MiB in addition to weights and batch, and seconds of the second pass.
 
     On a CPU, measures in a new process.
     """
@@ -183,7 +182,7 @@ def count_operations(model, options, device):
 def differences(rows, model, options, clips, device):
     """Compare each row's first pass with the plain way's in float64: {row: |a - b| / |b|}.
 
-    Also returns that of our step in float64, where rounding cannot hide other differences.
+    Also returns that of our step in float64, in which rounding cannot hide other differences.
     """
     precise, found = copy.deepcopy(model).double(), {}
     for row in rows:

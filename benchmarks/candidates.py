@@ -4,17 +4,18 @@
     python benchmarks/candidates.py --out log/candidates    # about 45 minutes on two quiet cores
     python benchmarks/candidates.py --out log/bf16 -- --amp=bf16    # passed to main_distributed.py
 
-The paper claims that captions which are displaced in time are better learned from as a bag of
-candidates (section 3.1, table 2). Here the toy set's narration is aligned with the actions that it
-describes, or displaced from them by three seconds (standard deviation, truncated at four). Aligned,
-seven captions in ten describe their clip; displaced, three do. Captions that describe no action
-stay. The toy set's own narration is in between (`--drift 1`, six in ten).
-Videos, sentences, word vectors, evaluation sets and steps are the same in every condition. Runs of
-one seed also share the first weights, the order and (of one displacement) the clips: with 1 a clip
-has the caption that it was drawn for, with 4 also three neighbours. So 4 sees more text per clip.
+The paper claims that a bag of candidates makes it easier to learn from captions that are displaced
+in time (section 3.1, table 2). Here the toy set's narration is aligned with the actions that it
+describes, or displaced from them by three seconds (standard deviation, clipped at four seconds).
+When aligned, seven captions in ten describe their clip; when displaced, three do. Captions that
+describe no action stay. The toy set's own narration is in between (`--drift 1`, six in ten).
 
-FOLDER/log gets the logs of the trainings and the metrics of the evaluations, FOLDER itself
-candidates.json with the metrics of all runs, and candidates.png; the tables are printed. A run
+Videos, sentences, word vectors, evaluation sets and steps are the same in every condition. Runs of
+one seed also have the same initial weights, order and (for one displacement) clips. With 1, a clip
+has the caption that it was drawn for; with 4, also three neighbours, so 4 sees more text per clip.
+
+FOLDER/log gets the logs of the trainings and the metrics of the evaluations. FOLDER itself gets
+candidates.json, with the metrics of all runs, and candidates.png. The tables are printed. A run
 whose metrics exist is skipped, and one that was stopped resumes from its last epoch.
 """
 
@@ -103,7 +104,7 @@ def check_settings(options):
     """Raise InputError if the folder has runs of other settings, which cannot be compared."""
     stamp = prepare.read_stamp(Path(options.toy)) or {}
     if "num_videos" not in stamp:
-        raise InputError(f"--toy: {options.toy} is no toy data set; make it with prepare.py")
+        raise InputError(f"--toy: {options.toy} is not a toy data set; make one with prepare.py")
     make_folder(options.out, "out")
     settings = {
         "toy": stamp,
@@ -185,7 +186,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--toy", default=ROOT / "data" / "toy", help="prepare.py's --out")
-    parser.add_argument("--seeds", type=positive(int), default=3, help="1 to this one")
+    parser.add_argument("--seeds", type=positive(int), default=3, help="run seeds 1 to this one")
     parser.add_argument("--epochs", type=positive(int), default=32, help="of 160 clips, 5 steps")
     parser.add_argument("--candidates", type=positive(int), nargs="+", default=[1, 4])
     parser.add_argument("--drift", type=not_negative(float), nargs="+", default=[0.0, 3.0])

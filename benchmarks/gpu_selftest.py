@@ -1,18 +1,19 @@
-"""Test and measure the training on this machine's GPU, in one command of less than ten minutes.
+"""Test and measure training on this machine's GPU, in one command and less than ten minutes.
 
     python benchmarks/gpu_selftest.py                   # a report, and log/gpu_selftest.json
     python benchmarks/gpu_selftest.py --sections 2 6    # only these
     python benchmarks/gpu_selftest.py --quick           # small; the default without a GPU
 
-A section is passed, failed, or not measured. Checks are of values: no time can fail one. A section
-or part that raises has failed, with one line; the others still run, and the exit status is 1. What
-needs a GPU, or does not fit in its section's share of the time, is marked "not measured". The JSON
-file is written after every section. It has the numbers of the report and nothing else.
+A section passes, fails, or is not measured. Checks are of values: none depends on a time. A section
+or part that raises an exception fails, with one line. The others still run, and the exit status is
+1. Parts that need a missing GPU, or do not fit in their section's share of the time, are marked
+"not measured". The JSON file is written after every section. It has the numbers of the report and
+nothing else.
 
-    error      |a - b| / |b|; of a layer: of its output, and of the gradients of its input and
+    error      |a - b| / |b|; for a layer, of its output and of the gradients of its input and
                weights, each against the 3-d layer in float32 on the same bfloat16 numbers
-    ms         of a layer: forward and backward; of a step: the time from step to step, that which
-               the GPU takes by its own clock, and that which the host takes to launch one
+    ms         for a layer, forward and backward; for a step, the time from step to step, the GPU's
+               time by its own clock, and the host's time to launch a step
     2D         the layers as s3dg.compute_in_2d makes them
 """
 
@@ -69,12 +70,12 @@ SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class OutOfTime(BaseException):
-    """The section has used its share of the time. No library is to take it for a failure."""
+    """The section has used its share of the time. Libraries do not catch a BaseException."""
 
 
 @dataclasses.dataclass
 class Bench:
-    """What the sections share. ends: when the running one's share of the time is used up."""
+    """State that the sections share. ends: when the current section's share of the time ends."""
 
     device: torch.device
     quick: bool
@@ -87,7 +88,7 @@ class Bench:
 
     @property
     def small(self) -> SimpleNamespace:
-        """The clips of checks, which draw_batch draws."""
+        """The sizes of the clips of checks, for draw_batch."""
         frames, size = (4, 32) if self.quick else (8, 64)
         return SimpleNamespace(frames=frames, size=size, candidates=2)
 
@@ -99,7 +100,7 @@ class Bench:
 
 
 def start_clock(bench: Bench, seconds: float) -> None:
-    """Raise OutOfTime in so many seconds, wherever Python is then."""
+    """Raise OutOfTime after this many seconds, wherever the interpreter is then."""
 
     def end(number, frame):
         raise OutOfTime
@@ -110,7 +111,7 @@ def start_clock(bench: Bench, seconds: float) -> None:
 
 
 def run_parts(bench: Bench, parts: dict[str, Callable[[], Any] | str]) -> dict[str, Any]:
-    """Run the parts of a section, so that one that raises fails alone. A string is its result."""
+    """Run the parts of a section; one that raises fails alone. A string is its own result."""
     results = {}
     for name, part in parts.items():
         try:
@@ -173,7 +174,7 @@ def report_machine(bench: Bench) -> dict[str, Any]:
 
 
 class Layer(NamedTuple):
-    """The layers of the S3D that are alike, and the shape of their input."""
+    """Identical layers of the S3D: one of them, the shape of their input, and their number."""
 
     kind: str
     module: nn.Module
@@ -201,7 +202,7 @@ def collect_layers(frames: int, size: int, clips: int) -> list[Layer]:
 
 
 def label(module: nn.Module) -> str:
-    """Describe a layer in short."""
+    """Describe a layer briefly."""
     sizes = {}
     if not isinstance(module, nn.BatchNorm3d):
         sizes = {n: s3dg.triple(getattr(module, n)) for n in ("kernel_size", "stride", "padding")}
@@ -211,7 +212,7 @@ def label(module: nn.Module) -> str:
 
 
 def three_dimensional(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Apply a layer as PyTorch does, also one that s3dg.py computes another way."""
+    """Apply a layer as PyTorch does, even if s3dg.py computes it differently."""
     kind = next(k for k in (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d) if isinstance(module, k))
     return kind.forward(module, x)
 
@@ -222,13 +223,13 @@ def two_dimensional(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def has_two_dimensional(module: nn.Module) -> bool:
-    """Tell whether there is a two-dimensional way: not of a kernel over both time and space."""
+    """Check whether a layer has a 2D way. A kernel over both time and space has none."""
     module = s3dg.compute_in_2d(copy.copy(module))
     return type(module) not in (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d)
 
 
 def measure_layers(bench: Bench) -> dict[str, Any]:
-    """Compare the layers' ways, 3D and 2D in float32 and bf16: error and time of each shape."""
+    """Compare 3D and 2D layers in float32 and bf16: error and time for each shape."""
     options = (8, 64, 2) if bench.quick else (16, 224, 32)
     layers = collect_layers(*options)
     parts = {
@@ -256,7 +257,7 @@ def measure_layers(bench: Bench) -> dict[str, Any]:
 
 
 def compare_ways(bench: Bench, layer: Layer) -> dict[str, Any]:
-    """Measure the ways of one shape: {"3D ms", "2D error", ..}, of bf16 unless float32 is named."""
+    """Measure the ways for one shape: {"3D ms", "2D error", ..}, bf16 unless float32 is named."""
     torch.manual_seed(1)
     module = copy.deepcopy(layer.module).to_empty(device=bench.device)
     if layer.kind != "Pool":
@@ -296,7 +297,7 @@ def compare_ways(bench: Bench, layer: Layer) -> dict[str, Any]:
         repeats = 1 if bench.quick else 5
         row[f"{name}ms"] = [milliseconds(f, bench.device, repeats) for f in (forward, backward)]
         row[f"{name}error"] = error
-        # Pools of equal values may pass a gradient to another of them. The 3-d convolution of
+        # A pool may pass its gradient to any of several equal values. The 3-d convolution of
         # TemporalConv3d is not used, and is wrong on some CPUs.
         checked = error[:1] if layer.kind == "Pool" else error
         limit = 0.0 if layer.kind == "Pool" else 0.03 if dtype == torch.bfloat16 else 1e-3
@@ -309,7 +310,7 @@ def compare_ways(bench: Bench, layer: Layer) -> dict[str, Any]:
 
 
 def gradients(bench: Bench, model: nn.Module, batch: dict, *flags: str, **others) -> torch.Tensor:
-    """Do one step and return its gradients, as one vector. others: `way`, `device`, `dtype`."""
+    """Run one step and return its gradients as one vector. others: `way`, `device`, `dtype`."""
     way, device = others.get("way", ways.our_step), others.get("device", bench.device)
     run = way(model, batch, device, others.get("dtype", torch.float32), *flags)
     return bench_step.numbers(run)
@@ -320,7 +321,7 @@ def within(value: float, limit: float) -> dict[str, Any]:
 
 
 def check_step(bench: Bench) -> dict[str, Any]:
-    """Check that the step computes the same in every way, and learns."""
+    """Check that all ways of the step compute the same gradients, and that it learns."""
     model = ways.new_model()
     precise = copy.deepcopy(model).double()
     pair = bench.draw(2)
@@ -365,7 +366,7 @@ def check_step(bench: Bench) -> dict[str, Any]:
 
 
 def new_trainer(bench: Bench, model: nn.Module, dtype: torch.dtype, *flags: str) -> tuple:
-    """Build a trainer, see ways.our_trainer, after the memory of others is free."""
+    """Free the memory of earlier trainers and build one, see ways.our_trainer."""
     release_memory()
     if "--compile" in flags:
         torch.compiler.reset()
@@ -385,12 +386,12 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def check_nan(bench: Bench, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """Check that a batch of NaN leaves everything as it was, and that the next one does not."""
+    """Check that a batch of NaN changes nothing, and that the batches around it do."""
     network, step, _ = new_trainer(bench, model, dtype)
     batch = bench.draw(2)
 
     def move() -> bool:
-        """Do steps until one is not skipped: in float16 the scale of the loss has to fit."""
+        """Run steps until one is not skipped: in float16 the scale of the loss must adapt first."""
         for _ in range(30):
             before = step.skipped()[0]
             step([batch])
@@ -411,7 +412,7 @@ def check_nan(bench: Bench, model: nn.Module, dtype: torch.dtype) -> dict[str, A
 
 
 def compare_runs(bench: Bench, model: nn.Module) -> dict[str, Any]:
-    """Compare two runs of three steps. PyTorch promises equal bits on the CPU only."""
+    """Compare two runs of three steps. PyTorch guarantees equal bits on the CPU only."""
     ends = []
     for _ in range(2):
         network, step, _ = new_trainer(bench, model, training_dtype("auto", bench.device))
@@ -423,7 +424,7 @@ def compare_runs(bench: Bench, model: nn.Module) -> dict[str, Any]:
 
 
 def check_learning(bench: Bench, model: nn.Module) -> dict[str, Any]:
-    """Train on one batch, whose loss has to fall."""
+    """Train on one batch, whose loss must fall."""
     _, step, _ = new_trainer(bench, model, training_dtype("auto", bench.device), "--lr=3e-5")
     options = SimpleNamespace(frames=4, size=64, candidates=2)
     batch = ways.draw_batch(options, 3, bench.device)
@@ -436,7 +437,7 @@ def check_learning(bench: Bench, model: nn.Module) -> dict[str, Any]:
 
 
 def check_syncs(bench: Bench) -> dict[str, Any]:
-    """Do a step in which whatever makes the host wait for the GPU raises an error."""
+    """Run a step in which any device sync raises an error."""
     model = ways.new_model()
 
     def run(dtype: torch.dtype, *flags: str) -> dict[str, Any]:
@@ -522,7 +523,7 @@ def clip_options(frames: int, size: int) -> SimpleNamespace:
 
 
 def measure_speed(bench: Bench) -> dict[str, Any]:
-    """Measure the step's ways by batch size, against the float32 eager one of the same run."""
+    """Measure variants of the step by batch size, against the eager float32 step of this run."""
     model, fast = ways.new_model(), training_dtype("auto", bench.device)
     found = {}
     kinds, ends = [(4, 32)] if bench.quick else [(16, 224), (32, 200)], bench.ends
@@ -539,9 +540,9 @@ def measure_speed(bench: Bench) -> dict[str, Any]:
 def measure_clip_size(
     bench: Bench, model: nn.Module, frames: int, size: int, fast: torch.dtype
 ) -> dict[str, Any]:
-    """Measure all ways with clips of one size. The baseline comes first, compiling last.
+    """Measure all variants with clips of one size. The baseline comes first, --compile last.
 
-    Each way differs from "as is" in one thing.
+    A variant differs from "as is" only as its name states.
     """
     options, baseline = clip_options(frames, size), []
     in_2d = s3dg.compute_in_2d(copy.deepcopy(model))
@@ -603,7 +604,7 @@ def measure_step(bench: Bench, step: TrainingStep, batches: list[dict]) -> dict[
     clips, repeats = sum(len(batch["video"]) for batch in batches), 5 if len(batches) == 1 else 1
     for _ in range(2 if len(batches) == 1 else 0):
         step(batches)
-    step(batches[:2])  # with the optimizer's state, and all that is chosen at first use
+    step(batches[:2])  # now with the optimizer's state, and all that is chosen at first use
     if not bench.gpu:
         took = bench_step.seconds(lambda: step(batches), bench.device)
         return {"clips/s": clips / took, "step ms": took * 1000}
@@ -611,7 +612,7 @@ def measure_step(bench: Bench, step: TrainingStep, batches: list[dict]) -> dict[
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     step(batches)
-    host = time.perf_counter() - began  # the GPU had nothing to do before
+    host = time.perf_counter() - began  # the GPU was idle before
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run():
@@ -634,7 +635,7 @@ def measure_step(bench: Bench, step: TrainingStep, batches: list[dict]) -> dict[
 
 
 class FilledClips:
-    """A data set whose items cost only the memory that they fill."""
+    """A data set whose items cost no more than filling their memory."""
 
     def __init__(self, item_spec: dict):
         self.item_spec = item_spec
@@ -647,13 +648,13 @@ class FilledClips:
 
 
 def make_toy(bench: Bench) -> list[str]:
-    """Make a small training set, once, and return the flags that name it."""
+    """Make a small training set, once, and return the flags that select it."""
     folder = bench.folder / "toy"
     if not folder.exists():
         for item in prepare.plan_training(folder, 1, 8 if bench.gpu else 2):
             prepare.make_video(1, folder, item)
         header, *names = (folder / "howto100m_videos.csv").read_text().splitlines(keepends=True)
-        # An epoch ends with a checkpoint: it is to have more steps than are done here.
+        # An epoch ends with a checkpoint, so it must have more steps than a run here.
         (folder / "howto100m_videos.csv").write_text("".join([header, *names * 1000]))
         lines = [path.read_text() for path in (folder / "captions").glob("*.csv")]
         words = sorted(set(s3dg.tokenize(" ".join(lines))))
@@ -669,7 +670,7 @@ def make_toy(bench: Bench) -> list[str]:
 
 
 def measure_feeding(bench: Bench) -> dict[str, Any]:
-    """Feed the step by workers that only fill memory, and by workers that decode a made video."""
+    """Feed the step from workers that only fill memory, and from workers that decode toy videos."""
     frames, size, clips, steps = (4, 32, 4, 3) if bench.quick else (16, 224, 256, 10)
     flags = [f"--num_frames={frames}", f"--video_size={size}", *make_toy(bench)]
     flags += [f"--crop_only={int(not bench.quick)}"]
@@ -713,9 +714,9 @@ def measure_feed(
     bad, waited, began = 0, 0.0, 0.0
     with contextlib.closing(reading):
         for number in range(steps):
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(reading)
-            waited += time.perf_counter() - asked if number else 0.0
+            waited += time.perf_counter() - requested if number else 0.0
             bad += len(batch["bad"])
             if take:
                 take([batch])
@@ -769,7 +770,7 @@ def start_training(bench: Bench, script: list, flags: list[str]) -> subprocess.P
 
 
 def stop_training(bench: Bench, flags: list[str], kill: bool) -> dict[str, Any]:
-    """Start or resume a training, kill a worker of it, await steps, then send it SIGTERM."""
+    """Start or resume a training, kill a worker if `kill`, wait for steps, then send SIGTERM."""
     records, checkpoints = bench.folder / "log/run.jsonl", bench.folder / "checkpoint/run"
 
     def last_step() -> int:
@@ -800,7 +801,7 @@ def stop_training(bench: Bench, flags: list[str], kill: bool) -> dict[str, Any]:
     saved = [step for (_, step), _ in list_checkpoints(checkpoints)]
     logged = [r for r in read_records(records) if "loss" in r]
     steps = [r["step"] for r in logged]
-    # The new worker was forked when the clips' memory was page-locked already. If it cannot write
+    # The new worker was forked after the clips' memory had been page-locked. If it cannot write
     # there, its samples are replaced.
     replaced = logged[-1]["bad_samples"]
     return {
@@ -817,7 +818,7 @@ def stop_training(bench: Bench, flags: list[str], kill: bool) -> dict[str, Any]:
 
 
 def is_python(pid: int) -> bool:
-    """Tell whether a child is a data worker: a fork of this interpreter."""
+    """Check whether a child is a data worker: a fork of this interpreter."""
     return Path(f"/proc/{pid}/exe").resolve() == Path(sys.executable).resolve()
 
 
@@ -826,7 +827,7 @@ def last_line(bench: Bench) -> str:
 
 
 def exhaust_memory(bench: Bench, flags: list[str]) -> dict[str, Any]:
-    """Train in 64 MiB of the GPU's memory, which do not hold the model and Adam's state."""
+    """Train in 64 MiB of the GPU's memory, too little for the model and Adam's state."""
     share = 2**26 / torch.cuda.get_device_properties(bench.device).total_memory
     script = (
         "import runpy, sys, torch; "
@@ -861,7 +862,7 @@ def check_nccl(bench: Bench) -> dict[str, Any]:
 
 
 def compare_with_group(bench: Bench, backend: str) -> dict[str, Any]:
-    """Do a step in float64 with and without a process group."""
+    """Compare a step in float64 with and without a process group."""
     model, batch = ways.new_model().double(), bench.draw(2)
     exact = gradients(bench, model, batch)
     network, step, _ = new_trainer(bench, model, torch.float32)
@@ -925,30 +926,30 @@ def run_section(bench: Bench, section: Section) -> dict[str, Any]:
 
 
 def has_failed(result: Any) -> bool:
-    """Tell whether a part, however deep, has "passed": False."""
+    """Check whether a part, at any depth, has "passed": False."""
     if not isinstance(result, dict):
         return False
     return result.get("passed") is False or any(map(has_failed, result.values()))
 
 
 def lines_of(result: dict[str, Any], indent: str = "  ") -> list[str]:
-    """Format a section's result, a line for each value or innermost dict."""
+    """Format a section's result, one line for each value or innermost dict."""
     lines = []
     for name, value in result.items():
         if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
             lines += [f"{indent}{name}", *lines_of(value, indent + "  ")]
         elif isinstance(value, dict):
-            words = (f"{key} {shown(v)}" for key, v in value.items() if key != "passed")
+            words = (f"{key} {format_value(v)}" for key, v in value.items() if key != "passed")
             verdict = {True: "ok: ", False: "FAILED: "}.get(value.get("passed"), "")
             lines.append(f"{indent}{name}: {verdict}{', '.join(words)}".rstrip(": "))
         else:
-            lines.append(f"{indent}{name}: {shown(value)}")
+            lines.append(f"{indent}{name}: {format_value(value)}")
     return lines
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, list):
-        return "/".join(map(shown, value)) or "none"
+        return "/".join(map(format_value, value)) or "none"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -966,7 +967,7 @@ def main() -> None:
     make_folder(options.out.parent, "out")
     chosen = {number: SECTIONS[number] for number in options.sections or SECTIONS}
     report: dict[str, Any] = {"device": str(device), "sections": {}}
-    # What hangs where Python cannot interrupt it ends the process.
+    # End the process if it hangs in code that Python cannot interrupt.
     faulthandler.dump_traceback_later(sum(s.seconds for s in chosen.values()) + 15, exit=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, options.quick or device.type == "cpu", Path(folder))

@@ -6,9 +6,9 @@
 Trains from the same weights and on the same batches, in turn, in one process: the plain way of
 ways.py, which is the release's in float32, and ours in float32 and in bfloat16. Rounding alone
 separates two trainings after a few steps, even if both are in float32: compare the distance of
-bfloat16 with theirs. The table has means over the steps since the line before. At the end: the
-distance of inference in bfloat16 from float32, with the weights that float32 has trained, as
-|a - b| / |b| over the embeddings of the last batch.
+bfloat16 with theirs. The table has means over the steps since the previous line. The last line is
+the distance of inference in bfloat16 from that in float32, with the weights of our float32
+training, as |a - b| / |b| over the embeddings of the last batch.
 """
 
 import argparse

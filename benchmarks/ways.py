@@ -1,4 +1,4 @@
-"""The release's way and ours to run a forward pass, an evaluation and a training step of a model.
+"""The release's way and ours of a forward pass, an evaluation and a training step of a model.
 
     plain     the release's way: S3D in float32, contiguous, run by autograd as it is, with the
               dense loss of bench_loss.py and Adam without a fused kernel. plain_copy removes the
@@ -9,8 +9,8 @@
     ours      as the scripts run it: channels innermost; fuse_for_inference, video_features,
               TrainingStep with fused Adam.
 
-Both copy a given model, so weights are the same, and take the same batches, which are decoded in
-the host's memory: "video" uint8 [b, 3, T, H, W], "text" int64 [b, K, words].
+Both copy a given model, so the weights are the same, and take the same batches, which are in the
+host's memory: "video" uint8 [b, 3, T, H, W], "text" int64 [b, K, words].
 """
 
 import copy
@@ -50,7 +50,7 @@ def new_model():
 
 
 def draw_batch(options, clips, device):
-    """Draw a batch, the same in every call, of coarse blocks: clips of noise have equal means."""
+    """Draw a batch of coarse blocks, as clips of noise have equal means. All calls are equal."""
     generator = torch.Generator().manual_seed(1)
     size = clips, 3, math.ceil(options.frames / 4), 4, 4
     blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
@@ -62,7 +62,7 @@ def draw_batch(options, clips, device):
 
 
 def settle_averages(model, batch):
-    """Set BatchNorm's running averages to this batch's, as a new model embeds all clips alike."""
+    """Set BatchNorm's running averages from this batch: a new model embeds all clips alike."""
     layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
     for layer in layers:
         layer.momentum = 1.0
@@ -73,7 +73,7 @@ def settle_averages(model, batch):
 
 
 def plain_copy(model, device):
-    """Copy the model without the optimizations of s3dg.py; it computes the same values."""
+    """Copy the model without the optimizations of s3dg.py. The copy computes the same values."""
     plain = copy.deepcopy(model).to(device)
     for module in plain.modules():
         if isinstance(module, TemporalConv3d):
@@ -182,13 +182,13 @@ def our_trainer(model, device, dtype, args, total_steps=1):
 
 
 def plain_step(model, batch, device, dtype):
-    """Return a function that does a step and returns the gradients."""
+    """Return a function that runs a step and returns the gradients."""
     network, step, _ = plain_trainer(model, device, get_args(argv=["--warmup_steps=0"]))
     return lambda: compute_gradients(network, step, [batch])
 
 
 def our_step(model, batch, device, dtype, *flags):
-    """Return a function that does a step with these training flags and returns the gradients."""
+    """Return a function that runs a step with these training flags and returns the gradients."""
     args = get_args(argv=["--warmup_steps=0", *flags])
     network, step, _ = our_trainer(model, device, dtype, args)
     parts = zip(*(tensor.chunk(args.accum_steps) for tensor in batch.values()), strict=True)
@@ -197,7 +197,7 @@ def our_step(model, batch, device, dtype, *flags):
 
 
 def our_step_in_2d(model, batch, device, dtype, *flags):
-    """Return the function of our_step, with the layers as s3dg.compute_in_2d makes them."""
+    """Return our_step's function for the model with the layers of s3dg.compute_in_2d."""
     return our_step(compute_in_2d(copy.deepcopy(model)), batch, device, dtype, *flags)
 
 

@@ -2,9 +2,9 @@
 
 The file is a .npz, which numpy.load reads without pickles:
 
-    features   float32 [N, W, D], W windows of each of N videos; [sum of windows, D] if the videos
-               have different numbers of windows, those of one after the other
-    windows    int64 [N], the number of windows of each video (absent in files of before 2026-12)
+    features   float32 [N, W, D], W windows of each of N videos; if the videos have different
+               numbers of windows, [sum of windows, D], one video after the other
+    windows    int64 [N], the number of windows of each video (absent in files older than 2026-12)
     videos     [N], names of the videos, such as paths below --eval_video_root
     left_out   [M], names of the videos without features
     reasons    [M], "absent" or "undecodable"
@@ -28,18 +28,19 @@ AnyPath = str | os.PathLike
 
 
 class FeatureSet(NamedTuple):
-    """The features of a data set, by the videos' names."""
+    """The features of a data set, keyed by video name."""
 
     features: dict[str, np.ndarray]  # float32 [W, D]
-    left_out: dict[str, str]  # the reasons: "absent" or "undecodable"
+    left_out: dict[str, str]  # videos without features: "absent" or "undecodable"
 
 
 def name_features(
     found: Mapping[int, np.ndarray], names: Sequence[str], absent: Iterable[str]
 ) -> FeatureSet:
-    """Return the features of a data set. found: of its decodable videos, by their place in names.
+    """Key features by the videos' names, and list the videos without features.
 
-    absent: the names of the videos without a file, which are not in names.
+    found: the features of the decodable videos, by index in names. absent: the names of the videos
+    without a file, which are not in names.
     """
     features = {name: found[index] for index, name in enumerate(names) if index in found}
     undecodable = (name for name in names if name not in features)
@@ -48,10 +49,10 @@ def name_features(
 
 
 def log_left_out(left_out: dict[str, str]) -> None:
-    """Log how many videos have no features, by reason, and the first of them."""
+    """Log the number of videos without features and the first names, for each reason."""
     for reason in ("absent", "undecodable"):
         if names := [name for name, why in left_out.items() if why == reason]:
-            log.info("skipped: %d videos, %s: %s", len(names), reason, summarize(names, 10))
+            log.info("skipped videos: %d %s (%s)", len(names), reason, summarize(names, 10))
 
 
 def checksum(path: AnyPath) -> str:
@@ -68,10 +69,10 @@ def feature_settings(
     weights_key: str = "pretrain_cnn_path",
     **others: object,
 ) -> dict:
-    """Return the settings that features depend on, as they are stored: {name of the flag: value}.
+    """Return the settings that features depend on, as they are stored: {flag name: value}.
 
-    weights: the checksum of their file, stored under weights_key; None if they are unknown. amp: of
-    the command line, "auto" included. others: the script's other settings, such as the stride.
+    weights: the checksum of their file, stored under weights_key; None if unknown. amp: as on the
+    command line, "auto" included. others: the script's other settings, such as the stride.
     """
     return {
         weights_key: weights,
@@ -83,10 +84,10 @@ def feature_settings(
 
 
 def difference(made: dict, settings: dict) -> str:
-    """Describe where settings differ from those that features were made with; '' if nowhere.
+    """Describe how settings differ from those that features were made with; '' if they do not.
 
-    A setting that is None matches any, and so does the decoder if the features were made before it
-    was a setting.
+    A setting of None matches any value. Features that were made before the decoder was stored
+    match any decoder.
     """
     made = {"decoder": settings.get("decoder"), **made}
     return "; ".join(
@@ -111,11 +112,11 @@ def write_features(path: AnyPath, settings: dict, stored: FeatureSet) -> None:
             reasons=np.array(list(stored.left_out.values()), dtype=np.str_),
             settings=json.dumps(settings),
         )
-    log.info("features of %d videos written to %s", len(stored.features), path)
+    log.info("features written to %s (videos: %d)", path, len(stored.features))
 
 
 def read_settings(path: AnyPath) -> dict:
-    """Read the settings that a file of features was made with. The file has to be valid."""
+    """Read the settings that a feature file was made with. The file must be valid."""
     with np.load(path, allow_pickle=False) as file:
         return json.loads(file["settings"].item())
 
@@ -132,7 +133,7 @@ def read_windows(file: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def read_features(path: AnyPath, settings: dict, names: Iterable[str]) -> FeatureSet:
-    """Read the features of these videos.
+    """Read the features of the named videos.
 
     Raises OSError; DataError if the file is damaged, was made with other settings (see difference)
     or lacks some of the videos. A video that was absent when the file was written stays absent.
@@ -146,15 +147,15 @@ def read_features(path: AnyPath, settings: dict, names: Iterable[str]) -> Featur
     except OSError:
         raise
     except Exception as error:  # np.load raises many exception types on invalid files
-        reason = f"is damaged or not a file of features ({type(error).__name__}); {fix}"
+        reason = f"is damaged or not a feature file ({type(error).__name__}); {fix}"
         raise DataError(path, reason) from None
     if differ := difference(made, settings):
         raise DataError(path, f"was made with {differ}; {fix}")
     names = list(names)
     unknown = [name for name in names if name not in features and name not in left_out]
     if unknown:
-        raise DataError(path, f"lacks {len(unknown)} videos of the table ({unknown[0]}); {fix}")
-    log.info("features of %d videos read from %s", len(features), path)
+        raise DataError(path, f"lacks videos of the table: {summarize(unknown)}; {fix}")
+    log.info("features read from %s (videos: %d)", path, len(features))
     return FeatureSet(
         {name: features[name] for name in names if name in features},
         {name: left_out[name] for name in names if name in left_out},

@@ -1,13 +1,13 @@
-"""Compute features of videos: of an evaluation's windows, and of windows over all of a video.
+"""Compute features of an evaluation's windows, and of windows along whole videos.
 
 The windows of strided_features have clip.num_frames frames of the centre square at clip.fps, as in
-the evaluations, and are one of two kinds:
+the evaluations. There are two kinds:
 
-- StridedWindows start at k * stride seconds, k = 0, 1, ... A video has those that end before it
-  does, and at least the first. The rest of the video is skipped, because the feature of a partly
-  filled window would also describe the padding.
-- SecondWindows are one per second, around its middle: near the ends of the video, as close to that
-  as a window inside the video can be.
+- StridedWindows start at k * stride seconds, k = 0, 1, ... A video has those that end by its end,
+  and at least the first. The rest of the video is skipped, because the feature of a partly filled
+  window would also describe the padding.
+- SecondWindows are centred on the middle of each second. Near the ends of the video they are
+  shifted so that they stay inside it.
 
 A video shorter than a window has its last frame repeated. (In training such a clip ends in black
 frames.)
@@ -41,9 +41,9 @@ from utils import lines_above, log
 from video_decoder import ClipSpec, DecodeError, decode_windows, probe_duration
 
 # Windows that a worker decodes at once. Each group opens the file again and decodes from the
-# keyframe before it: larger groups take less time and more memory.
+# keyframe before it, so larger groups take less time and more memory.
 GROUP_SIZE = 16
-LOG_EVERY = 60  # seconds, without a terminal for a progress bar
+LOG_EVERY = 60  # seconds between progress lines, without a terminal for a progress bar
 
 
 def load_inference_model(
@@ -75,8 +75,8 @@ def clip_batches(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Batch the windows of successive videos: (owners, uint8 [batch_size or fewer, 3, T, H, W]).
 
-    items: (owner, windows [W, 3, T, H, W]) pairs. At most batch_size windows and those of one item
-    are in memory.
+    items: (owner, windows [W, 3, T, H, W]) pairs. Memory holds the windows of one batch and of one
+    item at most.
     """
     owners = []
     for owner, windows in items:
@@ -103,7 +103,7 @@ def window_features(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (owner, float32 [512]) for each window, or float32 [1024] with mixed5c.
 
-    items: see clip_batches. The model needs to be in evaluation mode.
+    items: see clip_batches. The model must be in evaluation mode.
     """
     form = input_format(model)
     for owners, clips in clip_batches(items, batch_size):
@@ -120,7 +120,7 @@ def embed_texts(
     device: torch.device,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Embed texts: float32 [len(texts), 512]. The model needs to be in evaluation mode."""
+    """Embed texts: float32 [len(texts), 512]. The model must be in evaluation mode."""
     tokens = torch.stack([tokenizer(text) for text in texts])
     embeddings = [model(None, part.to(device), mode="text") for part in tokens.split(batch_size)]
     return torch.cat(embeddings).float().cpu().numpy()
@@ -145,8 +145,8 @@ def video_features(
 ) -> dict[int, np.ndarray]:
     """Compute the features of the windows of each video: {index: float32 [W, 512 or 1024]}.
 
-    Videos that cannot be decoded are logged and have no entry. Of several ranks, each takes every
-    world_size-th video. The model needs to be in evaluation mode.
+    Videos that cannot be decoded are logged and have no entry. Each rank takes every world_size-th
+    video. The model must be in evaluation mode.
 
     on_windows: called with the index and the windows, uint8 [W, 3, T, H, W], of a decoded video.
     on_video: called after each video; an exception that it raises ends the evaluation.
@@ -180,7 +180,7 @@ def video_features(
     return {index: np.stack(windows) for index, windows in features.items()}
 
 
-# --- windows over all of a video ----------------------------------------------------------------
+# --- windows along whole videos -----------------------------------------------------------------
 
 
 def clip_settings(clip: ClipSpec) -> dict[str, object]:
@@ -200,7 +200,7 @@ class StridedWindows(NamedTuple):
     stride: float
 
     def starts(self, duration: float) -> list[float]:
-        """Return the seconds at which the windows of a video of `duration` seconds start.
+        """Return the start times, in seconds, of the windows of a video of `duration` seconds.
 
         Computes in microseconds, as video files do: sums of floats would miss a window that just
         fits.
@@ -216,10 +216,10 @@ class StridedWindows(NamedTuple):
 
 
 def second_starts(duration: float, *, num_frames: int, fps: float) -> list[float]:
-    """Return where the windows around the middles of a video's seconds start, in seconds.
+    """Return the start times, in seconds, of the windows centred on each second of a video.
 
-    There are max(1, floor(duration)), each of num_frames / fps seconds. Those near an end are moved
-    into the video. Computes in microseconds, see StridedWindows.starts.
+    There are max(1, floor(duration)), each of num_frames / fps seconds. Those near an end are
+    shifted into the video. Computes in microseconds, see StridedWindows.starts.
     """
     window = round(num_frames / fps * 1e6)
     free = max(0, round(duration * 1e6) - window)
@@ -233,7 +233,7 @@ class SecondWindows(NamedTuple):
     clip: ClipSpec
 
     def starts(self, duration: float) -> list[float]:
-        """Return the seconds at which the windows of a video of `duration` seconds start."""
+        """Return the start times, in seconds, of the windows of a video of `duration` seconds."""
         return second_starts(duration, num_frames=self.clip.num_frames, fps=self.clip.fps)
 
     @property
@@ -293,9 +293,9 @@ class VideoFeatures(NamedTuple):
 
     starts: list[float]  # seconds
     ends: list[float]  # where the window ends, or the video if that is earlier
-    frames: list[int]  # that the video has of each window; the rest repeats the last one
+    frames: list[int]  # frames of each window that the video has; the rest repeats the last one
     features: np.ndarray  # float32 [W, 512 or 1024]
-    black: list[int]  # windows in which every pixel is black, as if none could be decoded
+    black: list[int]  # windows in which every pixel is black, as when nothing can be decoded
 
 
 class Outcome(NamedTuple):
@@ -320,7 +320,7 @@ class VideosInWork:
         self.failed.append(Outcome(index, None, describe_error(error, self.paths[index])))
 
     def submit_groups(self, probes: Iterable[dict]) -> Iterator[list]:
-        """Yield the keys of WindowGroups for the videos whose Durations these are."""
+        """Yield keys of WindowGroups, one per batch. probes: the videos' Durations, in order."""
         for index, probe in enumerate(probes):
             if error := probe["errors"][0]:
                 self.fail(index, error)
@@ -331,12 +331,12 @@ class VideosInWork:
             self.videos[index] = VideoFeatures(starts, ends, [], None, [])
             for first in range(0, len(starts), GROUP_SIZE):
                 if index not in self.videos:
-                    break  # an earlier group of it has failed
+                    break  # an earlier group of this video has failed
                 self.submitted.append((index, first))
                 yield [(index, starts[first : first + GROUP_SIZE])]
 
     def take_windows(self, groups: Iterable[dict]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (index, windows [W, 3, T, H, W]) of the WindowGroups that were submitted."""
+        """Yield (index, windows [W, 3, T, H, W]) of each group that was submitted."""
         for group in groups:
             index, first = self.submitted.popleft()
             if index not in self.videos:
@@ -359,8 +359,8 @@ class VideosInWork:
                 continue
             video = self.videos[index]
             if video.features is None:
-                # One array. Many small ones would lie between the freed batches of clips, which the
-                # allocator could not use again: memory would grow with the length of the video.
+                # One array per video. Many small ones between the freed batches of clips would
+                # fragment the heap, so that memory would grow with the length of the video.
                 empty = np.empty((len(video.starts), *feature.shape), feature.dtype)
                 video = self.videos[index] = video._replace(features=empty)
                 filled = 0
@@ -369,7 +369,7 @@ class VideosInWork:
             if filled == len(video.starts):
                 if video.black:
                     counts = len(video.black), len(video.starts)
-                    log.warning("%s: %d of %d windows are black", self.paths[index], *counts)
+                    log.warning("%s: black windows: %d of %d", self.paths[index], *counts)
                 yield Outcome(index, self.videos.pop(index))
         yield from self.failed
 
@@ -389,7 +389,7 @@ def strided_features(
 
     Yields an Outcome per video, as soon as it is done. A video is decoded in one pass, GROUP_SIZE
     windows at a time, and batches continue from one video to the next. Memory, except for the
-    features, does not depend on the length of the videos. The model needs to be in evaluation mode.
+    features, does not depend on the length of the videos. The model must be in evaluation mode.
     """
     work = VideosInWork(paths, windows)
     probes = sample_batches(
@@ -413,7 +413,7 @@ def strided_features(
 
 
 def track_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
-    """Yield the outcomes, and show how many of the `total` videos are done and the time left."""
+    """Yield the outcomes, and show the number of videos done, of `total`, and the time left."""
     bar = tqdm(total=total, desc="features", unit="video", disable=None)
     began = shown = time.monotonic()
     with bar, lines_above(bar):

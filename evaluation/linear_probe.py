@@ -28,7 +28,7 @@ def fit_predict_split(features: np.ndarray, labels: np.ndarray, parts: np.ndarra
     svm = LinearSVC(C=100, dual=False, max_iter=10_000)
     svm.fit(features[train].reshape(-1, dim), np.repeat(labels[train], windows))
     scores = svm.decision_function(features[test].reshape(-1, dim))
-    if scores.ndim == 1:  # two classes have one score, the second one's
+    if scores.ndim == 1:  # two classes have one score, that of the second
         scores = np.stack([-scores, scores], axis=1)
     scores = scores.reshape(test.sum(), windows, -1).sum(axis=1)
     return svm.classes_[scores.argmax(axis=1)]

@@ -1,8 +1,8 @@
 """Zero-shot localization in long videos: the steps of CrossTask and the sentences of HTM-Align.
 
 Row t of a video's embeddings [T, 512] stands for second t, see features.SecondWindows. Similarities
-are plain dot products. If one of a video's is not finite, nothing is placed in that video: its
-steps and sentences are misses.
+are plain dot products. If any similarity of a video is not finite, nothing is placed in that video:
+its steps and sentences are misses.
 """
 
 import math
@@ -24,7 +24,7 @@ from utils import log
 # The sliding windows of HTM-Align's 64 s variant, in seconds: those of TAN's evaluation.
 WINDOW, HOP, SHORTEST = 64, 16, 32
 REACH = 64  # how far from a window the middle of an idle sentence may be
-EDGE = 4  # windows from either end of the video that take in the sentences up to that end
+EDGE = 4  # windows at each end of the video that also cover the sentences up to that end
 NO_CANDIDATE = -60_000.0  # the score of a sentence without candidate seconds
 
 
@@ -59,8 +59,8 @@ def assign_steps(scores: np.ndarray) -> list[int] | None:
     seconds than steps or a score is not finite. Seconds without a step cost nothing.
 
     Ties are resolved as by the dynamic program of CrossTask's code. The last step takes second T-1
-    if an optimum has it there, otherwise the earliest second of an optimum. Then, backwards, each
-    step takes the earliest second that an optimum has.
+    if an optimal assignment has it there, otherwise the earliest second of any optimal assignment.
+    Then, from the last step to the first, each takes the earliest second that remains optimal.
     """
     seconds, steps = scores.shape
     if seconds < steps or not np.isfinite(scores).all():
@@ -82,7 +82,7 @@ def step_truth(lines: Sequence[tuple[int, float, float]], num_seconds: int, num_
     """Mark the seconds of a video that show a step: bool [num_seconds, num_steps].
 
     lines: (step from 1, start, end) of a video's annotations, with times in seconds. A line marks
-    floor(start) to ceil(end) - 1, so that one without length on a whole second marks nothing.
+    floor(start) to ceil(end) - 1, so one of zero length at a whole second marks nothing.
     """
     truth = np.zeros((num_seconds, num_steps), bool)
     for step, start, end in lines:
@@ -95,12 +95,12 @@ class PlacedSteps(NamedTuple):
 
     seconds: list[int] | None  # None: nowhere
     annotated: np.ndarray  # bool [N], the steps that the video shows
-    hits: np.ndarray  # bool [N], those of them whose second is right
-    hits_unordered: np.ndarray  # bool [N], if each step takes its own best second
+    hits: np.ndarray  # bool [N], those whose second is right
+    hits_unordered: np.ndarray  # bool [N], the same if each step takes its own best second
 
 
 def place_steps(scores: np.ndarray, lines: Sequence[Segment]) -> PlacedSteps:
-    """Place the steps of a video's task and compare with its annotations, see step_truth.
+    """Place the steps of a video's task, and compare them with its annotations (see step_truth).
 
     scores: [T, N], second against step.
     """
@@ -123,7 +123,7 @@ TASK, ANNOTATED, HITS, UNORDERED = range(4)
 
 
 def count_steps(placed: Sequence[Sequence[PlacedSteps]]) -> np.ndarray:
-    """Count the steps of each of n videos: int [n, 4], see the columns. placed: by task."""
+    """Count the steps of each of n videos: int [n, 4], the columns above. placed: by task."""
     counts = [
         (task, video.annotated.sum(), video.hits.sum(), video.hits_unordered.sum())
         for task, videos in enumerate(placed)
@@ -133,14 +133,14 @@ def count_steps(placed: Sequence[Sequence[PlacedSteps]]) -> np.ndarray:
 
 
 def mean_pooled_recall(counts: np.ndarray, column: int) -> float:
-    """Return the mean over tasks of hits / annotated steps of a task's videos; NaN of none."""
+    """Pool hits / annotated steps over each task's videos. Return the mean over tasks, or NaN."""
     annotated, hits = (np.bincount(counts[:, TASK], counts[:, c]) for c in (ANNOTATED, column))
     some = annotated > 0
     return float(np.mean(hits[some] / annotated[some])) if some.any() else math.nan
 
 
 def mean_video_recall(counts: np.ndarray) -> float:
-    """Return the mean over tasks of the mean over a task's videos of their recall; NaN of none."""
+    """Average the recalls of each task's videos. Return the mean over tasks, or NaN."""
     counts = counts[counts[:, ANNOTATED] > 0]
     recalls = np.bincount(counts[:, TASK], counts[:, HITS] / counts[:, ANNOTATED])
     videos = np.bincount(counts[:, TASK])
@@ -157,12 +157,12 @@ RECALLS = {
 def crosstask_metrics(
     placed: dict[str, Sequence[PlacedSteps]], titles: dict[str, str], num_missing: int
 ) -> dict[str, float | int | dict | None]:
-    """Compute CrossTask's metrics, fractions, of the videos of each task.
+    """Compute CrossTask's metrics, as fractions.
 
-    placed, titles: by task. A task is one value of each mean; those without annotated steps leave
-    it. recall pools a task's steps, recall_per_video is the mean over its videos. num_hits and
-    num_steps are of all tasks together, and so not the fraction that recall is. num_missing: the
-    number of videos that are absent or cannot be decoded.
+    placed, titles: by task. Each recall is a mean over the tasks that have annotated steps. For
+    recall, the steps of a task's videos are pooled; for recall_per_video, the videos' recalls are
+    averaged. num_hits and num_steps count all tasks together, so their ratio is not recall.
+    num_missing: the number of videos that are absent or cannot be decoded.
     """
     counts = count_steps(list(placed.values()))
     tasks = {}
@@ -189,7 +189,7 @@ def crosstask_metrics(
 def crosstask_results(
     placed: dict[str, Sequence[PlacedSteps]], titles: dict[str, str], num_missing: int
 ) -> Results:
-    """Return crosstask_metrics with intervals, for which videos are drawn."""
+    """Compute crosstask_metrics, with intervals from resampled videos."""
     metrics = crosstask_metrics(placed, titles, num_missing)
     counts = count_steps(list(placed.values()))
     intervals = {}
@@ -202,11 +202,12 @@ def crosstask_results(
 
 
 def candidate_seconds(sentences: Sequence[Sentence], num_seconds: int) -> np.ndarray:
-    """Mark the seconds in which the 64 s variant looks for each sentence: bool [n, num_seconds].
+    """Mark the seconds in which the 64 s variant searches for each sentence: bool [n, num_seconds].
 
     sentences: (alignable, start, end, ...) of a video, in the file's order. A window of 64 seconds
-    slides in hops of 16. It looks for the sentences from the first to the last of the idle (not
-    alignable) ones that are spoken near it, and near an end of the video for all up to that end.
+    slides in hops of 16. It is searched for the sentences from the first to the last of the idle
+    (not alignable) ones that are spoken near it; near an end of the video, for all sentences up to
+    that end.
     """
     candidates = np.zeros((len(sentences), num_seconds), bool)
     idle = [
@@ -229,7 +230,7 @@ def candidate_seconds(sentences: Sequence[Sentence], num_seconds: int) -> np.nda
 
 
 def roc_auc(labels: Sequence[bool], scores: Sequence[float]) -> float | None:
-    """Return P(score of a True > of a False) + P(equal) / 2; None if all labels are alike."""
+    """Return P(score of a True > of a False) + P(equal) / 2; None if all labels are equal."""
     labels, scores = np.asarray(labels, bool), np.asarray(scores)
     positive, negative = scores[labels], np.sort(scores[~labels])
     if not len(positive) or not len(negative):
@@ -243,17 +244,17 @@ class PlacedSentences(NamedTuple):
     """Where a video's n sentences are placed, among all of its seconds or some of them."""
 
     seconds: np.ndarray  # int [n]; -1: nowhere
-    hits: np.ndarray  # bool [n], whether the second is right; of no meaning if not alignable
+    hits: np.ndarray  # bool [n], whether the second is right; meaningless if not alignable
     scores: np.ndarray  # [n], at the best second
 
 
 def place_sentences(
     scores: np.ndarray, sentences: Sequence[Sentence], candidates: np.ndarray | None = None
 ) -> PlacedSentences:
-    """Place each sentence of a video at its best second, of several the first.
+    """Place each sentence of a video at its best second, the first of several equal ones.
 
     scores: [n, T], sentence against second. candidates: bool [n, T], see candidate_seconds; all
-    seconds if None. A sentence without any is placed at second 0, as by TAN's code.
+    seconds if None. A sentence without candidates is placed at second 0, as in TAN's code.
     """
     if not np.isfinite(scores).all():
         nowhere = np.full(len(sentences), -1)
@@ -276,9 +277,9 @@ def htm_align_results(
 ) -> Results:
     """Compute HTM-Align's metrics over the sentences of all videos together.
 
-    placed, placed_64: of each video, among all of its seconds and among those of candidate_seconds.
-    R1 and R1_64 are fractions of the alignable sentences. For intervals sentences are drawn.
-    num_missing: the number of videos that are absent or cannot be decoded.
+    placed, placed_64: each video's sentences, placed among all of its seconds and among those of
+    candidate_seconds. R1 and R1_64 are fractions of the alignable sentences. Intervals are from
+    resampled sentences. num_missing: the number of videos that are absent or cannot be decoded.
     """
     alignable = np.array([bool(s[0]) for video in sentences for s in video], bool)
     metrics, counts, intervals = {}, {}, {}
@@ -304,6 +305,6 @@ def htm_align_results(
 
 
 def area_of_rows(rows: np.ndarray) -> float:
-    """Return roc_auc of rows (label, score), NaN if all labels are alike."""
+    """Return the roc_auc of rows (label, score), NaN if all labels are equal."""
     area = roc_auc(rows[:, 0], rows[:, 1])
     return np.nan if area is None else area

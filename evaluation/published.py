@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """What a source reports on a data set, by the names of our metrics."""
+    """A source's figures on a data set, keyed by the names of our metrics."""
 
     source: str
     figures: dict[str, float]
@@ -24,7 +24,7 @@ def recalls(source: str, *figures: float) -> Published:
     return Published(source, dict(zip(RECALLS, figures, strict=True)))
 
 
-# By the data set's name in evaluate_all.py.
+# Keyed by the data set's name in evaluate_all.py.
 PUBLISHED = {
     "youcook": [
         recalls(LONG, 15.1, 38.0, 51.2, 10),

@@ -22,9 +22,9 @@ class Predictions(NamedTuple):
 
 
 def check_splits(dataset: Recognition, names: Container[str]) -> None:
-    """Check that in each split these videos have two classes to train on and one to test.
+    """Check that these videos include two training classes and a test video in each split.
 
-    Raises ValueError if not.
+    Raises ValueError if they do not.
     """
     kept = np.array([name in names for name in dataset.names])
     for split, parts in zip(SPLITS, dataset.splits.T, strict=True):
@@ -32,8 +32,8 @@ def check_splits(dataset: Recognition, names: Container[str]) -> None:
         tested = int((kept & (parts == TEST)).sum())
         if classes < 2 or not tested:
             raise ValueError(
-                f"the videos of {split} that can be read have {classes} classes to train on (two "
-                f"are needed) and {tested} videos to test (one is needed); add videos"
+                f"too few videos of {split} can be read (training classes: {classes}, at least 2 "
+                f"needed; test videos: {tested}, at least 1 needed); add videos"
             )
 
 
@@ -51,8 +51,8 @@ def clip_features(
 def top1_results(predictions: Sequence[Predictions], found: FeatureSet) -> Results:
     """Compute the top-1 accuracy of each split, and their mean, as fractions.
 
-    Intervals are over the test videos. For the mean a video is drawn with its results in all the
-    splits that test it. found: whose videos are counted.
+    Intervals are from resampled test videos. For the mean, a video is drawn together with its
+    results in all splits that test it. found: the features, for the numbers of videos.
     """
     hits = {
         split: labels == predicted

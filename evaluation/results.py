@@ -11,7 +11,7 @@ from utils import FilePath, atomic_write
 LEVEL = 0.95  # of an interval
 RESAMPLES = 1000
 MEDIAN_RANK = "MR"  # all other metrics that are not counts are fractions
-NOTES = {  # what has to be said beside a metric, wherever it is shown
+NOTES = {  # caveats that are shown wherever the metric is shown
     "recall": "not the published list of videos",
     "R1_64": "reads the alignable flags",
     "AUC_64": "reads the alignable flags",
@@ -19,10 +19,10 @@ NOTES = {  # what has to be said beside a metric, wherever it is shown
 
 
 class Results(NamedTuple):
-    """The metrics of an evaluation and, by their names, what is behind them."""
+    """The metrics of an evaluation, with the counts and intervals of some, by metric name."""
 
-    # Fractions, the median rank and counts; None if undefined. Those of parts, such as tasks, are
-    # dicts, which the JSON file has and nothing else shows.
+    # Fractions, the median rank and counts; None if undefined. Metrics of parts, such as tasks, are
+    # dicts, which only the JSON file has.
     metrics: Mapping[str, float | int | dict | None]
     counts: Mapping[str, tuple[int, int]] = {}
     intervals: Mapping[str, tuple[float, float]] = {}
@@ -37,9 +37,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the 95% interval of a statistic: percentiles over resamples with replacement.
 
-    units [n, ...]: a row per unit that was sampled, such as the hit (0 or 1) of each
-    query; rows of hits and totals, or indices, with a statistic of one's own. Resamples for which
-    the statistic is NaN are dropped. The same units give the same interval.
+    units [n, ...]: one row per unit to resample, such as the hit (0 or 1) of each query. With a
+    suitable statistic, a row may also be an index, or hits and a total. Resamples for which the
+    statistic is NaN are dropped. The same units give the same interval.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(units), size=(resamples, len(units)))
@@ -49,7 +49,7 @@ def bootstrap_interval(
 
 
 def list_metrics(results: Results) -> list[tuple[str, str, str]]:
-    """List the metrics for display: (name, value, what is behind it)."""
+    """List the metrics for display: (name, value, details), see describe_metric."""
     return [
         (name, format_metric(name, value), describe_metric(results, name))
         for name, value in results.metrics.items()
@@ -67,7 +67,7 @@ def format_metric(name: str, value: float | int | None) -> str:
 
 
 def describe_metric(results: Results, name: str) -> str:
-    """Describe what is behind a metric: its count, interval and note, as far as it has them."""
+    """Format a metric's count, interval and note, those that it has."""
     parts = []
     if name in results.counts:
         parts.append("{} of {}".format(*results.counts[name]))
@@ -80,7 +80,7 @@ def describe_metric(results: Results, name: str) -> str:
 
 
 def print_results(title: str, results: Results) -> None:
-    """Print an evaluation's metrics, a line each."""
+    """Print an evaluation's metrics, one per line."""
     for name, value, details in list_metrics(results):
         print(f"{title} {name}: {value}{f' ({details})' * bool(details)}")
 

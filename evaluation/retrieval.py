@@ -16,11 +16,11 @@ def retrieval_scores(
     videos: dict[int, np.ndarray],
     device: torch.device,
 ) -> np.ndarray:
-    """Score the text of each decoded video against all of these videos: dot products [N, N].
+    """Score the text of each decoded video against every decoded video: dot products [N, N].
 
-    videos: index -> the embeddings of its windows [W, 512], of features.video_features. A video is
-    represented by their mean; videos that could not be decoded have neither row nor column. Raises
-    ValueError if there are none.
+    videos: {index: embeddings of its windows [W, 512]}, as features.video_features returns them. A
+    video is represented by their mean. Videos that could not be decoded have neither row nor
+    column. Raises ValueError if none could be decoded.
     """
     if not videos:
         raise ValueError("none of the videos can be decoded; check the files")
@@ -33,8 +33,8 @@ def retrieval_scores(
 def ground_truth_ranks(scores: np.ndarray) -> np.ndarray:
     """Return the rank of each text's own video, from 1: int [N].
 
-    scores [N, N]: text i against video j; text i describes video i. Ties count against the text's
-    own video, so that a constant embedding ranks last; so does a score that is NaN.
+    scores [N, N]: text i against video j; text i describes video i. Ties and NaN scores count
+    against the text's own video, so a constant embedding ranks last.
     """
     own = np.diag(scores)[:, None]
     return (~(scores < own)).sum(axis=1)  # includes the own video: ranks start at 1
@@ -64,7 +64,7 @@ def retrieval_metrics(scores: np.ndarray) -> dict[str, float]:
 def retrieval_results(scores: np.ndarray, videos: dict[str, int]) -> Results:
     """Compute retrieval_metrics with their counts and intervals over the queries.
 
-    scores: [N, N]. videos: of count_videos.
+    scores: [N, N]. videos: the result of count_videos.
     """
     ranks = ground_truth_ranks(scores)
     hits = {f"R{k}": ranks <= k for k in RECALLS}

@@ -1,4 +1,4 @@
-"""Print the results of the demo beside chance: python scripts/demo_table.py EVALUATIONS TOY_DATA"""
+"""Print the demo's results beside chance: python scripts/demo_table.py EVALUATIONS TOY_DATA"""
 
 import json
 import sys
@@ -19,7 +19,7 @@ DRAWS = 100  # of random similarities
 
 
 def random_scores(path: Path, num_texts: int) -> list[np.ndarray]:
-    """Draw similarities [T, num_texts] of a video's seconds and its texts."""
+    """Draw DRAWS matrices of similarities [T, num_texts] of a video's seconds and texts."""
     rng = np.random.default_rng(0)
     return [rng.random((int(probe_duration(path)), num_texts)) for _ in range(DRAWS)]
 
@@ -42,10 +42,10 @@ def crosstask_chance(data: Path) -> float:
 
 def htm_align_chance(data: Path) -> float:
     """Return the mean R@1 of random similarities."""
-    said, _ = htm_align_sentences(data / "htm_align.json")
+    narrations, _ = htm_align_sentences(data / "htm_align.json")
     hits = [
         place_sentences(matrix.T, sentences).hits[[s.alignable for s in sentences]]
-        for video, sentences in said.items()
+        for video, sentences in narrations.items()
         for matrix in random_scores(data / "htm_align" / f"{video}.mp4", len(sentences))
     ]
     return float(np.mean(np.concatenate(hits)))
@@ -69,7 +69,7 @@ def main() -> None:
             ours = format_metric(metric, row["results"][metric])
             label = f"{row['title']}-like {metric}"
             print(f"{label:<28}{ours:>8}{format_metric(metric, expected):>8}")
-    print(f"\npages: {evaluations}/index.html, with a link to that of each data set")
+    print(f"\npages: {evaluations}/index.html, with links to those of the data sets")
 
 
 if __name__ == "__main__":

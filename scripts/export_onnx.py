@@ -1,10 +1,13 @@
 """Export a model to ONNX: python scripts/export_onnx.py --weights FILE --out FOLDER
 
-Writes FOLDER/video.onnx, from "video", clips float32 [B, 3, T, H, W] of RGB in [0, 1], to
-"video_embedding" [B, D], and FOLDER/text.onnx, from "text", word indices int64 [B, words], to
-"text_embedding" [B, D]. The batch and the number of words are dynamic, and T, H and W from a least
-size on, even ones for the space_to_depth stem (s3dg.S3D.clip_dims). Each is compared with the model
-in onnxruntime at two sizes, and written if it is within 1e-5.
+Writes two files:
+
+    FOLDER/video.onnx   "video", RGB in [0, 1], float32 [B, 3, T, H, W], to "video_embedding" [B, D]
+    FOLDER/text.onnx    "text", word indices, int64 [B, words], to "text_embedding" [B, D]
+
+B and the number of words are dynamic. So are T, H and W, from a minimum on, and only even for the
+space_to_depth stem (s3dg.S3D.clip_dims). Each file is compared with the model in onnxruntime at two
+sizes, and written if the outputs agree within 1e-5.
 
 Needs the packages onnx, onnxscript and onnxruntime (requirements-extras.txt).
 """
@@ -89,7 +92,7 @@ def main() -> None:
     with input_error("--weights"):
         model = s3dg.load_model(args.weights)
     make_folder(args.out, "out")
-    # The exporters warn of packages and calls of their own.
+    # The exporters warn about their own packages and calls.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     for tower, dims, inputs in list_towers(model):
@@ -99,7 +102,7 @@ def main() -> None:
             apart = measure_difference(content, tower, x)
             print(f"{path}, input {list(x.shape)}: {apart:.1e} apart from the model")
             if not apart < TOLERANCE:
-                sys.exit(f"error: {path} is not written: above {TOLERANCE:.0e}")
+                sys.exit(f"error: {path} was not written: the difference exceeds {TOLERANCE:.0e}")
         with atomic_write(path) as file:
             file.write(content)
 

@@ -40,9 +40,9 @@ def toy_set(script, toy):
 
 @pytest.fixture(scope="module", params=SETS)
 def kept(request, toy, weights, tmp_path_factory):
-    """A run with --feature_cache and --html_report; of the videos one is absent and one broken.
+    """Run with --feature_cache and --html_report on a set with one absent and one broken video.
 
-    Returns the script, the folder, the flags and the log. The videos are gone.
+    Returns the script, the folder, the flags and the output. The videos are removed after the run.
     """
     script = request.param
     folder = tmp_path_factory.mktemp("kept")
@@ -73,7 +73,8 @@ def test_metrics_are_written_and_missing_videos_are_counted_and_named(kept):
     metrics = json.loads((folder / "out.json").read_text())
     assert list(metrics) == [*KEYS[script], *DETAILS]
     assert metrics["num_missing"] == 2
-    assert "skipped: 1 videos, absent: " in output and "1 videos, undecodable: " in output
+    assert "skipped videos: 1 absent (" in output
+    assert "skipped videos: 1 undecodable (" in output
     assert output.splitlines()[-1] == f"report: {folder}/page/index.html"
     if script == "eval_crosstask.py":
         assert metrics["num_videos"] == 2
@@ -133,13 +134,17 @@ def refusal(script, flags, monkeypatch, capsys):
         (["--feature_cache=absent/features.npz"], "absent/features.npz cannot be written"),
     ],
 )
-def test_features_that_do_not_fit_are_one_line(kept, toy, flags, named, monkeypatch, capsys):
+def test_a_feature_cache_that_does_not_fit_ends_with_one_line(
+    kept, toy, flags, named, monkeypatch, capsys
+):
     flags = [*kept[2], *(flag.format(toy=toy) for flag in flags)]
     assert named in refusal(kept[0], flags, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("script", SETS)
-def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_with_one_line_and_status_2(
+    script, toy, weights, tmp_path, monkeypatch, capsys
+):
     np.save(tmp_path / "short.npy", np.array(["cut"]))
     faults = {**BAD_INPUTS, **BAD_TEXT_INPUTS}
     faults["another set's table"] = (["--eval_csv={toy}/hmdb51.csv"], "hmdb51.csv")
@@ -150,7 +155,7 @@ def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monk
 
 
 @pytest.mark.parametrize("script", SETS)
-def test_videos_of_which_none_can_be_decoded_are_one_line(
+def test_a_set_without_decodable_videos_ends_with_one_line(
     script, toy, weights, tmp_path, monkeypatch, capsys
 ):
     for path in (toy / SETS[script][0]).rglob("*.mp4"):

@@ -67,7 +67,7 @@ def test_recognition_metrics_are_written(script, toy, weights, tmp_path):
     assert metrics["mean"] == pytest.approx(sum(splits) / 3)
     assert splits == [hits / of for hits, of in metrics["counts"].values()]
     assert metrics["num_videos"] == len(list((toy / TABLES[script][0]).glob("*/*"))) // (
-        3 if script == "eval_hmdb.py" else 1  # of whose table the fixture keeps a third
+        3 if script == "eval_hmdb.py" else 1  # the fixture keeps a third of HMDB's table
     )
 
 
@@ -92,7 +92,7 @@ def test_the_ffmpeg_backend_gives_the_same_metrics(toy, weights, tmp_path):
     assert without_command(ours) == without_command(theirs)
 
 
-def test_the_shared_clips_evaluate_and_what_is_absent_or_broken_is_counted(
+def test_the_shared_clips_are_evaluated_and_absent_or_broken_ones_counted(
     toy, weights, tmp_path, shared_videos
 ):
     folder = tmp_path / "validation" / "101"
@@ -118,7 +118,7 @@ def test_the_shared_clips_evaluate_and_what_is_absent_or_broken_is_counted(
     assert (metrics["num_videos"], metrics["num_missing"]) == (2, 2)
 
 
-def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
+def test_the_shared_clips_are_classified(toy, weights, tmp_path, shared_videos):
     rows = []
     for label, clip in (("stand", "v_GGSY1Qvo990.mp4"), ("flip", "flipping_a_pancake.mkv")):
         (tmp_path / label).mkdir()
@@ -139,7 +139,7 @@ def test_the_shared_clips_classify(toy, weights, tmp_path, shared_videos):
 
 
 def page_data(folder):
-    """The JSON object in a page of --html_report."""
+    """Return the JSON object of a page of --html_report."""
     page = (folder / "index.html").read_text()
     return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
 
@@ -170,7 +170,7 @@ def test_the_page_of_a_retrieval_agrees_with_the_metrics(toy, weights, tmp_path)
     assert dict((name, value) for name, value, _ in data["metrics"])["MR"] == f"{metrics['MR']:.4g}"
 
 
-def test_metrics_are_told_also_where_the_page_cannot_be_written(
+def test_metrics_are_reported_even_if_the_page_cannot_be_written(
     toy, weights, tmp_path, monkeypatch, capsys
 ):
     @contextlib.contextmanager
@@ -182,17 +182,20 @@ def test_metrics_are_told_also_where_the_page_cannot_be_written(
     flags = [*small(weights, toy), *toy_set("eval_msrvtt.py", toy), f"--html_report={tmp_path}"]
     with pytest.raises(SystemExit) as stopped:
         run_main("eval_msrvtt.py", [*flags, f"--metrics_json={tmp_path}/out.json"], monkeypatch)
-    told = capsys.readouterr()
-    assert stopped.value.code == 2 and told.err.count("\n") == 1
-    assert "--html_report" in told.err and "No space left" in told.err
-    assert told.out.splitlines()[0].startswith("MSRVTT R1: ")
+    output = capsys.readouterr()
+    assert stopped.value.code == 2 and output.err.count("\n") == 1
+    assert "--html_report" in output.err and "No space left" in output.err
+    assert output.out.splitlines()[0].startswith("MSRVTT R1: ")
     assert json.loads((tmp_path / "out.json").read_text())["num_videos"] > 0
 
 
 @pytest.fixture(scope="module")
 def kept(toy, weights, tmp_path_factory):
-    """A run of eval_hmdb.py with --feature_cache over a table of which one clip is broken and one
-    is absent: its folder, flags, metrics and the line on skipped videos. The videos are gone."""
+    """Run eval_hmdb.py with --feature_cache on a table with one broken and one absent clip.
+
+    Returns the folder, flags, metrics and the line on skipped videos. The videos are removed after
+    the run.
+    """
     folder = tmp_path_factory.mktemp("kept")
     shutil.copytree(toy / "hmdb", folder / "hmdb")
     shutil.copy(toy / "hmdb51.csv", folder / "hmdb51.csv")
@@ -204,7 +207,7 @@ def kept(toy, weights, tmp_path_factory):
     flags.append(f"--feature_cache={folder}/features.npz")
     run = run_python("eval_hmdb.py", *flags, f"--metrics_json={folder}/out.json")
     shutil.rmtree(folder / "hmdb")
-    return folder, flags, json.loads((folder / "out.json").read_text()), left_out(run.stdout)
+    return folder, flags, json.loads((folder / "out.json").read_text()), skipped_videos(run.stdout)
 
 
 def video_path(folder, row):
@@ -212,27 +215,27 @@ def video_path(folder, row):
     return folder / "hmdb" / label.removesuffix("_test") / name
 
 
-def left_out(output):
-    [line] = [line for line in output.splitlines() if "skipped: " in line]
-    return line.partition("skipped: ")[2]
+def skipped_videos(output):
+    [line] = [line for line in output.splitlines() if "skipped videos: " in line]
+    return line.partition("skipped videos: ")[2]
 
 
 def run_main(script, flags, monkeypatch):
-    """The script's main(), in this process."""
+    """Run the script's main() in this process."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
     run_script(importlib.import_module(script.removesuffix(".py")).main)
 
 
 def test_a_second_run_needs_neither_videos_nor_weights(kept, tmp_path, monkeypatch, capsys):
-    folder, flags, metrics, told = kept
-    assert told == "1 absent videos, 1 undecodable"
+    folder, flags, metrics, skipped = kept
+    assert skipped == "1 absent, 1 undecodable"
     for argv in (flags, [*flags, "--eval_video_root=", "--pretrain_cnn_path="]):
         run_main("eval_hmdb.py", [*argv, f"--metrics_json={tmp_path}/out.json"], monkeypatch)
         again = json.loads((tmp_path / "out.json").read_text())
         assert without_command(again) == without_command(metrics)
-        assert left_out(capsys.readouterr().out) == told
+        assert skipped_videos(capsys.readouterr().out) == skipped
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["features.npz", "hmdb51.csv", "out.json"]  # and no half of a file
+    assert names == ["features.npz", "hmdb51.csv", "out.json"]  # and no partial file
 
 
 def test_a_second_run_scores_the_tables_splits(kept, tmp_path, monkeypatch):
@@ -261,7 +264,8 @@ def test_the_page_of_hmdb_agrees_with_the_metrics_and_needs_no_video(kept, tmp_p
     assert ["num_missing", "2", ""] in data["metrics"]
     confusion = np.array(data["confusion"])
     assert sorted(row[0] for row in data["classes"]) == data["names"]
-    # The toy set's splits test nearly as many videos each: the mean of all is near that of splits.
+    # The toy set's splits have nearly equal numbers of test videos: their mean is close to the mean
+    # over all test videos.
     assert np.trace(confusion) / confusion.sum() == pytest.approx(metrics["mean"], abs=0.05)
 
 
@@ -300,7 +304,9 @@ def test_metrics_are_reported_even_if_the_features_cannot_be_written(
         (["--feature_cache={toy}"], "--feature_cache"),
     ],
 )
-def test_features_that_do_not_fit_are_one_line(kept, toy, flags, named, monkeypatch, capsys):
+def test_a_feature_cache_that_does_not_fit_ends_with_one_line(
+    kept, toy, flags, named, monkeypatch, capsys
+):
     flags = [*kept[1], *(flag.format(toy=toy) for flag in flags)]
     with pytest.raises(SystemExit) as stopped:
         run_main("eval_hmdb.py", flags, monkeypatch)
@@ -311,12 +317,12 @@ def test_features_that_do_not_fit_are_one_line(kept, toy, flags, named, monkeypa
 BAD_INPUTS = {
     "missing weights": (["--pretrain_cnn_path=absent.pth"], "absent.pth"),
     "weights not given": (["--pretrain_cnn_path="], "--pretrain_cnn_path"),
-    "weights that are none": (["--pretrain_cnn_path={toy}/dict.npy"], "dict.npy"),
+    "file that has no weights": (["--pretrain_cnn_path={toy}/dict.npy"], "dict.npy"),
     "weights of another model": (["--pretrain_cnn_path={toy}/word2vec.pth"], "word2vec.pth"),
     "missing table": (["--eval_csv=absent.csv"], "absent.csv"),
     "table without a column": (["--eval_csv={toy}/howto100m_videos.csv"], "howto100m_videos.csv"),
     "missing videos": (["--eval_video_root=absent"], "absent"),
-    "no video found at all": (["--eval_video_root={toy}/captions"], "--eval_video_root"),
+    "none of the videos found": (["--eval_video_root={toy}/captions"], "--eval_video_root"),
     "unwritable output": (["--metrics_json=absent/out.json"], "--metrics_json"),
     "report that is a file": (["--html_report={toy}/dict.npy"], "--html_report"),
     "report below a file": (["--html_report={toy}/dict.npy/page"], "--html_report"),
@@ -329,7 +335,9 @@ BAD_TEXT_INPUTS = {
 
 
 @pytest.mark.parametrize("script", TABLES)
-def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_with_one_line_and_status_2(
+    script, toy, weights, tmp_path, monkeypatch, capsys
+):
     np.save(tmp_path / "short.npy", np.array(["cut"]))
     faults = BAD_INPUTS if script in RECOGNITION else {**BAD_INPUTS, **BAD_TEXT_INPUTS}
     for fault, (flags, named) in faults.items():
@@ -342,7 +350,7 @@ def test_bad_input_is_one_line_and_status_2(script, toy, weights, tmp_path, monk
 
 
 @pytest.mark.parametrize("script", TABLES)
-def test_an_ffmpeg_program_that_does_not_run_is_one_line_and_status_2(
+def test_an_ffmpeg_program_that_does_not_run_ends_with_one_line_and_status_2(
     script, toy, weights, ffmpeg_in_path, monkeypatch, capsys
 ):
     ffmpeg_in_path("echo 'no libx264' >&2; exit 127", version=False)

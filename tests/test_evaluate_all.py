@@ -1,4 +1,4 @@
-"""evaluate_all.py: what is run, what is not run again, and what is shown of failures."""
+"""evaluate_all.py: which evaluations run, which are skipped, and how failures are reported."""
 
 import contextlib
 import json
@@ -37,10 +37,10 @@ FAKE = {
 
 @pytest.fixture
 def user(tmp_path, monkeypatch):
-    """A function that runs evaluate_all.py in this process, with scripts that are only recorded.
+    """Return a function that runs evaluate_all.py in this process, with fake evaluations.
 
-    It returns the names of those that were run. `outcomes` has what becomes of one: the reason of
-    its failure, or an exception that ends the whole run, as a signal does.
+    The function returns the names of the evaluations that ran. Its `outcomes` sets how one ends:
+    with the reason for its failure, or an exception that ends the whole run, as a signal does.
     """
     (tmp_path / "videos").mkdir()
     (tmp_path / "weights.pth").write_bytes(b"weights")
@@ -95,7 +95,7 @@ def page_data(folder):
     return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
 
 
-def test_published_figures_ours_and_missing_videos_are_in_json_page_and_terminal(user, capsys):
+def test_json_page_and_terminal_show_published_figures_ours_and_missing_videos(user, capsys):
     assert user() == ["youcook", "hmdb", "crosstask"]
     found = results_of(user.folder)
     assert {name: found[name]["results"] for name in ("youcook", "hmdb")} == {
@@ -110,25 +110,25 @@ def test_published_figures_ours_and_missing_videos_are_in_json_page_and_terminal
     caption, published, ours, details = rows["HMDB-51"]["metrics"][0]
     assert (caption, ours, details) == ("top-1", "50.0%", "95% interval 25.0% to 75.0%")
     assert ["53.1", "paper [1], 2645 epochs, batch 8192"] in published
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     list_note, flags_note = "not the published list of videos", "reads the alignable flags"
     line = "CrossTask  recall         40.0%        0 of 3  40.5: S3D MIL-NCE [1]"
-    assert f"{line} (ours: {list_note})" in told
+    assert f"{line} (ours: {list_note})" in output
     assert rows["CrossTask"]["metrics"][0][3] == list_note
-    assert told.count(f"(ours: {flags_note})") == 2  # R@1 and AUC of the 64 s variant
+    assert output.count(f"(ours: {flags_note})") == 2  # R@1 and AUC of the 64 s variant
     assert [row[3] for row in rows["HTM-Align"]["metrics"]] == ["", "", flags_note, flags_note]
 
 
-def test_what_is_done_with_the_same_weights_and_flags_is_not_done_again(user):
+def test_evaluations_done_with_the_same_weights_and_flags_are_skipped(user):
     names = ("youcook", "hmdb")
     assert user(names=names) == ["youcook", "hmdb"]
     assert user(names=names) == user("--num_thread_reader=3", names=names) == []
-    assert user("--fps=10", names=names) == ["youcook"]  # HMDB-51 has its own frame rate
+    assert user("--fps=10", names=names) == ["youcook"]  # eval_hmdb.py does not use --fps
     table = f"--hmdb_csv={user.folder}/weights.pth"
     assert user("--fps=10", table, names=names) == ["hmdb"]
     (user.folder / "weights.pth").write_bytes(b"others")
     assert user("--fps=10", table, names=names) == ["youcook", "hmdb"]
-    (user.folder / "out/youcook/index.html").unlink()  # it was killed before its page
+    (user.folder / "out/youcook/index.html").unlink()  # as if killed before writing the page
     assert user("--fps=10", table, names=names) == ["youcook"]
 
 
@@ -140,20 +140,20 @@ def test_what_is_done_with_the_same_weights_and_flags_is_not_done_again(user):
         ("data/dict.npy", ["youcook", "crosstask"]),
     ],
 )
-def test_what_was_done_with_other_annotations_or_words_is_done_again(user, changed, again):
+def test_evaluations_done_with_other_annotations_or_words_are_run_again(user, changed, again):
     user()
     (user.folder / changed).write_text("changed")
     assert user() == again
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"num_videos": 3}'])
-def test_results_that_are_not_whole_are_made_again(user, content):
+def test_evaluations_with_incomplete_results_are_run_again(user, content):
     user(names=["hmdb"])
     (user.folder / "out/hmdb/metrics.json").write_text(content)
     assert user(names=["hmdb"]) == ["hmdb"]
 
 
-def test_a_folder_in_place_of_a_file_is_one_line(user, monkeypatch, capsys):
+def test_a_folder_in_place_of_a_file_ends_with_one_line(user, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_all, "run_evaluation", run_evaluation)
     (user.folder / "out/hmdb/metrics.json").mkdir(parents=True)
     with pytest.raises(SystemExit) as stopped:
@@ -181,7 +181,7 @@ def test_annotations_and_weights_are_read_before_any_evaluation(user, monkeypatc
 
 
 def test_a_long_error_does_not_block_the_script(monkeypatch, capsys):
-    """Nobody reads the pipe before the script has ended."""
+    """The pipe is read only after the script has ended."""
 
     def fail():
         raise InputError("x" * 1_000_000)
@@ -202,7 +202,7 @@ def test_a_long_error_does_not_block_the_script(monkeypatch, capsys):
     assert receiver.recv().startswith("xxx")
 
 
-def test_a_run_that_was_killed_goes_on_with_what_was_left(user, capsys):
+def test_a_run_that_was_interrupted_resumes_with_the_remaining_evaluations(user, capsys):
     user.outcomes["hmdb"] = KeyboardInterrupt()
     with pytest.raises(SystemExit) as stopped:
         user()
@@ -218,7 +218,7 @@ def test_a_run_that_was_killed_goes_on_with_what_was_left(user, capsys):
     }
 
 
-def test_one_that_fails_does_not_stop_the_others(user, capsys):
+def test_an_evaluation_that_fails_does_not_stop_the_others(user, capsys):
     user.outcomes["hmdb"] = "--eval_csv: it is empty"
     with pytest.raises(SystemExit) as ended:
         user()
@@ -264,7 +264,7 @@ def test_flags_reach_the_scripts_that_use_them():
         (["--eval_csv=table.csv"], "--eval_csv"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_status_2_before_any_evaluation(user, flags, named, capsys):
+def test_a_bad_flag_ends_with_one_line_before_any_evaluation(user, flags, named, capsys):
     flags = [flag.format(file=user.folder / "weights.pth") for flag in flags]
     user.outcomes["youcook"] = AssertionError("must not be run")
     with pytest.raises(SystemExit) as stopped:
@@ -288,7 +288,7 @@ def toy_command(toy, weights, out, *flags):
     ]
 
 
-def test_a_scripts_failure_is_named_and_its_neighbour_is_evaluated(toy, weights, tmp_path):
+def test_a_scripts_failure_is_named_and_the_other_set_is_evaluated(toy, weights, tmp_path):
     (tmp_path / "empty").mkdir()
     flags = [f"--hmdb_root={tmp_path}/empty", f"--hmdb_csv={toy}/hmdb51.csv"]
     command = toy_command(toy, weights, tmp_path, *flags)
@@ -305,7 +305,7 @@ def test_a_scripts_failure_is_named_and_its_neighbour_is_evaluated(toy, weights,
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_leaves_no_process_and_goes_on(toy, weights, tmp_path):
+def test_a_killed_run_leaves_no_process_and_can_be_resumed(toy, weights, tmp_path):
     flags = [f"--youcook_root={toy}/youcook", f"--youcook_csv={toy}/validation_youcook.csv"]
     flags += [f"--hmdb_root={toy}/hmdb", f"--hmdb_csv={toy}/hmdb51.csv"]
     command = toy_command(toy, weights, tmp_path, *flags)
@@ -315,7 +315,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_goes_on(toy, weights, tmp_pa
             break
     time.sleep(2)
     process.send_signal(signal.SIGKILL)
-    assert process.stdout.read() is not None  # ends when no process has it any more
+    assert process.stdout.read() is not None  # ends when no process holds the pipe open
     process.wait()
     first = (tmp_path / "youcook/metrics.json").stat().st_mtime_ns
     assert not (tmp_path / "hmdb/index.html").exists()
@@ -328,7 +328,9 @@ def test_a_run_that_is_killed_leaves_no_process_and_goes_on(toy, weights, tmp_pa
 
 
 @pytest.mark.slow
-def test_other_weights_are_evaluated_without_the_features_of_the_old_ones(toy, weights, tmp_path):
+def test_new_weights_are_evaluated_without_the_cached_features_of_the_old_ones(
+    toy, weights, tmp_path
+):
     old, new = toy_command(toy, weights, tmp_path), toy_command(toy, tmp_path / "new.pth", tmp_path)
     subprocess.run(old, check=True, capture_output=True)
     state = torch.load(weights, weights_only=True)

@@ -65,14 +65,17 @@ def flags(weights, videos, out, *more):
 
 @functools.cache
 def model_of(path):
-    """The weights are read once for all runs in this process."""
+    """Load the model once for all runs in this process."""
     args = get_args(argv=[f"--pretrain_cnn_path={path}", "--num_frames=4", "--video_size=32"])
     return inference_model(args, torch.device("cpu"))
 
 
 @pytest.fixture
 def extract(weights, videos, monkeypatch):
-    """Runs the script in this process: its exit status. Without workers, which is quicker."""
+    """Return a function that runs the script in this process and returns its exit status.
+
+    It uses no workers, which is quicker.
+    """
     monkeypatch.setattr(
         extract_features,
         "inference_model",
@@ -92,13 +95,13 @@ def extract(weights, videos, monkeypatch):
 
 
 def written(out):
-    """Everything below a folder: {relative path: bytes}."""
+    """Read all files below a folder: {relative path: bytes}."""
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
 def whole(weights, videos, tmp_path_factory):
-    """The features of all videos, by one run with a worker process."""
+    """Extract the features of all videos, in one run with a worker process."""
     out = tmp_path_factory.mktemp("whole") / "out"
     command = [sys.executable, ROOT / "extract_features.py", *flags(weights, videos, out)]
     subprocess.run(command, check=True, capture_output=True)
@@ -106,7 +109,7 @@ def whole(weights, videos, tmp_path_factory):
 
 
 def assert_close(found, expected):
-    """Within a thousandth of the largest value: batches of other sizes are summed otherwise."""
+    """Compare within a thousandth of the largest value: sums depend on the batch's size."""
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
@@ -132,7 +135,7 @@ def test_the_features_of_a_tar_file_are_those_of_its_folder(extract, whole, vide
             assert_close(np.load(tmp_path / "folder" / name), np.load(whole / name[6:]))
 
 
-def test_a_folder_of_videos_becomes_a_folder_of_features_and_what_they_are(whole, weights):
+def test_a_folder_of_videos_becomes_a_folder_of_features_and_sidecar_files(whole, weights):
     stems = ("a", "short", "sub/a", "sub/b")
     assert list(written(whole)) == [f"{s}.{kind}" for s in stems for kind in ("json", "npy")]
     side = json.loads((whole / "sub/b.json").read_text())
@@ -152,7 +155,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_features_and_what_they_are(whole
     }
 
 
-def test_the_features_are_the_models_of_the_windows(whole, weights, videos):
+def test_the_features_are_the_models_output_for_each_window(whole, weights, videos):
     model = load_model(weights)
     for name, rows in (("a.mp4", 10), ("short.mp4", 1)):
         found = np.load((whole / name).with_suffix(".npy"))
@@ -170,7 +173,9 @@ def test_the_window_of_a_short_video_ends_where_the_video_does(whole):
     assert side["times"] == [[0.0, 0.5]] and side["frames"] == [3]  # of 0.8 s and 4 frames
 
 
-def test_the_joint_embedding_at_another_stride_by_a_table(extract, weights, videos, tmp_path):
+def test_a_table_is_extracted_as_joint_embeddings_at_another_stride(
+    extract, weights, videos, tmp_path
+):
     table = tmp_path / "list.csv"
     write_csv(table, HEADER, ("sub/b.mp4", "x/y.npy"), ("short.mp4", "z.npy"))
     assert (
@@ -184,48 +189,48 @@ def test_the_joint_embedding_at_another_stride_by_a_table(extract, weights, vide
     assert_close(np.load(tmp_path / "out/x/y.npy"), expected)
 
 
-def test_shares_do_not_overlap_and_make_the_whole(extract, whole, tmp_path):
+def test_shards_do_not_overlap_and_cover_all_videos(extract, whole, tmp_path):
     for index in range(2):
         assert extract(tmp_path / f"{index}", f"--shard={index}/2") == 0
-    shares = [set(written(tmp_path / f"{index}")) for index in range(2)]
-    assert all(shares) and not shares[0] & shares[1]
+    shards = [set(written(tmp_path / f"{index}")) for index in range(2)]
+    assert all(shards) and not shards[0] & shards[1]
     for name, content in written(tmp_path / "1").items():
         (tmp_path / "0" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "0" / name).write_bytes(content)
     assert_same_features(tmp_path / "0", whole)
 
 
-def test_an_array_task_takes_its_share(extract, tmp_path, monkeypatch):
+def test_an_array_task_takes_its_shard(extract, tmp_path, monkeypatch):
     for name, value in {"ID": 5, "MIN": 1, "MAX": 7, "STEP": 2, "COUNT": 4}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert extract(tmp_path) == 0
     assert list(written(tmp_path)) == ["sub/a.json", "sub/a.npy"]  # the third of four
 
 
-def test_what_is_done_is_passed_over(extract, whole, tmp_path, monkeypatch):
+def test_videos_with_features_are_skipped(extract, whole, tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     for name in ("a.json", "a.npy", "sub/a.json", "short.json"):
         content = (whole / name).read_bytes() if (whole / name).exists() else b"half"
         (tmp_path / name).write_bytes(content)
     before = (tmp_path / "a.npy").stat().st_mtime_ns
-    asked = []
+    extracted = []
 
-    def noted(model, paths, *args, **settings):
-        asked.extend(path.name for path in paths)
+    def record(model, paths, *args, **settings):
+        extracted.extend(path.name for path in paths)
         return strided_features(model, paths, *args, **settings)
 
     strided_features = extract_features.strided_features
-    monkeypatch.setattr(extract_features, "strided_features", noted)
+    monkeypatch.setattr(extract_features, "strided_features", record)
     assert extract(tmp_path) == 0
-    assert asked == ["short.mp4", "a.mkv", "b.mp4"]
+    assert extracted == ["short.mp4", "a.mkv", "b.mp4"]
     assert (tmp_path / "a.npy").stat().st_mtime_ns == before
     assert_same_features(tmp_path, whole)
-    asked.clear()
-    assert extract(tmp_path) == 0 and asked == []
+    extracted.clear()
+    assert extract(tmp_path) == 0 and extracted == []
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(weights, videos, whole, tmp_path):
+def test_a_killed_run_leaves_complete_files_and_can_be_resumed(weights, videos, whole, tmp_path):
     script = ROOT / "extract_features.py"
     command = [sys.executable, script, *flags(weights, videos, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -247,7 +252,7 @@ def test_a_killed_run_leaves_whole_files_and_is_gone_on_with(weights, videos, wh
     assert all(written(tmp_path)[n] == c for n, c in left.items() if n.endswith(".npy"))
 
 
-def test_ctrl_c_ends_it_with_one_line(weights, videos, tmp_path):
+def test_ctrl_c_ends_the_run_with_one_line(weights, videos, tmp_path):
     script = ROOT / "extract_features.py"
     command = [sys.executable, script, *flags(weights, videos, tmp_path), "--stride=0.005"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -256,11 +261,10 @@ def test_ctrl_c_ends_it_with_one_line(weights, videos, tmp_path):
         **pipes,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a background job has none
+        # A background job ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert "0 of them done before" in process.stdout.readline()  # many windows are ahead
+    assert "already done: 0" in process.stdout.readline()  # and many windows remain
     family = [process, *process.children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all of them
     _, error = process.communicate(timeout=60)
@@ -269,10 +273,10 @@ def test_ctrl_c_ends_it_with_one_line(weights, videos, tmp_path):
         await_gone(member.pid)
 
 
-def test_videos_that_cannot_be_used_are_listed_and_the_others_go_on(extract, tmp_path, capsys):
+def test_videos_that_cannot_be_used_are_listed_and_the_others_extracted(extract, tmp_path, capsys):
     rows = [("absent.mp4", "x.npy"), ("short.mp4", "short.npy"), ("notes.txt", "y.npy")]
     write_csv(tmp_path / "list.csv", HEADER, *rows)
-    for _ in range(2):  # a second run tries them again
+    for _ in range(2):  # a second run retries them
         assert extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv") == 1
         assert list(written(tmp_path / "out")) == ["failed.csv", "short.json", "short.npy"]
         with open(tmp_path / "out/failed.csv", newline="") as file:
@@ -299,7 +303,9 @@ def test_an_ffmpeg_program_that_fails_leaves_no_features(
     assert set(reasons) == set(NAMES) and all(quoted in reason for reason in reasons.values())
 
 
-def test_an_ffmpeg_program_that_does_not_run_is_found_first(extract, ffmpeg_in_path, tmp_path):
+def test_an_ffmpeg_program_that_does_not_run_is_reported_at_the_start(
+    extract, ffmpeg_in_path, tmp_path
+):
     ffmpeg_in_path("echo 'no libx264' >&2; exit 127", version=False)
     with pytest.raises(InputError, match=r"--decoder ffmpeg: .*/ffmpeg exited .*: no libx264; "):
         extract(tmp_path / "out", "--decoder=ffmpeg")
@@ -312,14 +318,14 @@ def test_an_extraction_of_mostly_black_windows_is_an_error(extract, tmp_path, ca
     make_video(folder / "dark.mp4", 4, "-vf", "drawbox=t=fill:color=black")
     assert extract(tmp_path / "half", f"--video_path={folder}") == 0
     shown = capsys.readouterr().out
-    assert "dark.mp4: 5 of 5 windows are black" in shown and "10 windows" not in shown
+    assert "dark.mp4: black windows: 5 of 5" in shown and "5 of 10" not in shown
     make_video(folder / "dark.mkv", 0.8, "-vf", "drawbox=t=fill:color=black")
     (folder / "dark.mkv").rename(folder / "b.mkv")
     assert extract(tmp_path / "most", f"--video_path={folder}") == 1
-    assert capsys.readouterr().out.count("6 of 11 windows are black; look at") == 1
+    assert capsys.readouterr().out.count("black windows: 6 of 11; check the videos") == 1
 
 
-def test_features_from_before_the_decoder_was_a_setting_are_done(extract, whole, tmp_path):
+def test_features_from_before_the_decoder_was_a_setting_are_kept(extract, whole, tmp_path):
     for name, content in written(whole).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if name.endswith(".json"):
@@ -333,7 +339,7 @@ def test_features_from_before_the_decoder_was_a_setting_are_done(extract, whole,
         assert written(tmp_path) == before
 
 
-def test_features_of_a_short_video_from_before_its_last_frame_was_repeated_are_made_again(
+def test_old_features_of_a_short_video_with_black_frames_are_extracted_again(
     extract, whole, tmp_path
 ):
     shutil.copytree(whole, tmp_path / "out")
@@ -347,7 +353,7 @@ def test_features_of_a_short_video_from_before_its_last_frame_was_repeated_are_m
     assert "frames" not in json.loads((tmp_path / "out/a.json").read_text())
 
 
-def test_features_that_lost_their_end_are_made_again(extract, whole, tmp_path):
+def test_truncated_features_are_extracted_again(extract, whole, tmp_path):
     for name in ("a.json", "a.npy"):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
     for kept in (0, -4):
@@ -356,32 +362,29 @@ def test_features_that_lost_their_end_are_made_again(extract, whole, tmp_path):
         assert_same_features(tmp_path, whole)
 
 
-def test_lists_of_failures_of_runs_before_do_not_stay(extract, tmp_path):
+def test_failure_lists_of_earlier_runs_are_removed(extract, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("failed.csv", "failed_1of3.csv", "failed_0of2.csv", "failed_1of2.csv"):
         (tmp_path / "out" / name).touch()
     write_csv(tmp_path / "list.csv", HEADER, ("short.mp4", "short.npy"))
     listed = f"--feature_csv={tmp_path}/list.csv"
     assert extract(tmp_path / "out", listed, "--shard=0/2") == 0
-    left = [
-        "failed_1of2.csv",
-        "short.json",
-        "short.npy",
-    ]  # of the other share, which may be at work
+    # The other shard's list stays: that shard may still be running.
+    left = ["failed_1of2.csv", "short.json", "short.npy"]
     assert list(written(tmp_path / "out")) == left
     assert extract(tmp_path / "out", listed) == 0
     assert list(written(tmp_path / "out")) == left[1:]
 
 
-def test_a_list_of_failures_that_cannot_be_written_is_not_named(extract, tmp_path, capsys):
+def test_a_failure_list_that_cannot_be_written_is_not_named(extract, tmp_path, capsys):
     (tmp_path / "out/failed.csv").mkdir(parents=True)
     write_csv(tmp_path / "list.csv", HEADER, ("absent.mp4", "x.npy"))
     assert extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv") == 1
     shown = capsys.readouterr().out
-    assert "could not be used: they are named above" in shown
+    assert "videos that could not be used: 1, named above" in shown
 
 
-def test_a_full_disk_ends_the_run_with_a_line_and_whole_files(extract, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_with_one_line_and_complete_files(extract, tmp_path, monkeypatch):
     saved, save = [], np.save
 
     def full(file, features, allow_pickle):
@@ -397,7 +400,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_whole_files(extract, tmp_path,
     assert len(list(tmp_path.rglob("*.npy"))) == 1 and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_file_in_the_folders_place_is_refused(extract, tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(extract, tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(InputError, match="--feature_root: cannot make the folder"):
         extract(tmp_path / "out")
@@ -416,7 +419,7 @@ def test_a_file_in_the_folders_place_is_refused(extract, tmp_path):
         ("absent", [], "no a.json"),
     ],
 )
-def test_features_of_something_else_are_not_written_over(
+def test_features_of_something_else_are_not_overwritten(
     change, more, named, extract, whole, tmp_path
 ):
     for name in ("a.json", "a.npy"):
@@ -446,13 +449,13 @@ def test_features_of_something_else_are_not_written_over(
         ([], "no videos"),
     ],
 )
-def test_tables_that_cannot_be_followed_are_refused(rows, named, extract, tmp_path):
+def test_invalid_tables_are_refused(rows, named, extract, tmp_path):
     write_csv(tmp_path / "list.csv", HEADER, *rows)
     with pytest.raises(InputError, match=named):
         extract(tmp_path / "out", f"--feature_csv={tmp_path}/list.csv")
 
 
-def test_two_videos_with_one_name_keep_their_extensions(extract, videos, tmp_path):
+def test_features_of_videos_that_differ_by_extension_keep_it(extract, videos, tmp_path):
     folder, out = tmp_path / "videos", tmp_path / "out"
     folder.mkdir()
     for name in ("a.mp4", "a.mkv", "a.mkv.mp4", "b.mp4"):
@@ -462,7 +465,7 @@ def test_two_videos_with_one_name_keep_their_extensions(extract, videos, tmp_pat
     assert sorted(path.name for path in out.glob("*.npy")) == names
 
 
-def test_what_is_needed_is_named(extract, tmp_path):
+def test_missing_flags_are_named(extract, tmp_path):
     with pytest.raises(InputError, match="--feature_root is needed"):
         extract("")
     with pytest.raises(InputError, match="--video_path is needed"):

@@ -18,16 +18,16 @@ import candidates
 TINY = ["--", "--batch_size=4", "--num_frames=4", "--video_size=32", "--warmup_steps=1"]
 
 
-def figures(*shares):
-    """Of a run that finds these shares of 80 clips among the first 1, 5 and 10."""
-    one = {**dict(zip(("R1", "R5", "R10"), shares, strict=True)), "MR": 7.5, "num_videos": 80}
+def metrics_of(*recalls):
+    """Make the metrics of a run with these recalls at 1, 5 and 10, of 80 clips."""
+    one = {**dict(zip(("R1", "R5", "R10"), recalls, strict=True)), "MR": 7.5, "num_videos": 80}
     return {"youcook": one, "msrvtt": one}
 
 
-def test_a_table_has_mean_and_deviation_of_each_condition_and_chance():
+def test_a_table_has_mean_and_deviation_of_each_condition_and_a_row_of_chance():
     runs = {
-        (0.0, 4): [figures(0.02, 0.2, 0.3), figures(0.04, 0.2, 0.5)],
-        (1.0, 1): [figures(0.1, 0.2, 0.3)],
+        (0.0, 4): [metrics_of(0.02, 0.2, 0.3), metrics_of(0.04, 0.2, 0.5)],
+        (1.0, 1): [metrics_of(0.1, 0.2, 0.3)],
     }
     assert list(candidates.table(runs, "msrvtt"))[2:] == [
         "| aligned | 4 | 3.0 ± 1.4 | 20.0 ± 0.0 | 40.0 ± 14.1 | 7.5 ± 0.0 |",
@@ -36,22 +36,22 @@ def test_a_table_has_mean_and_deviation_of_each_condition_and_chance():
     ]
 
 
-def test_captions_displaced_as_the_toy_sets_are_its_own_and_aligned_ones_are_not(toy, tmp_path):
+def test_captions_displaced_by_a_second_are_the_toy_sets_and_aligned_ones_are_not(toy, tmp_path):
     options = SimpleNamespace(toy=toy, out=tmp_path)
-    told = {
+    captions = {
         drift: [
             path.read_text()
             for path in sorted(candidates.make_captions(options, drift).glob("*.csv"))
         ]
         for drift in (0.0, 1.0)
     }
-    assert told[1.0] == [path.read_text() for path in sorted((toy / "captions").glob("*.csv"))]
-    assert len(told[0.0]) == len(told[1.0]) and told[0.0] != told[1.0]
+    assert captions[1.0] == [path.read_text() for path in sorted((toy / "captions").glob("*.csv"))]
+    assert len(captions[0.0]) == len(captions[1.0]) and captions[0.0] != captions[1.0]
 
 
-def test_without_the_toy_set_there_is_nothing_to_compare(tmp_path):
+def test_a_missing_toy_set_is_an_error(tmp_path):
     options = SimpleNamespace(toy=tmp_path / "toy", out=tmp_path / "out", flags=[], epochs=1)
-    with pytest.raises(InputError, match=r"--toy: .* is no toy data set"):
+    with pytest.raises(InputError, match=r"--toy: .* is not a toy data set"):
         candidates.check_settings(options)
     assert not options.out.exists()
 

@@ -1,4 +1,4 @@
-"""The benchmark of the search runs from end to end, and finds what all scores sorted give."""
+"""The benchmark of the search runs from end to end, and finds the same as sorting all scores."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 """The benchmark of the step: the plain way and ours compute the same, and every table is printed.
 
-What is timed is not tested.
+Times are not tested.
 """
 
 import copy
@@ -38,7 +38,7 @@ def model(batch):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of an operation."""
+    """Records the arguments of the calls of an operation."""
 
     def __init__(self, operation):
         super().__init__()
@@ -61,9 +61,9 @@ def test_the_plain_copy_pads_by_copying_and_convolves_time_in_three_dimensions(m
     torch.testing.assert_close(model.eval()(video, mode="video"), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_forward_and_evaluation_embed_alike_both_ways(model, batch):
+def test_forward_and_evaluation_give_the_same_embeddings_both_ways(model, batch):
     (expected,) = ways.plain_forward(model, batch, CPU, torch.float32)()
-    assert expected.std(dim=0).mean() > 0.01  # else the clips would say nothing
+    assert expected.std(dim=0).mean() > 0.01  # the clips' embeddings differ
     for way in (ways.our_forward, ways.plain_evaluation, ways.our_evaluation):
         (found,) = way(model, batch, CPU, torch.float32)()
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
@@ -73,7 +73,7 @@ def test_forward_and_evaluation_embed_alike_both_ways(model, batch):
 def test_a_step_has_the_same_gradients_both_ways(model):
     pair = draw_batch(2, 4, 64)
     batch = {name: torch.cat((t, t)) for name, t in pair.items()}  # halves of the same statistics
-    precise = copy.deepcopy(model).double()  # a difference is not one of rounding
+    precise = copy.deepcopy(model).double()  # so that no difference is due to rounding
     expected = ways.plain_step(precise, batch, CPU, torch.float32)()
     largest = max(gradient.abs().max() for gradient in expected).item()
     assert largest > 0

@@ -1,3 +1,5 @@
+"""Feature files: what is written and read, and which files are rejected."""
+
 import errno
 import json
 
@@ -30,7 +32,7 @@ def path(tmp_path):
     return tmp_path / "features.npz"
 
 
-def test_what_was_written_is_read_to_the_bit(path):
+def test_features_are_read_as_written_bit_for_bit(path):
     features, left_out = read_features(path, SETTINGS, NAMES)
     assert left_out == LEFT_OUT
     assert list(features) == NAMES[:2]
@@ -39,12 +41,12 @@ def test_what_was_written_is_read_to_the_bit(path):
         np.testing.assert_array_equal(features[name], windows)
 
 
-def test_videos_that_are_not_asked_for_are_not_counted(path):
+def test_only_the_named_videos_are_returned(path):
     features, left_out = read_features(path, SETTINGS, [NAMES[1], NAMES[3]])
     assert (list(features), left_out) == ([NAMES[1]], {NAMES[3]: "absent"})
 
 
-def test_nothing_need_have_been_left_out(tmp_path):
+def test_a_file_may_have_features_of_all_videos(tmp_path):
     write_features(tmp_path / "f.npz", SETTINGS, FeatureSet(some_features(), {}))
     assert read_features(tmp_path / "f.npz", SETTINGS, NAMES[:2]).left_out == {}
 
@@ -102,11 +104,11 @@ def test_other_settings_are_refused_and_named(path):
     assert "--pretrain_cnn_path sha256:aa, not sha256:bb" in message
 
 
-def test_a_setting_that_the_file_does_not_know_of_is_refused(path):
+def test_a_setting_that_the_file_lacks_is_refused(path):
     assert "--amp None, not bf16" in refusal(path, {**SETTINGS, "amp": "bf16"})
 
 
-def test_a_setting_that_is_not_given_may_be_any(path):
+def test_a_setting_of_none_matches_any_value(path):
     features, left_out = read_features(path, {**SETTINGS, "pretrain_cnn_path": None}, NAMES)
     assert (list(features), left_out) == (NAMES[:2], LEFT_OUT)
 
@@ -151,12 +153,12 @@ def test_a_damaged_file_is_refused(path, damage):
 
 def test_another_npz_and_one_with_pickles_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", words=np.array(["cut"]))
-    assert "damaged or not a file of features" in refusal(tmp_path / "other.npz")
+    assert "damaged or not a feature file" in refusal(tmp_path / "other.npz")
     np.savez(tmp_path / "pickles.npz", settings=np.array({"num_frames": 16}, dtype=object))
-    assert "damaged or not a file of features" in refusal(tmp_path / "pickles.npz")
+    assert "damaged or not a feature file" in refusal(tmp_path / "pickles.npz")
 
 
-def test_a_full_disk_leaves_the_older_file(path, monkeypatch):
+def test_a_full_disk_keeps_the_previous_file(path, monkeypatch):
     before = path.read_bytes()
 
     def full(file, **arrays):

@@ -59,8 +59,10 @@ class Brightness(torch.nn.Module):
 
 
 class Colours(torch.utils.data.Dataset):
-    """Videos of one colour each, described by that colour's numbers; some cannot be decoded, some
-    end the process that tries, some never end."""
+    """Videos of one colour each, described by that colour's numbers.
+
+    Some cannot be decoded, some crash the process that decodes them, some hang.
+    """
 
     num_missing = 2
 
@@ -86,7 +88,7 @@ class Colours(torch.utils.data.Dataset):
             return {"error": f"video {index} is broken"}
         video = torch.tensor(self.colours[index], dtype=torch.uint8).view(1, 3, 1, 1, 1)
         video = video.repeat(5, 1, 2, 4, 4)
-        video[0] = 255  # a first window that is of every colour: the others have to outweigh it
+        video[0] = 255  # a white first window, which the others must outweigh
         return {"video": video}
 
 
@@ -98,7 +100,7 @@ def decoding(workers=0, batch_size=4, sample_timeout=60):
     return {"workers": workers, "batch_size": batch_size, "sample_timeout": sample_timeout}
 
 
-def test_a_video_that_crashes_or_hangs_its_worker_is_left_out_and_named(milnce_log):
+def test_a_video_that_crashes_or_hangs_its_worker_is_skipped_and_named(milnce_log):
     videos = primaries(5, fatal=[1], endless=[3])
     settings = decoding(workers=2, sample_timeout=1)
     features = video_features(Brightness(), videos, CPU, **settings)
@@ -114,7 +116,7 @@ def test_a_video_that_crashes_or_hangs_its_worker_is_left_out_and_named(milnce_l
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_on_windows_gets_each_decoded_video_once(workers):
-    """And as they are, whatever is decoded after them."""
+    """Its windows also keep their content while later videos are decoded."""
     videos, shown = primaries(7, broken=[1]), {}
 
     def on_windows(index, windows):
@@ -172,7 +174,7 @@ def test_ranks_share_the_videos():
 
 
 class Pixels(torch.nn.Module):
-    """A window's feature is all that is in it, seen coarsely: [W, 3 * 4 * 4 * 4] numbers."""
+    """Embeds a window as its pixels, downsampled: [W, 3 * 4 * 4 * 4] numbers."""
 
     def forward(self, video, text, mode, mixed5c):
         assert mode == "video"
@@ -240,7 +242,7 @@ def test_windows_start_every_stride_and_end_by_the_videos_end(duration, fps, str
         (3.0, 8, 10, [0.1, 1.1, 2.1]),
     ],
 )
-def test_a_window_is_around_the_middle_of_each_second(duration, num_frames, fps, starts):
+def test_windows_are_centred_on_each_second_inside_the_video(duration, num_frames, fps, starts):
     assert second_starts(duration, num_frames=num_frames, fps=fps) == starts
     windows = SecondWindows(ClipSpec(num_frames=num_frames, fps=fps))
     assert windows.starts(duration) == starts
@@ -277,7 +279,7 @@ print(len(found.features), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
-    """Of three hours, whose clips are 1 GB as floats; all is in one process, which is measured."""
+    """The clips of three hours are 1 GB as floats. The measured process does all of the work."""
     peaks = {}
     for seconds in (60, 10_800):
         path = tmp_path / f"{seconds}.mp4"
@@ -290,7 +292,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
     assert peaks[10_800] - peaks[60] < 100_000
 
 
-def test_features_are_those_of_the_windows_decoded_by_themselves(videos):
+def test_features_are_those_of_the_windows_decoded_directly(videos):
     found = features(videos)
     assert sorted(found) == [0, 1, 2, 3]
     for index, path in enumerate(videos):
@@ -309,7 +311,7 @@ def test_a_video_shorter_than_a_window_repeats_its_last_frame(videos):
     assert found.frames == [2] and found.black == []
 
 
-def test_groups_of_a_long_video_give_the_features_of_the_whole(videos, monkeypatch):
+def test_the_size_of_the_groups_does_not_change_the_features(videos, monkeypatch):
     whole, small = {}, {}
     for size, found in ((100, whole), (7, small)):
         monkeypatch.setattr(features_module, "GROUP_SIZE", size)
@@ -319,22 +321,22 @@ def test_groups_of_a_long_video_give_the_features_of_the_whole(videos, monkeypat
         assert whole[index].starts == small[index].starts
 
 
-def test_each_window_is_decoded_once_and_few_are_held_at_once(videos, monkeypatch):
-    asked = []
+def test_each_window_is_decoded_once_and_few_at_a_time(videos, monkeypatch):
+    groups = []
 
     def decode(path, starts, clip):
-        asked.append((path, list(starts)))
+        groups.append((path, list(starts)))
         return decode_windows(path, starts, clip)
 
     monkeypatch.setattr(features_module, "decode_windows", decode)
     found = features(videos, workers=0)
-    assert max(len(starts) for _, starts in asked) == features_module.GROUP_SIZE == 16
+    assert max(len(starts) for _, starts in groups) == features_module.GROUP_SIZE == 16
     for index, path in enumerate(videos):
-        assert [s for p, starts in asked if p == path for s in starts] == found[index].starts
+        assert [s for p, starts in groups if p == path for s in starts] == found[index].starts
 
 
 def faulty(fault):
-    """A decoder to which something happens in the second group of the long video."""
+    """Make a decoder that calls `fault` in the second group of the long video."""
 
     def decode(path, starts, clip):
         if path.name == "long.mp4" and starts[0] > 0:
@@ -349,7 +351,7 @@ def broken(path):
 
 
 def crash(path):
-    faulthandler.disable()  # no report of a crash that is meant
+    faulthandler.disable()  # no report of an intended crash
     os.abort()
 
 
@@ -361,7 +363,7 @@ def crash(path):
         (crash, 2, r"long.mp4: it crashed its data worker (SIGABRT)"),
     ],
 )
-def test_a_video_that_fails_on_the_way_fails_as_a_whole_and_alone(
+def test_a_video_that_fails_midway_has_no_features_and_the_others_do(
     fault, workers, reason, videos, monkeypatch
 ):
     monkeypatch.setattr(features_module, "decode_windows", faulty(fault))
@@ -372,7 +374,7 @@ def test_a_video_that_fails_on_the_way_fails_as_a_whole_and_alone(
         np.testing.assert_array_equal(found[index].features, expected)
 
 
-def test_a_file_that_kills_who_opens_it_fails_alone(videos, monkeypatch):
+def test_a_file_that_crashes_the_process_that_opens_it_fails_alone(videos, monkeypatch):
     def probe(path):
         return crash(path) if path.name == "b.mkv" else probe_duration(path)
 
@@ -382,18 +384,18 @@ def test_a_file_that_kills_who_opens_it_fails_alone(videos, monkeypatch):
     assert "crashed" in found[1] and all(not isinstance(found[i], str) for i in (0, 2, 3))
 
 
-def test_where_every_video_fails_each_is_named(tmp_path):
+def test_each_video_is_named_if_all_fail(tmp_path):
     (tmp_path / "junk.mp4").write_text("junk")
     found = features([tmp_path / "junk.mp4", tmp_path / "absent.mp4"])
     assert "junk.mp4" in found[0] and "absent.mp4" in found[1]
     assert features([]) == {}
 
 
-def test_windows_in_which_nothing_can_be_decoded_are_told(tmp_path):
+def test_windows_in_which_nothing_can_be_decoded_are_listed_as_black(tmp_path):
     path = tmp_path / "cut.mp4"
-    make_video(path, 10, "-movflags", "+faststart", "-g", "10")  # its table of contents comes first
+    make_video(path, 10, "-movflags", "+faststart", "-g", "10")  # its index comes first
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     found = features([path])[0]
-    assert found.starts[-1] > 8  # the duration is still said to be 10 s
+    assert found.starts[-1] > 8  # the header still states 10 s
     dark = [k for k, feature in enumerate(found.features) if not feature.any()]
     assert found.black == dark and 5 < len(dark) < 15 and dark[-1] == len(found.starts) - 1

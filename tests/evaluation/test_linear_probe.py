@@ -1,4 +1,4 @@
-"""The linear SVM of action recognition: what it is trained on, what is scored, what is rejected."""
+"""The linear SVM of action recognition: its samples, its scores, and which splits it rejects."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,10 @@ def test_unused_clips_neither_train_nor_test():
 
 
 def hard_clips(n=300, dim=512, used=8):
-    """Clips that no plane separates, with fewer training windows than features: a case in which the
-    dual solver does not converge. A data set without videos, and the features by name."""
+    """Make clips on which the dual solver does not converge: a data set and features by name.
+
+    No plane separates the clips, and there are fewer training windows than features.
+    """
     rng = np.random.default_rng(0)
     names = [f"c{i % 5}/{i}.avi" for i in range(n)]
     splits = rng.permuted(np.repeat([1, 2], n // 2)[:, None].repeat(3, axis=1), axis=0)
@@ -51,7 +53,7 @@ def test_the_svm_converges_without_a_seed():
         np.testing.assert_array_equal(split.predicted, expected)
 
 
-def test_labels_and_splits_are_the_data_sets_and_clips_without_features_take_no_part():
+def test_labels_and_splits_are_from_the_data_set_and_clips_without_features_are_skipped():
     names = ["a/1", "b/1", "a/2", "b/2", "a/3", "b/3"]
     features = {name: np.full((2, 1), name[0] == "b", dtype=np.float32) for name in names[:5]}
     dataset = clips(names, [[1] * 3, [1] * 3, [2] * 3, [2] * 3, [0] * 3, [2] * 3])

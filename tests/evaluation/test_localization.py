@@ -1,6 +1,6 @@
 """Localization: CrossTask's placed steps, HTM-Align's placed sentences, and their metrics.
 
-evaluations.json has values that were computed with the references' code.
+evaluations.json has values that were computed with the reference code.
 """
 
 import itertools
@@ -30,7 +30,7 @@ CROSSTASK, HTM_ALIGN = GOLDEN["crosstask"], GOLDEN["htm_align"]
 
 
 def similarities(row, shape):
-    """The matrix that a row of evaluations.json names. (The reference was given it as float32.)"""
+    """Draw the matrix of a row of evaluations.json. (The reference received it as float32.)"""
     rs = np.random.RandomState(row["seed"])
     if row["kind"] == "normal":
         matrix = rs.standard_normal(shape)
@@ -66,8 +66,11 @@ def test_steps_are_placed_where_the_reference_places_them(case):
 
 
 def brute_force(scores):
-    """The ties of the reference, put in words: of all optima, the last step's second decides first
-    (T-1, then the earliest), then the one before it (the earliest), and so on."""
+    """Search all placements for the optimum that the reference chooses.
+
+    The last step's second decides first (T-1, then the earliest), then that of the step before it
+    (the earliest), and so on.
+    """
     seconds, steps = scores.shape
     places = list(itertools.combinations(range(seconds), steps))
     totals = [sum(scores[t, n] for n, t in enumerate(place)) for place in places]
@@ -76,7 +79,7 @@ def brute_force(scores):
 
 
 @given(st.data())
-def test_ties_are_those_of_all_placements(data):
+def test_ties_are_resolved_as_by_a_search_of_all_placements(data):
     steps = data.draw(st.integers(1, 4))
     shape = (data.draw(st.integers(steps, 8)), steps)
     scores = data.draw(arrays(np.float64, shape, elements=st.sampled_from([-0.5, 0.0, 0.5, 1.0])))
@@ -87,11 +90,11 @@ def test_a_video_of_three_hours_is_placed():
     scores = np.random.RandomState(0).standard_normal((10_800, 11)).astype(np.float32)
     seconds = assign_steps(scores)
     assert seconds == sorted(set(seconds)) and len(seconds) == 11
-    assert scores[seconds, range(11)].min() > 2.5  # each finds one of its largest
+    assert scores[seconds, range(11)].min() > 2.5  # each step gets one of its largest scores
 
 
-def test_sums_are_of_double_precision():
-    """In float32 the small differences behind a large score would be lost, and the first taken."""
+def test_scores_are_summed_in_double_precision():
+    """In float32 the small scores would vanish beside the large one, and all sums would tie."""
     scores = np.zeros((6, 2), np.float32)
     scores[0, 0] = 1e8
     scores[:, 1] = [0, 1, 2, 3, 2, 0]
@@ -119,7 +122,7 @@ def test_scores_that_are_not_finite_place_nothing(bad):
         ((1, 4.99, 5.0), [4]),
     ],
 )
-def test_a_segment_is_the_seconds_that_it_touches(line, seconds):
+def test_a_segment_marks_the_seconds_that_it_overlaps(line, seconds):
     truth = step_truth([line], 5, 2)
     assert truth.shape == (5, 2) and truth.dtype == bool
     assert np.flatnonzero(truth[:, 0]).tolist() == seconds and not truth[:, 1].any()
@@ -145,8 +148,8 @@ def metrics_of(placed):
     return crosstask_metrics(videos, titles, num_missing=0)
 
 
-def test_crosstask_intervals_draw_videos():
-    """Each statistic of the drawn videos is that of crosstask_metrics on the same videos."""
+def test_crosstask_intervals_resample_videos():
+    """Each statistic of a resample is that of crosstask_metrics on the same videos."""
     placed = {
         task: list(videos.values())
         for task, videos in golden_placed(CROSSTASK["videos"], CROSSTASK["tasks"]).items()
@@ -168,7 +171,7 @@ def test_crosstask_intervals_draw_videos():
         assert results.intervals[name] == pytest.approx(np.nanquantile(values, [0.025, 0.975]))
 
 
-def test_the_videos_of_crosstask_have_the_references_hits():
+def test_the_hits_of_crosstask_match_the_reference():
     placed = golden_placed(CROSSTASK["videos"], CROSSTASK["tasks"])
     videos = {name: video for videos in placed.values() for name, video in videos.items()}
     assert videos.keys() == CROSSTASK["expected"]["videos"].keys()
@@ -190,7 +193,7 @@ def check_crosstask(metrics):
         assert metrics["tasks"][task]["recall"] == close(recall)
 
 
-def test_the_metrics_of_crosstask_are_the_references():
+def test_the_metrics_of_crosstask_match_the_reference():
     metrics = metrics_of(golden_placed(CROSSTASK["videos"], CROSSTASK["tasks"]))
     check_crosstask(metrics)
     annotated = [video["annotated"] for video in CROSSTASK["expected"]["videos"].values()]
@@ -204,7 +207,7 @@ def test_the_metrics_of_crosstask_are_the_references():
     assert metrics["recall"] != close(CROSSTASK["expected"]["log_softmax"]["mean"])
 
 
-def test_a_task_without_annotated_steps_leaves_the_mean():
+def test_a_task_without_annotated_steps_is_not_in_the_mean():
     more = CROSSTASK["task_without_steps"]
     tasks = {**CROSSTASK["tasks"], **more["tasks"]}
     metrics = metrics_of(golden_placed([*CROSSTASK["videos"], *more["videos"]], tasks))
@@ -247,7 +250,7 @@ def golden_metrics(videos):
     ).metrics
 
 
-def test_the_metrics_of_htm_align_are_the_references():
+def test_the_metrics_of_htm_align_match_the_reference():
     metrics = golden_metrics(HTM_ALIGN["videos"])
     expected = HTM_ALIGN["expected"]
     assert metrics["R1"] == close(expected["global"]["R1"])
@@ -267,7 +270,7 @@ def test_sentences_of_one_kind_have_no_auc():
     assert idle["R1"] is idle["R1_64"] is idle["AUC"] is None
 
 
-def test_a_matrix_that_is_not_finite_misses_and_scores_the_lowest():
+def test_sentences_of_a_video_with_a_nan_score_are_misses_with_the_lowest_scores():
     sentences = [(1, 0.0, 40.0), (0, 3.0, 5.0)]
     good, bad = np.zeros((2, 40)), np.zeros((2, 40))
     bad[1, 7] = np.nan

@@ -11,7 +11,7 @@ from tests.evaluation.test_features import CPU, Brightness, decoding, primaries
 
 
 def clips(names, splits):
-    """A data set without videos; a clip's class is the first part of its name."""
+    """Make a data set without videos. A clip's class is the first part of its name."""
     labels = np.array([name.split("/")[0] for name in names])
     return SimpleNamespace(names=names, labels=labels, splits=np.array(splits))
 
@@ -20,8 +20,9 @@ def test_a_split_without_training_classes_or_test_videos_is_rejected():
     names = ["a/1", "b/1", "a/2"]
     dataset = clips(names, [[1] * 3, [1] * 3, [2] * 3])
     check_splits(dataset, names)
-    for lacking, counts in (("b/1", "1 classes .* 1 videos"), ("a/2", "2 classes .* 0 videos")):
-        with pytest.raises(ValueError, match=f"split1 .* {counts}"):
+    counts = "training classes: {}, .* test videos: {},"
+    for lacking, numbers in (("b/1", (1, 1)), ("a/2", (2, 0))):
+        with pytest.raises(ValueError, match=f"split1 .*{counts.format(*numbers)}"):
             check_splits(dataset, [name for name in names if name != lacking])
     dataset.splits[1, 1] = 2
     with pytest.raises(ValueError, match="split2"):
@@ -39,7 +40,7 @@ def test_videos_without_features_are_listed_with_the_reason():
 
 
 def predictions_of(*splits):
-    """Each split's test videos with a hit (1) or a miss (0): {index: hit}."""
+    """Make the predictions of each split from {index of a test video: hit (1) or miss (0)}."""
     return [
         Predictions(
             np.array(list(hits)),
@@ -68,7 +69,7 @@ def test_top1_has_the_counts_and_the_intervals_of_each_split():
 
 
 def test_a_video_of_several_splits_is_drawn_with_all_of_its_results():
-    """Three splits that test the same videos have no narrower an interval than one of them."""
+    """Three splits that test the same videos have the interval of one of them, no narrower one."""
     hits = {index: index % 3 > 0 for index in range(90)}
     results = top1_results(predictions_of(hits, hits, hits), FeatureSet({}, {}))
     assert results.intervals["mean"] == pytest.approx(results.intervals["split1"], abs=1e-9)

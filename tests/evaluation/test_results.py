@@ -29,8 +29,8 @@ def test_the_same_units_give_the_same_interval_and_another_seed_another():
     assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
 
 
-def test_units_may_be_rows_with_a_statistic_of_their_own():
-    """Such as videos with their hits and steps, of which a resample may have none."""
+def test_units_may_be_rows_with_a_suitable_statistic():
+    """Such as the hits and steps of a video. A resample may have no steps."""
     rows = np.array([[1, 2], [2, 2], [0, 0]])
 
     def recall(rows):
@@ -58,7 +58,7 @@ def test_the_terminal_shows_per_cent_with_counts_and_intervals(capsys):
     ]
 
 
-def test_an_interval_without_a_value_is_not_written(tmp_path):
+def test_a_nan_interval_is_not_written(tmp_path):
     write_results(tmp_path / "out.json", RESULTS._replace(intervals={"R1": (np.nan, np.nan)}))
     assert json.loads((tmp_path / "out.json").read_text())["intervals"] == {}
 
@@ -67,12 +67,12 @@ def test_an_interval_without_a_value_is_not_written(tmp_path):
     ("name", "note"),
     [("R1_64", "reads the alignable flags"), ("recall", "not the published list of videos")],
 )
-def test_a_metric_that_needs_a_note_never_goes_without_it(name, note, capsys):
+def test_a_metric_that_needs_a_note_is_printed_with_it(name, note, capsys):
     print_results("Toy", Results({name: 0.5}, {name: (1, 2)}))
     assert capsys.readouterr().out == f"Toy {name}: 50.0% (1 of 2, {note})\n"
 
 
-def test_the_file_has_fractions_and_what_the_run_was(tmp_path):
+def test_the_file_has_fractions_and_the_provenance(tmp_path):
     write_results(tmp_path / "out.json", RESULTS, command="python x.py", weights_checksum=None)
     assert json.loads((tmp_path / "out.json").read_text()) == {
         **RESULTS.metrics,

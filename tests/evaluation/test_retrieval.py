@@ -1,4 +1,4 @@
-"""Retrieval: ranks, metrics, and what broken videos do to them."""
+"""Retrieval: ranks, metrics, and the effect of broken videos on them."""
 
 import subprocess
 import sys
@@ -45,12 +45,12 @@ def test_ties_count_against_the_right_video():
     assert metrics == {"R1": 0, "R5": 0, "R10": 0, "MR": 20}
 
 
-def test_scores_that_are_not_numbers_win_nothing():
+def test_nan_scores_rank_last():
     assert retrieval_metrics(np.full((20, 20), np.nan))["MR"] == 20
 
 
-def test_the_best_videos_agree_with_the_right_ones_ranks():
-    """Where the rank says that k videos count against the right one, k come before it."""
+def test_the_best_videos_agree_with_the_ranks():
+    """As many videos come before the right one as count against it."""
     scores = np.random.default_rng(0).integers(0, 4, (30, 30)).astype(float)  # most are ties
     scores[3, 3] = scores[5, 6] = np.nan
     order = top_k_videos(scores, 30)
@@ -64,7 +64,7 @@ def test_the_best_videos_agree_with_the_right_ones_ranks():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_videos_are_logged_and_leave_both_sides(milnce_log, workers):
+def test_broken_videos_are_logged_and_removed_from_both_sides(milnce_log, workers):
     for broken, counts in (((), (3, 2)), ((1,), (2, 3))):
         model, dataset = Brightness(), primaries(3, broken=broken)
         videos = video_features(model, dataset, CPU, **decoding(workers))
@@ -74,13 +74,13 @@ def test_broken_videos_are_logged_and_leave_both_sides(milnce_log, workers):
     assert "video 1 is broken" in milnce_log.text
 
 
-def test_no_video_that_can_be_decoded_is_an_error():
+def test_it_is_an_error_if_no_video_can_be_decoded():
     with pytest.raises(ValueError, match="none of the videos can be decoded"):
         retrieval_scores(Brightness(), primaries(2), {}, CPU)
 
 
-def test_a_training_imports_no_package_of_pages_or_svms():
-    """They take seconds to import, and a training should run without them."""
+def test_training_imports_no_package_for_pages_or_svms():
+    """They take seconds to import, and training should run without them."""
     others = {"PIL", "sklearn", "flask", "waitress"}
     code = f"import main_distributed, sys; assert not {others} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The export to ONNX: both networks, at other sizes than the traced one, and what it refuses."""
+"""The export to ONNX: both networks, at other sizes than the traced one, and input errors."""
 
 import sys
 
@@ -14,7 +14,7 @@ from utils import run_script
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A model whose BatchNorms know its activations, and whose file is small."""
+    """Save a small model whose BatchNorm statistics fit its activations."""
     torch.manual_seed(0)
     model = S3D(num_classes=16, space_to_depth=True, init="kaiming_normal")
     model.text_module.word_embd = torch.nn.Embedding.from_pretrained(torch.randn(5, 300))
@@ -32,7 +32,7 @@ def export(monkeypatch, *arguments):
 
 
 @pytest.mark.slow
-def test_the_exported_networks_embed_as_the_model(weights, tmp_path, monkeypatch, capsys):
+def test_the_exported_networks_give_the_models_embeddings(weights, tmp_path, monkeypatch, capsys):
     export(monkeypatch, f"--weights={weights}", f"--out={tmp_path}")
     assert capsys.readouterr().out.count("apart from the model") == 4
     model, text = export_onnx.s3dg.load_model(weights), torch.tensor([[1, 2, 0, 0], [4, 3, 2, 1]])
@@ -48,7 +48,7 @@ def test_the_exported_networks_embed_as_the_model(weights, tmp_path, monkeypatch
         session.run(None, {"video": np.zeros((1, 3, 9, 35, 48), np.float32)})  # odd
 
 
-def test_a_missing_package_and_a_bad_file_are_one_line(tmp_path, monkeypatch, capsys):
+def test_a_missing_package_and_a_bad_file_are_reported_in_one_line(tmp_path, monkeypatch, capsys):
     def refuse():
         with pytest.raises(SystemExit) as ended:
             export(monkeypatch, f"--weights={tmp_path}/bad.pth", f"--out={tmp_path}/out")
