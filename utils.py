@@ -84,6 +84,11 @@ def printable(name: FilePath) -> str:
     return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
 
+def plural(count: int, noun: str) -> str:
+    """Format a count with its noun: "1 video", "2,000 videos"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
     """Run an entry script's main(). An InputError becomes one line and exit status 2.
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from annotations.official import parse_name, read_lines
-from annotations.tables import LARGEST_NUMBER, AnyPath, data_error, plural
-from utils import DataError, shorten
+from annotations.tables import LARGEST_NUMBER, AnyPath, data_error
+from utils import DataError, plural, shorten
 
 SUBSETS = ("test", "val", "all")
 FILES = ("tasks_primary.txt", "videos.csv", "videos_val.csv", "annotations")  # of the release

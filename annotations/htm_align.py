@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 from annotations.official import parse_name, parse_text, read_json
-from annotations.tables import LARGEST_NUMBER, AnyPath, data_error, plural
-from utils import DataError, shorten
+from annotations.tables import LARGEST_NUMBER, AnyPath, data_error
+from utils import DataError, plural, shorten
 
 
 class Sentence(NamedTuple):

@@ -13,13 +13,12 @@ from annotations.tables import (
     count_empty,
     data_error,
     make_table,
-    plural,
     read_annotations,
     read_table,
     require_non_empty,
     require_unique,
 )
-from utils import DataError, shorten
+from utils import DataError, plural, shorten
 
 COLUMNS = ["key", "vid_key", "video_id", "sentence"]
 JSFUSION_VIDEOS = 1000  # of the list "1k-A"

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import pandas as pd
 
-from utils import DataError, atomic_write, escapes_root, log, one_line, shorten
+from utils import DataError, atomic_write, escapes_root, log, one_line, plural, shorten
 
 LARGEST_NUMBER = 1e7  # in a table, in practice seconds; the decoder rejects times beyond 1e9
 
@@ -135,11 +135,6 @@ def count_empty(texts: pd.Series) -> list[str]:
     """Return a note if sentences are missing; they are evaluated as sentences without words."""
     count = int(texts.isna().sum())
     return [plural(count, "empty sentence")] if count else []
-
-
-def plural(count: int, noun: str) -> str:
-    """Format a count with its noun: "1 video", "2,000 videos"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def log_notes(path: AnyPath, notes: Iterable[str]) -> None:

@@ -8,8 +8,8 @@ import pandas as pd
 
 from annotations.clips import COLUMNS, SPLITS, TEST, TRAIN, UNUSED, read_clips
 from annotations.official import parse_name, read_lines
-from annotations.tables import AnyPath, data_error, make_table, plural
-from utils import DataError, shorten
+from annotations.tables import AnyPath, data_error, make_table
+from utils import DataError, plural, shorten
 
 CLASSES = "classInd.txt"
 CLASS_LINE = re.compile(r"\s*(\d+)\s+(\S.*?)\s*")  # 37 HandstandPushups

@@ -17,10 +17,9 @@ from annotations.tables import (
     count_empty,
     data_error,
     make_table,
-    plural,
     read_annotations,
 )
-from utils import shorten
+from utils import plural, shorten
 
 COLUMNS = ["end", "start", "task", "text", "video_id"]
 

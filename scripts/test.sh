@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format check and the tests. Arguments go to pytest; `-m slow` runs the longer proofs.
+# Lint, format check and the tests. Arguments go to pytest; `-m slow` runs the slow tests.
 set -euo pipefail
 source "$(dirname "$0")/setup_env.sh" requirements-dev.txt
 ruff check .

@@ -44,7 +44,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from annotations.tables import plural
 from annotations.video_ids import read_video_ids
 from args import Parser, check_absent, check_new_output, files_below, not_negative, positive
 from captions.packing import write_store
@@ -58,7 +57,15 @@ from captions.sources import (
     iter_captions,
     read_folder,
 )
-from utils import DataError, InputError, atomic_write, input_error, printable, run_stoppable_script
+from utils import (
+    DataError,
+    InputError,
+    atomic_write,
+    input_error,
+    plural,
+    printable,
+    run_stoppable_script,
+)
 
 # ---- pack ----------------------------------------------------------------------------------------
 

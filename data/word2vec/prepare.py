@@ -80,7 +80,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from annotations.tables import plural
 from captions.readers import CaptionError
 from captions.sources import OtherLanguage, iter_captions
 from s3dg import (
@@ -96,6 +95,7 @@ from utils import (
     atomic_write,
     input_error,
     one_line,
+    plural,
     run_stoppable_script,
     shorten,
 )
