@@ -48,9 +48,9 @@ from utils import InputError, run_script
 WIDTH, HEIGHT = 320, 240
 MARGIN = 12  # pixels that the camera may drift; the backdrop is that much larger on each side
 FPS = 25
-# HMDB-51 windows have the file's own frame rate. At 25 fps, 8 frames show a third of a second, too
-# little to recognize an action. At a low rate they last as long as in training.
-HMDB_FPS, HMDB_SECONDS = 8, 2.0
+# HMDB-51 windows have the file's own frame rate. At 25 fps, 4 frames show a sixth of a second, too
+# little to recognize an action. At 4 fps they show about as much as in the demo's training.
+HMDB_FPS, HMDB_SECONDS = 4, 2.0
 # A shape has a fading trail of (seconds ago, opacity). With it, actions are learned within a few
 # minutes of training; from the positions alone it takes far longer.
 TRAIL = ((0.5, 0.3), (0.25, 0.5), (0.0, 1.0))
