@@ -16,6 +16,7 @@ if __name__ == "__main__":  # --help should not wait for torch
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -54,12 +55,15 @@ from utils import (
     run_script,
     setup_logging,
 )
-from video_decoder import EXTENSIONS, locate
+from video_decoder import EXTENSIONS, locate, video_exists
 from video_search.index import (
     Index,
     IndexMetadata,
+    Moment,
     Video,
     best_moments,
+    explain_no_moments,
+    format_scores,
     format_timestamp,
     read_index,
     write_index,
@@ -342,23 +346,74 @@ def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed
 
 
 def query(options: argparse.Namespace) -> None:
-    """Print the best moments: score, from-to, file."""
+    """Print the best moments: score, from-to, file; or as JSON."""
     index = open_index(options.index)
-    vector, notes = load_embedder(options, index.metadata)(options.text)
+    folder = video_folder(options, index.metadata)
+    text = " ".join(options.text)
+    vector, notes = load_embedder(options, index.metadata)(text)
     moments = best_moments(index, vector, options.top)
+    warn_if_missing(folder, {index.videos[moment.video].path for moment in moments})
+    if options.json:
+        lines = [json.dumps(moments_to_json(text, notes, index, moments, folder), indent=2)]
+    else:
+        lines = [*notes, *list_moments(index, moments, folder)]
     try:
-        for note in notes:
-            print(note)
-        if not moments:
-            print(f"there are no moments in {options.index}")
-        for moment in moments:
-            path = os.path.join(index.metadata.folder, index.videos[moment.video].path)
-            start, end = int(moment.start), math.ceil(moment.end)
-            times = f"{format_timestamp(start)}-{format_timestamp(end)}"
-            print(f"{moment.score:8.3f}  {times:>15}  {one_line(path)}")
-        sys.stdout.flush()
+        print(*lines, sep="\n", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def list_moments(index: Index, moments: list[Moment], folder: str) -> list[str]:
+    """Format moments as the lines of a table, or explain that there are none."""
+    if not moments:
+        return [f"no moments found: {explain_no_moments(index)}"]
+    scores = format_scores([moment.score for moment in moments])
+    width = max(map(len, scores))
+    lines = []
+    for score, moment in zip(scores, moments, strict=True):
+        path = os.path.join(folder, index.videos[moment.video].path)
+        start, end = int(moment.start), math.ceil(moment.end)
+        times = f"{format_timestamp(start)}-{format_timestamp(end)}"
+        lines.append(f"{score:>{width}}  {times:>15}  {one_line(path)}")
+    return lines
+
+
+def moments_to_json(
+    text: str, notes: list[str], index: Index, moments: list[Moment], folder: str
+) -> dict:
+    """Convert the result of a query to the JSON object that docs/search.md describes."""
+    return {
+        "text": text,
+        "notes": notes,
+        "moments": [
+            {
+                "score": moment.score,
+                "start": moment.start,
+                "end": moment.end,
+                "path": os.path.join(folder, index.videos[moment.video].path),
+            }
+            for moment in moments
+        ],
+    }
+
+
+def video_folder(options: argparse.Namespace, metadata: IndexMetadata) -> str:
+    """Return the folder of the videos: --video_path, by default that of the index."""
+    if options.video_path:
+        check_video_folder(options.video_path, "video_path")
+    return os.path.abspath(options.video_path or metadata.folder)
+
+
+def warn_if_missing(folder: str, paths: set[str]) -> None:
+    """Warn on stderr if videos that are about to be listed are not where the index has them."""
+    missing = sum(not video_exists(os.path.join(folder, path)) for path in paths)
+    if not missing:
+        return
+    if os.path.exists(folder):
+        problem = f"{missing} of the {len(paths)} videos listed are not in {printable(folder)}"
+    else:
+        problem = f"there is no folder {printable(folder)}, where the videos were indexed"
+    print(f"warning: {problem}; give its present location with --video_path", file=sys.stderr)
 
 
 def serve(options: argparse.Namespace) -> None:

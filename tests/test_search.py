@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import json
 import os
 import re
 import shutil
@@ -386,12 +387,61 @@ def test_a_query_prints_the_best_moments(run, made, weights, films, capsys):
         (float((embeddings @ vector).max()), name)
         for name, (_, embeddings, _) in contents(made).items()
     ]
-    shown = [re.fullmatch(r" *(-?\d+\.\d{3}) +(\d+:\d\d-\d+:\d\d)  (.+)", line) for line in lines]
+    shown = [re.fullmatch(r" *(-?\d+\.\d{2,9}) +(\d+:\d\d-\d+:\d\d)  (.+)", line) for line in lines]
     assert len(shown) == 3 and all(shown)
     scores = [float(match[1]) for match in shown]
     assert scores == sorted(scores, reverse=True)
-    assert scores[0] == pytest.approx(max(best)[0], abs=2e-3)
+    assert scores[0] == pytest.approx(max(best)[0], abs=1e-2)
     assert shown[0][3] == str(films / max(best)[1])
+    assert len({match[1] for match in shown}) == 3  # enough digits to tell them apart
+
+
+def test_a_text_needs_no_quotes(run, made, capsys):
+    assert run("query", made, "cut the tomato", "--top=3") == 0
+    quoted = capsys.readouterr().out
+    assert run("query", made, "cut", "the", "tomato", "--top=3") == 0
+    assert capsys.readouterr().out == quoted
+
+
+def test_a_query_is_also_machine_readable(run, made, films, capsys):
+    assert run("query", made, "cut", "the", "tomato", "--top=3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"text", "notes", "moments"}
+    assert found["text"] == "cut the tomato"
+    assert found["notes"] == ["not in the vocabulary, ignored: the"]
+    first, *_ = moments = found["moments"]
+    assert len(moments) == 3 and first.keys() == {"score", "start", "end", "path"}
+    scores = [moment["score"] for moment in moments]
+    assert scores == sorted(scores, reverse=True)
+    path = os.path.relpath(first["path"], films)
+    (video,) = (video for video in read_index(made).videos if video.path == path)
+    assert (first["start"], first["end"]) in zip(
+        video.starts.tolist(), video.ends.tolist(), strict=True
+    )
+
+
+def test_videos_that_are_gone_are_named_before_their_paths(run, index, videos, tmp_path, capsys):
+    assert index(videos) == 0
+    (videos / "a.mp4").rename(tmp_path / "elsewhere.mp4")
+    capsys.readouterr()
+    assert run("query", tmp_path / "index", "stir") == 0
+    fix = "give its present location with --video_path\n"
+    assert capsys.readouterr().err == (
+        f"warning: 1 of the 3 videos listed are not in {videos}; {fix}"
+    )
+    (tmp_path / "elsewhere.mp4").rename(videos / "a.mp4")
+    moved = videos.rename(tmp_path / "moved")
+    assert run("query", tmp_path / "index", "stir") == 0
+    told = capsys.readouterr()
+    assert told.err == (
+        f"warning: there is no folder {videos}, where the videos were indexed; {fix}"
+    )
+    assert f"{videos}/a.mp4" in told.out
+    assert run("query", tmp_path / "index", "stir", f"--video_path={moved}") == 0
+    told = capsys.readouterr()
+    assert told.err == "" and f"{moved}/a.mp4" in told.out
+    with pytest.raises(InputError, match="--video_path: there is no folder"):
+        run("query", tmp_path / "index", "stir", f"--video_path={tmp_path}/absent")
 
 
 def test_a_query_is_of_as_many_moments_as_there_are(run, made, capsys):
@@ -405,7 +455,9 @@ def test_an_index_without_moments_says_so(run, index, tmp_path, capsys):
     assert index(tmp_path / "videos") == 1
     capsys.readouterr()
     assert run("query", tmp_path / "index", "stir") == 0
-    assert capsys.readouterr().out == f"there are no moments in {tmp_path}/index\n"
+    shown = capsys.readouterr().out
+    assert re.match(r"no moments found: no video could be used \(.*a\.mp4.*\); repair", shown)
+    assert shown.count("\n") == 1
 
 
 def test_words_count_up_to_the_towers_length(run, made, capsys):

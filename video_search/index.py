@@ -20,14 +20,14 @@ import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from utils import DataError, atomic_write, escapes_root, one_line
+from utils import DataError, atomic_write, escapes_root, one_line, printable
 from video_decoder import EXTENSIONS
 
 FORMAT = "MIL-NCE search index"
@@ -218,6 +218,30 @@ def best_moments(index: Index, query: torch.Tensor, count: int) -> list[Moment]:
         scores[begin + overlapping[0] : begin + overlapping[1]] = -np.inf
         scores[row] = -np.inf  # even if its start is NaN, so that the loop ends
     return found
+
+
+def explain_no_moments(index: Index) -> str:
+    """Explain why best_moments returns nothing: the problem, then the fix."""
+    if len(index.starts):
+        return "no score is a finite number; index the videos again, with other weights"
+    for video in index.videos:
+        if video.reason:
+            return (
+                f"no video could be used ({printable(video.reason)}); repair them, or index others"
+            )
+    return "the videos show nothing but black; index others"
+
+
+def format_scores(scores: Sequence[float]) -> list[str]:
+    """Format scores with two decimals, or with as many more as tell different scores apart.
+
+    Nine is the limit: a float32 has no more significant digits.
+    """
+    for decimals in range(2, 10):
+        texts = [f"{score:.{decimals}f}" for score in scores]
+        if len(set(texts)) == len(set(scores)):
+            break
+    return texts
 
 
 def format_timestamp(seconds: int) -> str:

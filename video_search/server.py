@@ -7,6 +7,7 @@ default, it serves only requests whose Host header is a loopback name, which pro
 rebinding.
 """
 
+import contextlib
 import functools
 import io
 import ipaddress
@@ -25,9 +26,25 @@ from flask import Flask, Response, abort, g, jsonify, render_template, request, 
 from evaluation.thumbnails import encode_thumbnail
 from utils import InputError, one_line, printable
 from video_decoder import DecodeError, MemberFile, Source, decode_clip, locate
-from video_search.index import Index, Moment, Video, best_moments, format_timestamp, get_moment
+from video_search.index import (
+    Index,
+    Moment,
+    Video,
+    best_moments,
+    explain_no_moments,
+    format_scores,
+    format_timestamp,
+    get_moment,
+)
 
 MOMENTS = 24  # on the page
+# Searches to start with. The page offers the first few whose words the model knows. The captions of
+# HowTo100M may come without articles, hence none. The last ones suit the toy data.
+SUGGESTIONS = (
+    *("cut tomato", "whisk eggs", "stir pan", "knead dough", "paint wall", "plant seeds"),
+    *("red ball", "blue star", "white ring spin", "green box rise"),
+)
+SUGGESTED = 4
 THUMBNAIL_SIZE = 192  # pixels
 CACHED_THUMBNAILS = 2000  # in memory, some 10 KB each
 MAX_RANGE = 4 << 20  # bytes of a video per response, so that a paused player blocks no thread
@@ -72,6 +89,8 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
     protect(app, host)
     decoding = threading.Semaphore(len(os.sched_getaffinity(0)))
 
+    suggestions = suggest_searches(embed) if len(index.starts) else []
+
     @app.get("/")
     def page():
         return render_template(
@@ -79,6 +98,8 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
             folder=printable(folder),
             videos=sum(not video.reason for video in index.videos),
             windows=len(index.starts),
+            suggestions=suggestions,
+            empty="" if len(index.starts) else explain_no_moments(index),
         )
 
     @app.get("/moments")
@@ -88,7 +109,11 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
         except InputError as error:
             return jsonify(error=str(error))
         found = best_moments(index, vector, MOMENTS)
-        return jsonify(notes=notes, moments=[moment_to_json(index, m, run) for m in found])
+        if not found:
+            return jsonify(error=f"No moments found: {explain_no_moments(index)}")
+        scores = format_scores([moment.score for moment in found])
+        shown = [moment_to_json(index, *pair, run) for pair in zip(found, scores, strict=True)]
+        return jsonify(notes=notes, moments=shown)
 
     def check_run(requested):
         if requested != run:
@@ -115,6 +140,16 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
         return send_video(folder, index.videos[parse_number(number, len(index.videos))], number)
 
     return app
+
+
+def suggest_searches(embed: Embed) -> list[str]:
+    """Pick the first SUGGESTED of SUGGESTIONS whose words are all in the vocabulary."""
+    known = []
+    for text in SUGGESTIONS:
+        with contextlib.suppress(InputError):
+            if not embed(text).notes:
+                known.append(text)
+    return known[:SUGGESTED]
 
 
 def protect(app: Flask, host: str | None) -> None:
@@ -226,7 +261,7 @@ def limit_range() -> None:
             request.environ["HTTP_RANGE"] = f"bytes={begin}-{begin + MAX_RANGE - 1}"
 
 
-def moment_to_json(index: Index, moment: Moment, run: str) -> dict:
+def moment_to_json(index: Index, moment: Moment, score: str, run: str) -> dict:
     """Convert a Moment to the JSON object that the page expects."""
     return {
         "thumbnail": f"thumbnail/{run}/{moment.row}",
@@ -235,7 +270,7 @@ def moment_to_json(index: Index, moment: Moment, run: str) -> dict:
         "start": moment.start,
         "from": format_timestamp(int(moment.start)),
         "to": format_timestamp(math.ceil(moment.end)),
-        "score": round(moment.score, 3),
+        "score": score,
     }
 
 

@@ -9,6 +9,8 @@ from video_search.index import (
     IndexMetadata,
     Video,
     best_moments,
+    explain_no_moments,
+    format_scores,
     format_timestamp,
     get_moment,
     read_index,
@@ -99,6 +101,26 @@ def test_an_empty_index_has_no_moments(make_index):
     assert best_moments(make_index(unusable), torch.ones(4), 3) == []
 
 
+@pytest.mark.parametrize(
+    ("videos", "reason"),
+    [
+        ([video_of("a.mp4", [], [])], "the videos show nothing but black; index others"),
+        (
+            [video_of("a.mp4", [], []), video_of("b.mp4", [], [], "b.mp4: broken")],
+            "no video could be used (b.mp4: broken); repair them, or index others",
+        ),
+        (
+            [video_of("a.mp4", [0], [[np.nan, 1]])],
+            "no score is a finite number; index the videos again, with other weights",
+        ),
+    ],
+)
+def test_a_search_without_moments_is_explained(make_index, videos, reason):
+    index = make_index(*videos)
+    assert best_moments(index, torch.ones(2), 3) == []
+    assert explain_no_moments(index) == reason
+
+
 def test_what_is_written_is_read_whatever_the_order(make_index):
     videos = [*random_videos(0), video_of("sub/\udcff ü.mkv", [], torch.zeros(0, 4), "broken")]
     index = make_index(*reversed(videos))
@@ -180,6 +202,14 @@ def test_a_disk_that_does_not_take_it_is_told_in_a_line_and_the_file_stays(
         write_index(tmp_path / "index", ABOUT, [])
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     assert len(read_index(tmp_path / "index").starts) == len(before.starts)
+
+
+def test_scores_have_two_decimals_or_as_many_as_tell_them_apart():
+    assert format_scores([]) == []
+    assert format_scores([12.0, 3.456, -0.5]) == ["12.00", "3.46", "-0.50"]
+    assert format_scores([2.0013, 2.0011, 2.0011]) == ["2.0013", "2.0011", "2.0011"]
+    neighbours = torch.tensor([2.0, 2.0]).nextafter(torch.tensor([2.0, 3.0])).tolist()
+    assert format_scores(neighbours) == ["2.0000000", "2.0000002"]
 
 
 def test_a_clock():

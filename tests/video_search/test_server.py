@@ -17,7 +17,14 @@ from tests.helpers import make_video, open_page, pack_folder, page_errors
 from utils import InputError
 from video_search import server as search_server
 from video_search.index import IndexMetadata, Video, read_index, write_index
-from video_search.server import THREADS, EmbeddedText, create_app, create_server, is_loopback
+from video_search.server import (
+    THREADS,
+    EmbeddedText,
+    create_app,
+    create_server,
+    is_loopback,
+    suggest_searches,
+)
 
 SETTINGS = {"num_frames": 4, "fps": 5, "video_size": 32}
 NOTE = "not in the vocabulary, ignored: zebra"
@@ -83,13 +90,14 @@ def test_a_text_gives_moments_with_all_that_the_page_shows(client):
     run = first["video"].split("/")[1]
     assert first == {
         "thumbnail": f"thumbnail/{run}/3", "video": f"video/{run}/0", "path": "a.webm",
-        "start": 6.0, "from": "0:06", "to": "0:07", "score": 9.0,
+        "start": 6.0, "from": "0:06", "to": "0:07", "score": "9.00",
     }  # fmt: skip
     assert second == {
         "thumbnail": f"thumbnail/{run}/6", "video": f"video/{run}/3", "path": "sub/b & <b>.mp4",
-        "start": 0.0, "from": "0:00", "to": "0:01", "score": 8.0,
+        "start": 0.0, "from": "0:00", "to": "0:01", "score": "8.00",
     }  # fmt: skip
-    assert [moment["score"] for moment in answer["moments"]] == [9, 8, 7, 4, 3, 2, 1, -5]
+    scores = [moment["score"] for moment in answer["moments"]]
+    assert scores == ["9.00", "8.00", "7.00", "4.00", "3.00", "2.00", "1.00", "-5.00"]
     assert client.get("/moments?text=stir+zebra").get_json()["notes"] == [NOTE]
 
 
@@ -111,6 +119,27 @@ def test_odd_texts_are_answered_with_a_line(client, query, named):
     answer = client.get("/moments" + query)
     assert answer.status_code == 200
     assert re.search(named, answer.get_json()["error"])
+
+
+def test_an_index_without_moments_is_explained(index, folder, tmp_path):
+    about = index.metadata
+    write_index(tmp_path / "index", about, [index.videos[1]])
+    client = create_app(read_index(tmp_path / "index"), embed, str(folder)).test_client()
+    reason = r"no video could be used \(films/\\xff.mp4: moov atom not found\); repair"
+    assert re.search(reason, client.get("/moments?text=stir").get_json()["error"])
+    page = client.get("/").text
+    assert re.search(f"0 moments of 0 videos in .*: {reason}", page) and "for example" not in page
+
+
+def test_searches_are_suggested_whose_words_are_all_in_the_vocabulary(index, folder, monkeypatch):
+    texts = ("stir pan", "no such", "stir zebra", "cut tomato", "cut it", "stir", "cut", "stir it")
+    monkeypatch.setattr(search_server, "SUGGESTIONS", texts)
+    assert suggest_searches(embed) == ["stir pan", "cut tomato", "cut it", "stir"]
+    page = create_app(index, embed, str(folder)).test_client().get("/").text
+    assert re.findall("<button type=.button.>(.*?)</button>", page) == suggest_searches(embed)
+    monkeypatch.setattr(search_server, "SUGGESTIONS", ("no such",))
+    page = create_app(index, embed, str(folder)).test_client().get("/").text
+    assert "Describe in a few words" in page and "for example" not in page
 
 
 def test_a_thumbnail_is_a_moving_picture_of_the_window(client, at):
@@ -401,3 +430,83 @@ def test_in_a_browser_typing_shows_moments_and_a_click_plays_from_there(browser,
     assert found() == []
     assert page_errors(browser) == []
     assert browser.current_url == f"{address}?text=zebra"
+
+
+def found_in(browser):
+    return browser.find_elements("css selector", "#moments li")
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_first_search_is_a_click_away(browser, address):
+    wait = WebDriverWait(browser, 30).until
+    open_page(browser, address)
+    start = browser.find_element("id", "start")
+    suggestions = start.find_elements("css selector", "button")
+    assert [button.text for button in suggestions] == ["cut tomato", "stir pan"]
+    suggestions[1].click()
+    wait(lambda _: len(found_in(browser)) == 8)
+    assert not start.is_displayed()
+    assert browser.current_url == f"{address}?text=stir+pan"
+    box = browser.find_element("name", "text")
+    assert browser.switch_to.active_element == box and box.get_attribute("value") == "stir pan"
+    box.clear()
+    box.send_keys("none", Keys.ENTER)
+    wait(lambda _: start.is_displayed())  # with the message that none of the words is known
+    assert "(none)" in browser.find_element("id", "message").text and found_in(browser) == []
+
+
+@pytest.mark.slow
+def test_in_a_browser_keys_are_enough_to_search_choose_and_play(browser, address):
+    wait = WebDriverWait(browser, 30).until
+
+    def press(key):
+        browser.switch_to.active_element.send_keys(key)
+        return browser.switch_to.active_element
+
+    open_page(browser, address)
+    press("stir")
+    press(Keys.ENTER)
+    wait(lambda _: len(found_in(browser)) == 8)
+    cards = browser.find_elements("css selector", "#moments button")
+    columns = len({card.rect["x"] for card in cards})
+    assert 1 < columns < 8
+    assert press(Keys.TAB).text == "Search" and press(Keys.TAB) == cards[0]
+    assert cards[0].value_of_css_property("outline-style") == "solid"
+    assert press(Keys.ARROW_RIGHT) == cards[1] and press(Keys.ARROW_DOWN) == cards[-1]
+    assert press(Keys.ARROW_LEFT) == cards[-2]
+    assert press(Keys.ARROW_UP) == cards[6 - columns]
+    while press(Keys.ARROW_UP).tag_name == "button":
+        pass
+    assert browser.switch_to.active_element.get_attribute("name") == "text"
+    assert press(Keys.ARROW_DOWN) == cards[0]
+    assert press(Keys.ENTER).text == "Close"
+    dialog = browser.find_element("css selector", "dialog")
+    assert dialog.is_displayed()
+    assert press(Keys.ESCAPE) == cards[0] and not dialog.is_displayed()
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_file_that_stops_playing_in_the_middle_says_why(browser, tmp_path):
+    make_video(tmp_path / "a.mp4", 12, "-g", "10", "-movflags", "+faststart")
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    for place in range(len(content) // 2, len(content)):
+        content[place] = place * 7919 % 256
+    (tmp_path / "a.mp4").write_bytes(content)
+    status = os.stat(tmp_path / "a.mp4")
+    video = Video("a.mp4", len(content), status.st_mtime_ns, "", *one_window())
+    write_index(tmp_path / "index", IndexMetadata(str(tmp_path), SETTINGS, "", ""), [video])
+    app = create_app(read_index(tmp_path / "index"), embed, str(tmp_path))
+    server = waitress.create_server(app, host="127.0.0.1", port=0, threads=THREADS)
+    threading.Thread(target=server.run, daemon=True).start()
+    try:
+        open_page(browser, f"http://127.0.0.1:{server.effective_port}/?text=stir")
+        wait = WebDriverWait(browser, 30).until
+        wait(lambda _: found_in(browser))
+        browser.find_element("css selector", "#moments button").click()
+        caption = browser.find_element("id", "caption")
+        wait(lambda _: caption.text.startswith("Stopped at 0:0"))
+        assert "a.mp4 is damaged there, or this browser cannot decode it" in caption.text
+        assert caption.text.endswith("open the file in a player, at 0:00.")
+        assert browser.find_element("css selector", "dialog video").is_displayed()
+    finally:
+        server.close()
