@@ -412,6 +412,26 @@ def test_the_page_of_hmdb_has_classes_matrix_and_pairs(browser, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("count", "tables"), [(51, 2), (6, 1)])
+def test_a_recognition_fills_the_width_of_the_page(browser, tmp_path, count, tables):
+    names = np.array([f"class_{i:02d}" for i in range(count)])
+    data = recognition_data([Predictions(np.arange(count), names, names[::-1])] * 3)
+    write_page(tmp_path, "HMDB-51", Results({"mean": 0.5}), [], data)
+    open_page(browser, (tmp_path / "index.html").as_uri())
+    shown = browser.find_elements("css selector", "#classes table")
+    assert len(shown) == tables
+    rows = browser.find_elements("css selector", "#classes tbody tr td:first-child")
+    assert [row.text for row in rows] == [name for name, *_ in data["classes"]]
+    blocks = [*shown, browser.find_element("id", "matrix")] if tables == 1 else shown
+    assert len({block.rect["y"] // 100 for block in blocks}) == 1  # side by side
+    section = browser.find_element("id", "recognition").rect
+    assert blocks[1].rect["x"] > section["x"] + section["width"] / 2
+    if tables == 2:
+        assert browser.find_element("id", "matrix").rect["width"] > 0.9 * section["width"]
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
 def test_the_page_of_all_evaluations_has_sources_figures_and_links(browser, tmp_path):
     done = {"title": "<b>UCF", "link": "ucf/index.html", "status": "done", "missing": "1 of 9"}
     done["metrics"] = [("top-1", [("82.7", "paper"), ("82.1", "others")], "50.0%", "4 of 8")]
@@ -424,9 +444,9 @@ def test_the_page_of_all_evaluations_has_sources_figures_and_links(browser, tmp_
         for row in browser.find_elements("css selector", "#summary tbody tr")
     ]
     assert cells == [
-        ["<b>UCF", "top-1", "82.7: paper\n82.1: others", "50.0%", "4 of 8", "1 of 9"],
-        ["MSR-VTT", "R@1", "9.9: paper", "-", "failed: no table", ""],
-        ["", "R@5", "24: paper", "-", "", ""],
+        ["<b>UCF", "top-1", "50.0%", "82.7: paper\n82.1: others", "4 of 8", "1 of 9"],
+        ["MSR-VTT", "R@1", "-", "9.9: paper", "failed: no table", ""],
+        ["", "R@5", "-", "24: paper", "", ""],
     ]
     [link] = browser.find_elements("css selector", "#summary a")
     assert link.get_attribute("href") == (tmp_path / "ucf/index.html").as_uri()
