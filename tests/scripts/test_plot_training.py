@@ -4,15 +4,17 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from loss import MILNCELoss
 from scripts import plot_training
 from training.log import append_record
 from utils import append, run_script
 
 
 def training(step, loss=2.5):
-    rest = {"lr": 0.001, "clips_per_second": 20.0, "data_wait": 0.25}
+    rest = {"lr": 0.001, "batch_size": 8, "clips_per_second": 20.0, "data_wait": 0.25}
     return {"epoch": 1, "step": step, "loss": loss, **rest}
 
 
@@ -66,7 +68,7 @@ def test_losses_that_are_no_numbers_leave_gaps_also_in_the_smooth_line(write):
     losses = {step: math.nan if 50 <= step < 60 else 2.0 + step % 2 for step in range(1, 101)}
     path = write("run.jsonl", *(training(step, loss) for step, loss in losses.items()))
     figure = plot_training.draw({"run": plot_training.read_run(path)})
-    faint, smooth = figure.axes[0].get_lines()
+    faint, smooth, _ = figure.axes[0].get_lines()
     assert faint.get_alpha() < 1
     for line in (faint, smooth):
         assert np.isnan(line.get_ydata())[49:59].all() and np.isnan(line.get_ydata()).sum() == 10
@@ -86,7 +88,7 @@ def test_several_runs_share_the_panels_and_are_named(write):
     runs = {path.stem: plot_training.read_run(path) for path in (one, two)}
     figure = plot_training.draw(runs)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
-    panels = {panel.get_title(): panel for panel in figure.axes}
+    panels = {panel.get_title("left"): panel for panel in figure.axes}
     assert list(panels) == [
         *("loss", "learning rate", "clips per second", "waiting for data (%)"),
         *("validation: recall (%)", "validation: median rank"),
@@ -96,6 +98,38 @@ def test_several_runs_share_the_panels_and_are_named(write):
     assert [list(line.get_xdata()) for line in lines] == [[1, 2], [1, 3]]
     recalls = [line.get_ydata()[0] for line in panels["validation: recall (%)"].get_lines()]
     assert recalls == [10, 25, 50]
+
+
+@pytest.mark.parametrize("candidates", [1, 5])
+def test_the_loss_of_chance_is_that_of_embeddings_that_tell_nothing_apart(write, candidates):
+    runs = {"run": plot_training.read_run(write("run.jsonl", training(1), training(2)))}
+    chance = plot_training.draw(runs).axes[0].get_lines()[-1]
+    loss = MILNCELoss()(torch.ones(8, 4), torch.ones(8 * candidates, 4))
+    assert list(chance.get_xdata()) == [1, 2]
+    assert list(chance.get_ydata()) == pytest.approx([loss.item()] * 2)
+
+
+def test_a_log_without_batch_sizes_has_no_loss_of_chance(write):
+    record = training(1)
+    del record["batch_size"]
+    figure = plot_training.draw({"run": plot_training.read_run(write("run.jsonl", record))})
+    assert np.isnan(figure.axes[0].get_lines()[-1].get_ydata()).all()
+    assert figure.axes[0].get_legend() is None
+
+
+def test_no_legend_covers_a_curve(write):
+    path = write("run.jsonl", *(training(s) for s in range(1, 9)), validation(8))
+    run = plot_training.read_run(path)
+    figure = plot_training.draw({f"{'long name ' * 4}{number}": run for number in range(5)})
+    figure.canvas.draw()
+    boxes = [panel.get_window_extent() for panel in figure.axes]
+    titles = [panel._left_title.get_window_extent() for panel in figure.axes]
+    inside = [panel.get_legend() for panel in figure.axes if panel.get_legend()]
+    assert len(inside) == 2
+    for legend in (*inside, *figure.legends):
+        shown = legend.get_window_extent()
+        assert not any(shown.overlaps(box) for box in (*boxes, *titles))
+        assert shown.x0 >= 0 and shown.x1 <= figure.bbox.width
 
 
 def test_the_picture_is_a_png_and_runs_of_one_name_are_told_apart(
