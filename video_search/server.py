@@ -1,4 +1,4 @@
-"""Serve the search page to the browser of the person who runs it.
+"""Serve the search page to a browser on this machine.
 
 Serves the page, moments, thumbnails and the indexed videos. Videos are requested by their number
 in the index: no request contains a path. The addresses of thumbnails and videos are valid for one
@@ -79,8 +79,8 @@ Embed = Callable[[str], EmbeddedText]  # raises InputError for a text that canno
 def create_app(index: Index, embed: Embed, folder: str, host: str | None = "localhost") -> Flask:
     """Create the Flask application.
 
-    folder: where the videos are. host: a name that Host headers may have, in addition to loopback
-    names; None accepts all names.
+    folder: the folder of the videos. host: a name that Host headers may have, in addition to
+    loopback names; None accepts all names.
     """
     folder = os.path.abspath(folder)  # Flask resolves relative paths otherwise
     run = secrets.token_hex(4)
@@ -117,7 +117,7 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
 
     def check_run(requested):
         if requested != run:
-            abort(404, "The server has been restarted since; search again.")
+            abort(404, "The server was restarted; search again.")
 
     @app.get("/thumbnail/<requested_run>/<row>")
     def thumbnail(requested_run, row):
@@ -159,7 +159,7 @@ def protect(app: Flask, host: str | None) -> None:
     def check_host():
         name = host_name(request.host)
         if host and name != host.lower() and not is_loopback(name):
-            abort(403, "This server is for this machine only; call it localhost.")
+            abort(403, "This server is for this machine only; open it as localhost.")
         g.nonce = secrets.token_urlsafe()
 
     @app.after_request
@@ -235,7 +235,7 @@ def is_loopback(host: str) -> bool:
 def parse_number(text: str, count: int) -> int:
     """Parse a number in a request, from 0 to count - 1; otherwise respond with 404."""
     if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) < count):
-        abort(404, "The index has nothing of this number.")
+        abort(404, "The index has no such number.")
     return int(text)
 
 
@@ -297,10 +297,10 @@ def create_server(
     local = all(is_loopback(address) for address, _ in listening)
     app = create_app(index, embed, folder, host if local else None)
     if not local:
-        print(f"everybody who can reach {host} can search these videos and see them")
+        print(f"anyone who can reach {host} can search and watch these videos")
     name = f"[{host}]" if ":" in host else host
     print(
-        f"http://{name}:{listening[0][1]}/ shows {len(index.starts)} windows; Ctrl-C ends it",
+        f"http://{name}:{listening[0][1]}/ searches {len(index.starts):,} moments; Ctrl-C stops it",
         flush=True,
     )
     return server

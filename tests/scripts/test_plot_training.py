@@ -50,7 +50,7 @@ def test_a_run_is_read_by_steps(write):
     assert validated["R10"].to_dict() == {2: 0.5} and validated["MR"].to_dict() == {2: 12.0}
 
 
-def test_what_a_resumed_run_says_again_counts_and_what_lay_beyond_is_gone(write):
+def test_steps_that_a_resumed_run_repeats_replace_the_earlier_ones(write):
     before = [training(1), training(2), validation(2, 0.1), training(3), training(4, 9.0)]
     before += [validation(4, 0.1), training(5, 9.0)]
     after = [training(3, 1.0), training(4, 1.0), validation(4, 0.7)]
@@ -64,7 +64,7 @@ def test_a_run_resumed_before_a_validation_has_lost_it(write):
     assert plot_training.read_run(path)[1].empty
 
 
-def test_losses_that_are_no_numbers_leave_gaps_also_in_the_smooth_line(write):
+def test_losses_that_are_not_finite_leave_gaps_in_both_lines(write):
     losses = {step: math.nan if 50 <= step < 60 else 2.0 + step % 2 for step in range(1, 101)}
     path = write("run.jsonl", *(training(step, loss) for step, loss in losses.items()))
     figure = plot_training.draw({"run": plot_training.read_run(path)})
@@ -75,7 +75,7 @@ def test_losses_that_are_no_numbers_leave_gaps_also_in_the_smooth_line(write):
     assert np.nanstd(smooth.get_ydata()) < 0.5 * np.nanstd(faint.get_ydata())
 
 
-def test_half_lines_and_lines_of_something_else_are_passed_over(write):
+def test_partial_and_foreign_lines_are_skipped(write):
     path = write("run.jsonl", training(1))
     append(path, '{"epoch": 1, "step": 2, "lo\n3\n[]\n{"step": "4", "loss": 1}\n')
     append_record(path, training(5))
@@ -101,7 +101,7 @@ def test_several_runs_share_the_panels_and_are_named(write):
 
 
 @pytest.mark.parametrize("candidates", [1, 5])
-def test_the_loss_of_chance_is_that_of_embeddings_that_tell_nothing_apart(write, candidates):
+def test_the_loss_of_chance_is_that_of_constant_embeddings(write, candidates):
     runs = {"run": plot_training.read_run(write("run.jsonl", training(1), training(2)))}
     chance = plot_training.draw(runs).axes[0].get_lines()[-1]
     loss = MILNCELoss()(torch.ones(8, 4), torch.ones(8 * candidates, 4))
@@ -148,7 +148,7 @@ def test_the_picture_is_a_png_and_runs_of_one_name_are_told_apart(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x00\xff\xfe", b"[1, 2]\n", b'{"step": 1}\n'])
-def test_a_file_that_is_no_log_is_refused(content, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_log_is_rejected(content, tmp_path, monkeypatch, capsys):
     path = tmp_path / "run.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -157,18 +157,18 @@ def test_a_file_that_is_no_log_is_refused(content, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_folder_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_folder_is_rejected(tmp_path, monkeypatch, capsys):
     status, error = plot(monkeypatch, capsys, tmp_path, f"--out={tmp_path}/out.png")
     assert status == 2 and error.count("\n") == 1 and str(tmp_path) in error
 
 
 @pytest.mark.parametrize("out", ["absent/out.png", "."])
-def test_a_picture_that_cannot_be_written_is_refused(out, write, tmp_path, monkeypatch, capsys):
+def test_an_unwritable_output_is_rejected(out, write, tmp_path, monkeypatch, capsys):
     path = write("run.jsonl", training(1))
     status, error = plot(monkeypatch, capsys, path, f"--out={tmp_path / out}")
     assert status == 2 and error.count("\n") == 1 and "--out" in error
 
 
-def test_no_run_is_refused(monkeypatch, capsys):
+def test_a_missing_argument_is_rejected(monkeypatch, capsys):
     status, error = plot(monkeypatch, capsys)
     assert status == 2 and error.count("\n") == 1 and "RUN.jsonl" in error

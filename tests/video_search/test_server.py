@@ -31,9 +31,9 @@ NOTE = "not in the vocabulary, ignored: zebra"
 
 
 def embed(text):
-    """Knows two words; what a text is found by is set so that "stir" is best 6 seconds in."""
+    """Embed a text of a vocabulary of two words. All texts are best 6 seconds into a.webm."""
     if not text.strip():
-        raise InputError("there is no word in the text: say what is to be seen")
+        raise InputError("there is no word in the text: describe what is to be seen")
     if "stir" not in text and "cut" not in text:
         raise InputError(f"none of the words is in the vocabulary ({text[:50]}); use others")
     return EmbeddedText(torch.tensor([1.0, 0.0]), [NOTE] if "zebra" in text else [])
@@ -83,7 +83,7 @@ def at(client):
     return lambda kind, number: f"/{first[kind].rpartition('/')[0]}/{number}"
 
 
-def test_a_text_gives_moments_with_all_that_the_page_shows(client):
+def test_moments_have_all_that_the_page_shows(client):
     answer = client.get("/moments", query_string={"text": "stir it"}).get_json()
     assert answer["notes"] == []
     first, second = answer["moments"][:2]
@@ -115,7 +115,7 @@ def test_a_text_gives_moments_with_all_that_the_page_shows(client):
         ("?text=a&text=stir", "none of the words"),
     ],
 )
-def test_odd_texts_are_answered_with_a_line(client, query, named):
+def test_texts_that_cannot_be_searched_for_get_a_one_line_error(client, query, named):
     answer = client.get("/moments" + query)
     assert answer.status_code == 200
     assert re.search(named, answer.get_json()["error"])
@@ -150,7 +150,7 @@ def test_a_thumbnail_is_a_moving_picture_of_the_window(client, at):
     assert client.get(at("thumbnail", 1)).data != answer.data
 
 
-def test_a_video_is_given_out_whole_or_in_pieces(client, folder, at):
+def test_a_video_is_served_whole_or_in_ranges(client, folder, at):
     address = at("video", 0)
     content = (folder / "a.webm").read_bytes()
     whole = client.get(address)
@@ -166,7 +166,7 @@ def test_a_video_is_given_out_whole_or_in_pieces(client, folder, at):
     assert client.head(address).status_code == 200
 
 
-def test_a_request_for_the_rest_of_a_file_gets_a_piece(client, folder, at, monkeypatch):
+def test_a_range_is_cut_to_the_maximum(client, folder, at, monkeypatch):
     address = at("video", 0)
     monkeypatch.setattr(search_server, "MAX_RANGE", 1000)
     content = (folder / "a.webm").read_bytes()
@@ -187,7 +187,7 @@ def test_numbers_that_are_not_in_the_index_are_not_found(client, at, number):
         assert client.get(at("thumbnail", number)).status_code == 404
 
 
-def test_what_cannot_be_shown_is_told(client, at):
+def test_errors_of_videos_and_thumbnails_are_plain_text(client, at):
     unused, broken = client.get(at("video", 1)), client.get(at("thumbnail", 5))
     assert unused.status_code == 404
     assert unused.text == "It could not be indexed: films/\\xff.mp4: moov atom not found"
@@ -214,7 +214,7 @@ def test_no_request_reaches_a_path(client, at, path):
     assert b"secret" not in answer.data and b"root:" not in answer.data
 
 
-def test_addresses_of_an_earlier_run_of_the_server_lead_nowhere(client, at, index, folder):
+def test_addresses_of_an_earlier_run_of_the_server_are_not_found(client, at, index, folder):
     later = create_app(index, embed, str(folder)).test_client()
     for address in (at("thumbnail", 0), at("video", 0)):
         assert client.get(address).status_code == 200
@@ -222,7 +222,7 @@ def test_addresses_of_an_earlier_run_of_the_server_lead_nowhere(client, at, inde
         assert answer.status_code == 404 and "search again" in answer.text
 
 
-def test_files_of_any_name_and_a_relative_folder_are_given_out(tmp_path, monkeypatch):
+def test_files_of_any_name_in_a_relative_folder_are_served(tmp_path, monkeypatch):
     name = os.fsdecode(b"\xff.mp4")
     make_video(tmp_path / "films" / name, 1)
     status = os.stat(tmp_path / "films" / name)
@@ -240,7 +240,7 @@ def test_files_of_any_name_and_a_relative_folder_are_given_out(tmp_path, monkeyp
     assert client.get(found["thumbnail"]).mimetype == "image/webp"
 
 
-def test_a_video_in_a_tar_file_is_given_out_in_ranges(folder, tmp_path):
+def test_a_video_in_a_tar_file_is_served_in_ranges(folder, tmp_path):
     content = (folder / "a.webm").read_bytes()
     shard = pack_folder(folder, tmp_path / "films/s.tar", ["secret.txt", "a.webm", "c.mp4"])
     video = Video("s.tar/a.webm", len(content), shard.stat().st_mtime_ns, "", *one_window())
@@ -267,7 +267,7 @@ def one_window():
     return torch.zeros(1, dtype=torch.float64), torch.ones(1, 2)
 
 
-def test_a_file_that_is_gone_or_has_changed_is_not_given_out(client, at, folder):
+def test_a_file_that_is_gone_or_has_changed_is_not_served(client, at, folder):
     path = folder / "a.webm"
     content, times = path.read_bytes(), path.stat()
     try:
@@ -287,7 +287,7 @@ def test_a_file_that_is_gone_or_has_changed_is_not_given_out(client, at, folder)
 
 
 @pytest.mark.parametrize("path", ["/", "/moments?text=stir", "/thumbnail/0", "/video/0", "/none"])
-def test_a_page_of_another_name_is_refused_and_every_answer_is_protected(client, at, path):
+def test_other_host_names_are_rejected_and_every_response_has_security_headers(client, at, path):
     if path.endswith("/0"):
         path = at(path.split("/")[1], 0)
     for host in (
@@ -311,18 +311,18 @@ def test_a_page_of_another_name_is_refused_and_every_answer_is_protected(client,
         assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-def test_another_address_is_for_everybody_who_asks(index, folder):
+def test_without_a_host_name_all_names_are_accepted(index, folder):
     client = create_app(index, embed, str(folder), host=None).test_client()
     assert client.get("/", headers={"Host": "films.example"}).status_code == 200
 
 
-def test_a_name_that_leads_to_this_machine_only_is_answered_and_no_other(index, folder):
+def test_the_given_host_name_is_accepted_besides_loopback_names(index, folder):
     client = create_app(index, embed, str(folder), host="Box").test_client()
     for host, status in (("box:8000", 200), ("localhost", 200), ("evil.example", 403)):
         assert client.get("/", headers={"Host": host}).status_code == status
 
 
-def test_the_pages_scripts_are_those_that_its_policy_names(client):
+def test_the_policy_allows_only_scripts_with_the_nonce_of_the_response(client):
     pages = [client.get("/") for _ in range(2)]
     nonces = [set(re.findall('nonce="([^"]+)"', page.text)) for page in pages]
     for page, own in zip(pages, nonces, strict=True):
@@ -334,7 +334,7 @@ def test_the_pages_scripts_are_those_that_its_policy_names(client):
     assert "8 moments of 3 videos" in pages[0].text
 
 
-def test_what_is_loopback():
+def test_loopback_names_and_addresses_are_recognized():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1")))
     assert not any(map(is_loopback, ("", "0.0.0.0", "10.0.0.1", "example.org", "localhost.evil")))
 
@@ -343,24 +343,24 @@ def test_what_is_loopback():
     ("host", "only"),
     [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("*", None), ("0.0.0.0", None)],
 )
-def test_the_addresses_that_are_listened_at_decide_who_is_answered(
+def test_the_addresses_listened_at_decide_which_host_names_are_accepted(
     index, folder, monkeypatch, capsys, host, only
 ):
     names = []
     monkeypatch.setattr(search_server, "create_app", lambda *given: names.append(given[-1]))
     create_server(index, embed, str(folder), host, 0).close()
     assert names == [only]
-    assert ("everybody who can reach" in capsys.readouterr().out) == (only is None)
+    assert ("anyone who can reach" in capsys.readouterr().out) == (only is None)
 
 
 @pytest.mark.parametrize("host", ["no such host", "203.0.113.1", "::g"])
-def test_a_host_that_cannot_be_listened_at_is_a_line(index, folder, host):
+def test_an_unusable_host_is_rejected_in_one_line(index, folder, host):
     with pytest.raises(ValueError, match="cannot listen at") as refused:
         create_server(index, embed, str(folder), host, 0)
     assert "\n" not in str(refused.value)
 
 
-def test_a_port_that_is_taken_is_a_line(index, folder):
+def test_a_port_in_use_is_rejected_in_one_line(index, folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}"):
@@ -486,7 +486,7 @@ def test_in_a_browser_keys_are_enough_to_search_choose_and_play(browser, address
 
 
 @pytest.mark.slow
-def test_in_a_browser_a_file_that_stops_playing_in_the_middle_says_why(browser, tmp_path):
+def test_in_a_browser_an_error_in_the_middle_of_a_video_is_explained(browser, tmp_path):
     make_video(tmp_path / "a.mp4", 12, "-g", "10", "-movflags", "+faststart")
     content = bytearray((tmp_path / "a.mp4").read_bytes())
     for place in range(len(content) // 2, len(content)):
