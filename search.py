@@ -1,4 +1,4 @@
-"""Search one's own videos by what is done in them.
+"""Search your own videos for what is done in them.
 
     python search.py index FOLDER --weights FILE --out INDEX
     python search.py query INDEX "cut the tomato"
@@ -16,6 +16,7 @@ if __name__ == "__main__":  # --help should not wait for torch
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -54,12 +55,15 @@ from utils import (
     run_script,
     setup_logging,
 )
-from video_decoder import EXTENSIONS, locate
+from video_decoder import EXTENSIONS, locate, video_exists
 from video_search.index import (
     Index,
     IndexMetadata,
+    Moment,
     Video,
     best_moments,
+    explain_no_moments,
+    format_scores,
     format_timestamp,
     read_index,
     write_index,
@@ -77,7 +81,7 @@ MAX_TEXT_LENGTH = 1000  # characters
 class FileStatus(NamedTuple):
     """The size and time of a file. If either differs, the video has changed.
 
-    Of a video in a tar file, the time is that of the tar file.
+    For a video in a tar file, the time is that of the tar file.
     """
 
     size: int  # bytes
@@ -131,14 +135,14 @@ def index_videos(options: argparse.Namespace) -> None:
             with input_error("--out"):
                 write_index(options.out, metadata, plan.kept.values())
     index = open_index(options.out, "out")
-    log.info("%s has %d windows of %d videos", options.out, len(index.starts), len(index.videos))
+    log.info("%s: %d windows, %d videos", options.out, len(index.starts), len(index.videos))
     if failed:
-        log.error("%d videos could not be used", failed)
+        log.error("%d of %d videos could not be used", failed, len(index.videos))
         sys.exit(1)
 
 
 def open_index(path: str, flag: str = "INDEX") -> Index:
-    """Read the index that this flag names."""
+    """Read the index that a flag names."""
     check_file(path, flag)
     with input_error(format_flag(flag)):
         return read_index(path)
@@ -162,11 +166,11 @@ def make_plan(options: argparse.Namespace, metadata: IndexMetadata) -> Plan:
     to_do = {path: status for path, status in present.items() if path not in kept}
     again, gone = len(to_do.keys() & before), len(before.keys() - present)
     log.info(
-        "%d videos: %d are done, %d to do again, %d are new; %d are gone",
+        "%d videos: %d up to date, %d to embed again, %d new; %d gone",
         *(len(present), len(kept), again, len(to_do) - again, gone),
     )
     if failed := sum(bool(video.reason) for video in kept.values()):
-        log.info("%d could not be used before; --retry_failed tries them again", failed)
+        log.info("%d of them could not be used before; --retry_failed retries them", failed)
     return Plan(kept, to_do, bool(gone) or not old or metadata != old.metadata)
 
 
@@ -189,9 +193,9 @@ def list_videos(folder: str) -> dict[str, FileStatus]:
 
 
 def check_mounted(folder: str, gone: list[str]) -> None:
-    """Reject removing videos whose folder is empty or a broken link.
+    """Reject the removal of videos whose folder is empty or a broken link.
 
-    Such is the mount point of a disk that is not mounted.
+    The mount point of a disk that is not mounted looks like that.
     """
     for path in gone:
         place = os.path.join(folder, path)
@@ -203,15 +207,15 @@ def check_mounted(folder: str, gone: list[str]) -> None:
                 empty = not any(entries)
         if empty:
             raise InputError(
-                f"FOLDER: nothing is in {printable(place)}, but the index has videos of it; mount "
-                "its disk, or remove it to remove them from the index"
+                f"FOLDER: {printable(place)} is empty, but the index has videos of it; mount its "
+                "disk, or delete it to drop them from the index"
             )
 
 
 def check_same_index(
     path: str, made: IndexMetadata, metadata: IndexMetadata, nothing_kept: bool
 ) -> None:
-    """Reject bringing an index up to date with other settings, or with another folder."""
+    """Reject an index of other settings or of another folder."""
     fix = "give another file to keep both, or delete it"
     if differ := difference(made.settings, metadata.settings):
         raise InputError(f"--out: {path} was made with {differ}; {fix}")
@@ -219,7 +223,7 @@ def check_same_index(
     if exists and os.path.realpath(made.folder) == os.path.realpath(metadata.folder):
         return
     if exists or nothing_kept:
-        raise InputError(f"--out: {path} is of the videos in {made.folder}; {fix}")
+        raise InputError(f"--out: {path} indexes the videos in {made.folder}; {fix}")
 
 
 @contextlib.contextmanager
@@ -247,7 +251,8 @@ def add_videos(
 ) -> int:
     """Add videos as they are embedded. Returns how many could not be used.
 
-    Writes the index every SAVE_EVERY seconds or less often, and at the end, also after an error.
+    The index is written every SAVE_EVERY seconds or less often, and at the end, even after an
+    error.
     """
     videos, to_do = dict(plan.kept), list(plan.to_do)
     failed, written, pause = 0, time.monotonic(), SAVE_EVERY
@@ -257,7 +262,7 @@ def add_videos(
         began = time.monotonic()
         with input_error("--out"):
             write_index(path, metadata, videos.values())
-        # Keep those of the file, which are memory-mapped.
+        # Replace the tensors by those of the file, which are memory-mapped.
         videos.update((video.path, video) for video in open_index(path, "out").videos)
         written = time.monotonic()
         pause = max(SAVE_EVERY, (written - began) / SAVE_FRACTION)
@@ -281,7 +286,7 @@ def add_videos(
 
 
 def make_video(path: str, status: FileStatus, outcome: Outcome, dim: int) -> Video:
-    """Make an entry of the index, without the black windows, which could match some texts."""
+    """Make an entry of the index. Black windows are skipped: some texts would match them."""
     if outcome.error:
         empty = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dim)
         return Video(path, *status, one_line(outcome.error), *empty)
@@ -300,8 +305,8 @@ def make_video(path: str, status: FileStatus, outcome: Outcome, dim: int) -> Vid
 def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed:
     """Load the function that embeds a text with the weights of the index.
 
-    The flags give its files, by default the index. It raises InputError for a text that cannot be
-    searched for.
+    Its files are those of the flags or, by default, of the index. The function raises InputError
+    for a text that cannot be searched for.
     """
     weights = options.weights or metadata.weights
     vocabulary = options.token_to_word_path or metadata.words
@@ -342,23 +347,74 @@ def load_embedder(options: argparse.Namespace, metadata: IndexMetadata) -> Embed
 
 
 def query(options: argparse.Namespace) -> None:
-    """Print the best moments: score, from-to, file."""
+    """Print the best moments: score, from-to, file; or as JSON."""
     index = open_index(options.index)
-    vector, notes = load_embedder(options, index.metadata)(options.text)
+    folder = video_folder(options, index.metadata)
+    text = " ".join(options.text)
+    vector, notes = load_embedder(options, index.metadata)(text)
     moments = best_moments(index, vector, options.top)
+    warn_if_missing(folder, {index.videos[moment.video].path for moment in moments})
+    if options.json:
+        lines = [json.dumps(moments_to_json(text, notes, index, moments, folder), indent=2)]
+    else:
+        lines = [*notes, *list_moments(index, moments, folder)]
     try:
-        for note in notes:
-            print(note)
-        if not moments:
-            print(f"there are no moments in {options.index}")
-        for moment in moments:
-            path = os.path.join(index.metadata.folder, index.videos[moment.video].path)
-            start, end = int(moment.start), math.ceil(moment.end)
-            times = f"{format_timestamp(start)}-{format_timestamp(end)}"
-            print(f"{moment.score:8.3f}  {times:>15}  {one_line(path)}")
-        sys.stdout.flush()
+        print(*lines, sep="\n", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def list_moments(index: Index, moments: list[Moment], folder: str) -> list[str]:
+    """Format moments as the lines of a table, or explain that there are none."""
+    if not moments:
+        return [f"no moments found: {explain_no_moments(index)}"]
+    scores = format_scores([moment.score for moment in moments])
+    width = max(map(len, scores))
+    lines = []
+    for score, moment in zip(scores, moments, strict=True):
+        path = os.path.join(folder, index.videos[moment.video].path)
+        start, end = int(moment.start), math.ceil(moment.end)
+        times = f"{format_timestamp(start)}-{format_timestamp(end)}"
+        lines.append(f"{score:>{width}}  {times:>15}  {one_line(path)}")
+    return lines
+
+
+def moments_to_json(
+    text: str, notes: list[str], index: Index, moments: list[Moment], folder: str
+) -> dict:
+    """Convert the result of a query to the JSON object that docs/search.md describes."""
+    return {
+        "text": text,
+        "notes": notes,
+        "moments": [
+            {
+                "score": moment.score,
+                "start": moment.start,
+                "end": moment.end,
+                "path": os.path.join(folder, index.videos[moment.video].path),
+            }
+            for moment in moments
+        ],
+    }
+
+
+def video_folder(options: argparse.Namespace, metadata: IndexMetadata) -> str:
+    """Return the folder of the videos: --video_path, by default that of the index."""
+    if options.video_path:
+        check_video_folder(options.video_path, "video_path")
+    return os.path.abspath(options.video_path or metadata.folder)
+
+
+def warn_if_missing(folder: str, paths: set[str]) -> None:
+    """Warn on stderr if videos that are about to be listed are not where the index has them."""
+    missing = sum(not video_exists(os.path.join(folder, path)) for path in paths)
+    if not missing:
+        return
+    if os.path.exists(folder):
+        problem = f"{missing} of {len(paths)} listed videos cannot be found in {printable(folder)}"
+    else:
+        problem = f"there is no folder {printable(folder)}, where the videos were indexed"
+    print(f"warning: {problem}; give its present location with --video_path", file=sys.stderr)
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -50,8 +50,8 @@ def write_page(
 ) -> Path:
     """Write the page, replacing an older one, and return its path.
 
-    settings: (name, value) pairs, see describe_settings. data: of one of the functions below whose
-    names end in _data. Raises DataError if it cannot be written.
+    settings: (name, value) pairs, see describe_settings. data: the result of one of the functions
+    below whose names end in _data. Raises DataError if the page cannot be written.
     """
     data = {"title": title, "metrics": list_metrics(results), "settings": settings, **data}
     # Without a literal "<", no sentence can end the element that contains the JSON.
@@ -98,8 +98,8 @@ def retrieval_data(
 ) -> dict:
     """Build the page's data on a retrieval.
 
-    pairs, thumbnails: of the N items that were scored. root: the folder that the page's paths are
-    relative to. scores [N, N]: of retrieval.retrieval_scores.
+    pairs, thumbnails: those of the N items that were scored. root: the folder that the page's paths
+    are relative to. scores [N, N]: the result of retrieval.retrieval_scores.
     """
     ranks, top = ground_truth_ranks(scores), top_k_videos(scores, TOP_VIDEOS)
     videos = [
@@ -141,7 +141,7 @@ def rank_histogram(ranks: np.ndarray) -> list[tuple[str, int]]:
 def recognition_data(predictions: Sequence[Predictions]) -> dict:
     """Build the page's data on an action recognition.
 
-    predictions: of linear_probe.predict_splits.
+    predictions: the result of linear_probe.predict_splits.
 
     "classes": a row per class with test videos, the worst first: its name, its top-1 in each split
     (None without test videos there) and the mean of these. "confusion": how many videos, of all
@@ -257,7 +257,7 @@ def timeline(
     features: np.ndarray,
     rows: Sequence[tuple[str, Sequence[tuple[float, float]], Sequence[tuple[int | None, bool]]]],
 ) -> dict:
-    """Describe a video's timeline. Its first mark of each row decides whether the row is a hit.
+    """Describe a video's timeline. The first mark of a row decides whether the row is a hit.
 
     features: [T, ..], of each second. rows: (text, true segments in seconds, marks) with marks
     (second or None, hit). A hit is None if the video does not show the step.

@@ -2,7 +2,8 @@
 
 Several runs share the panels: loss, learning rate, clips per second, the fraction of the time spent
 waiting for data and, if a run has validated, recalls and median rank, all over steps. The loss is
-drawn faintly, and over it its running mean of a twentieth of the records.
+drawn faintly, under its running mean over a twentieth of the records, with the loss of chance as a
+dotted line.
 """
 
 import argparse
@@ -27,6 +28,7 @@ if __name__ == "__main__":  # --help should not wait for torch
     parse_arguments()
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -46,6 +48,7 @@ PANELS = {  # field of a record: (title, factor)
 }
 RECALLS = {"R1": "-", "R5": "--", "R10": ":"}  # metric: line style
 MARKED_POINTS = 30  # a line with at most this many points has markers
+LEGEND_WIDTH = 100  # characters of the runs' names side by side
 
 
 def read_run(path: Path) -> Run:
@@ -78,7 +81,10 @@ def read_run(path: Path) -> Run:
         pd.DataFrame(rows[::-1], columns=["step", *names])
         .apply(pd.to_numeric, errors="coerce")
         .set_index("step")
-        for rows, names in ((training, PANELS), (validation, (*RECALLS, "MR")))
+        for rows, names in (
+            (training, (*PANELS, "batch_size")),
+            (validation, (*RECALLS, "MR")),
+        )
     )
 
 
@@ -88,11 +94,28 @@ def draw_line(panel: plt.Axes, values: pd.Series, **style) -> None:
     panel.plot(values.index, values, marker=marker, markersize=3, **style)
 
 
+def add_legend(panel: plt.Axes, styles: dict[str, str]) -> None:
+    """Explain line styles, {label: style}, above a panel, where they hide no curve."""
+    lines = [plt.Line2D([], [], color="gray", linestyle=style) for style in styles.values()]
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(lines)}
+    panel.legend(lines, list(styles), frameon=False, fontsize="small", **place)
+
+
+def chance_loss(batch_size: pd.Series) -> pd.Series:
+    """Compute the MIL-NCE loss if all scores are equal, as those of a constant embedding.
+
+    batch_size: the B clips of a step, over all processes and micro-batches. Of the 2BK terms of a
+    denominator, see loss.MILNCELoss, K are the positives, so the loss is log(2B) for any K.
+    """
+    return np.log(2 * batch_size)
+
+
 def draw(runs: dict[str, Run]) -> Figure:
     """Draw runs, by name, into one figure."""
     validated = any(len(validation) for _, validation in runs.values())
     rows = 3 if validated else 2
-    figure, grid = plt.subplots(rows, 2, figsize=(10, 3 * rows), sharex=True, squeeze=False)
+    size = {"figsize": (10, 3 * rows), "layout": "constrained"}
+    figure, grid = plt.subplots(rows, 2, sharex=True, squeeze=False, **size)
     panels = dict(zip((*PANELS, "recall", "MR"), grid.flat, strict=False))
     for number, (name, (training, validation)) in enumerate(runs.items()):
         color = f"C{number}"
@@ -100,6 +123,8 @@ def draw(runs: dict[str, Run]) -> Figure:
         smooth = loss.rolling(max(1, len(loss) // 20), center=True, min_periods=1).mean()
         panels["loss"].plot(loss.index, loss, color=color, alpha=0.3, linewidth=1)
         draw_line(panels["loss"], smooth.where(loss.notna()), color=color, label=name)
+        chance = chance_loss(training["batch_size"])
+        panels["loss"].plot(chance.index, chance, color=color, linestyle=":")
         for field in list(PANELS)[1:]:
             draw_line(panels[field], PANELS[field][1] * training[field], color=color)
         if len(validation):
@@ -107,24 +132,26 @@ def draw(runs: dict[str, Run]) -> Figure:
                 draw_line(panels["recall"], 100 * validation[recall], color=color, linestyle=line)
             draw_line(panels["MR"], validation["MR"], color=color)
     for field, (title, _) in PANELS.items():
-        panels[field].set_title(title)
+        panels[field].set_title(title, loc="left")
+    if any(training["batch_size"].notna().any() for training, _ in runs.values()):
+        add_legend(panels["loss"], {"chance": ":"})
     for field in ("clips_per_second", "data_wait"):
         panels[field].set_ylim(bottom=0)
     panels["data_wait"].set_ylim(top=100)
     if validated:
-        panels["recall"].set_title("validation: recall (%)")
+        panels["recall"].set_title("validation: recall (%)", loc="left")
         panels["recall"].set_ylim(bottom=0)
-        panels["MR"].set_title("validation: median rank")
-        lines = [plt.Line2D([], [], color="gray", linestyle=line) for line in RECALLS.values()]
-        panels["recall"].legend(lines, ["R@1", "R@5", "R@10"], frameon=False, loc="upper left")
+        panels["MR"].set_title("validation: median rank", loc="left")
+        lines = dict(zip(("R@1", "R@5", "R@10"), RECALLS.values(), strict=True))
+        add_legend(panels["recall"], lines)
     for panel in grid.flat:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in grid[-1]:
         panel.set_xlabel("step")
     handles, names = panels["loss"].get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper center", ncols=min(4, len(names)), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.09 * math.ceil(len(names) / 4) / rows))
+    columns = min(4, len(names), max(1, LEGEND_WIDTH // max(map(len, names))))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import json
 import os
 import re
 import shutil
@@ -147,7 +148,7 @@ def test_an_index_has_the_models_embeddings_of_overlapping_windows(made, weights
     assert metadata.settings["stride"] == 0.4
 
 
-def test_only_what_is_new_or_has_changed_is_embedded(index, videos, tmp_path, embedded, capsys):
+def test_only_new_and_changed_videos_are_embedded(index, videos, tmp_path, embedded, capsys):
     assert index(videos) == 0 and sorted(embedded) == ["a.mp4", "b.mkv", "short.mp4"]
     before, times = contents(tmp_path / "index"), (tmp_path / "index").stat().st_mtime_ns
     embedded.clear()
@@ -159,7 +160,7 @@ def test_only_what_is_new_or_has_changed_is_embedded(index, videos, tmp_path, em
     shutil.rmtree(videos / "sub")
     capsys.readouterr()
     assert index(videos) == 0 and sorted(embedded) == ["new.mp4", "short.mp4"]
-    assert "3 videos: 1 are done, 1 to do again, 1 are new; 1 are gone" in capsys.readouterr().out
+    assert "3 videos: 1 up to date, 1 to embed again, 1 new; 1 gone" in capsys.readouterr().out
     after = contents(tmp_path / "index")
     assert list(after) == ["a.mp4", "new.mp4", "short.mp4"]
     assert after["a.mp4"][0] == before["a.mp4"][0]
@@ -193,7 +194,7 @@ def test_a_touched_file_is_embedded_again(index, videos, embedded):
     assert index(videos) == 0 and embedded == ["a.mp4"]
 
 
-def test_a_video_that_cannot_be_used_is_listed_and_tried_again_only_when_asked(
+def test_an_unusable_video_is_recorded_and_retried_only_with_retry_failed(
     index, videos, tmp_path, embedded, capsys
 ):
     (videos / "broken.mp4").write_text("no video")
@@ -205,7 +206,8 @@ def test_a_video_that_cannot_be_used_is_listed_and_tried_again_only_when_asked(
     embedded.clear()
     capsys.readouterr()
     assert index(videos) == 0 and embedded == []
-    assert "1 could not be used before; --retry_failed tries them again" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 of them could not be used before; --retry_failed retries them" in told
     assert index(videos, "--retry_failed") == 1 and embedded == ["broken.mp4"]
     embedded.clear()
     make_video(videos / "broken.mp4", 1)  # mended: it has changed
@@ -213,7 +215,9 @@ def test_a_video_that_cannot_be_used_is_listed_and_tried_again_only_when_asked(
     assert contents(tmp_path / "index")["broken.mp4"][2] == ""
 
 
-def test_an_ffmpeg_program_that_fails_makes_no_windows(index, videos, ffmpeg_in_path, tmp_path):
+def test_a_video_has_no_windows_if_the_ffmpeg_program_fails(
+    index, videos, ffmpeg_in_path, tmp_path
+):
     ffmpeg_in_path("echo 'no libx264' >&2; exit 127")
     assert index(videos, "--decoder=ffmpeg") == 1
     for starts, _, reason in contents(tmp_path / "index").values():
@@ -234,14 +238,14 @@ def test_the_decoder_is_a_setting_of_an_index(index, videos, tmp_path, embedded)
     assert index(videos, "--decoder=ffmpeg") == 0 and embedded == []
 
 
-def test_black_windows_are_left_out(index, tmp_path):
+def test_black_windows_are_skipped(index, tmp_path):
     make_video(tmp_path / "videos/a.mp4", 3, "-vf", "fade=out:st=0.5:d=0.3", "-qp", "0")
     assert index(tmp_path / "videos") == 0
     starts = contents(tmp_path / "index")["a.mp4"][0]
     assert starts[0] == 0.0 and starts[-1] < 1.0
 
 
-def test_a_stopped_run_keeps_what_it_has_and_is_gone_on_with(
+def test_a_stopped_run_keeps_its_videos_and_is_resumed(
     index, videos, tmp_path, embedded, monkeypatch
 ):
     def stopped(path, *rest):
@@ -261,7 +265,7 @@ def test_a_stopped_run_keeps_what_it_has_and_is_gone_on_with(
     assert list(contents(tmp_path / "index")) == NAMES
 
 
-def test_the_index_is_written_now_and_then(index, videos, made, tmp_path, monkeypatch):
+def test_the_index_is_written_at_intervals(index, videos, made, tmp_path, monkeypatch):
     written, write_index = [], search.write_index
     monkeypatch.setattr(search, "SAVE_EVERY", 0)
     monkeypatch.setattr(search, "SAVE_FRACTION", 1e9)
@@ -290,7 +294,7 @@ def test_the_index_is_written_now_and_then(index, videos, made, tmp_path, monkey
         (["--amp=bf16"], "--amp none, not bf16"),
     ],
 )
-def test_an_index_of_other_settings_is_not_gone_on_with(
+def test_an_index_of_other_settings_is_rejected(
     more, named, index, films, made, tmp_path, embedded
 ):
     shutil.copy(made, tmp_path / "index")
@@ -300,12 +304,12 @@ def test_an_index_of_other_settings_is_not_gone_on_with(
     assert (tmp_path / "index").read_bytes() == made.read_bytes()
 
 
-def test_an_index_of_another_folder_or_weights_is_not_gone_on_with(
+def test_an_index_of_another_folder_or_other_weights_is_rejected(
     index, run, films, made, weights, tmp_path
 ):
     shutil.copy(made, tmp_path / "index")
     make_video(tmp_path / "others/a.mp4", 1)
-    with pytest.raises(InputError, match=r"--out: .* is of the videos in "):
+    with pytest.raises(InputError, match=r"--out: .* indexes the videos in "):
         index(tmp_path / "others")
     other = tmp_path / "other.pth"
     other.write_bytes(weights.read_bytes() + b" ")
@@ -314,28 +318,28 @@ def test_an_index_of_another_folder_or_weights_is_not_gone_on_with(
         run(*flags(other, films, tmp_path / "index"))
 
 
-def test_a_folder_that_was_moved_is_gone_on_with(index, videos, tmp_path, embedded):
+def test_the_index_of_a_moved_folder_is_updated(index, videos, tmp_path, embedded):
     assert index(videos) == 0
     embedded.clear()
     assert index(videos.rename(tmp_path / "moved")) == 0 and embedded == []
     assert read_index(tmp_path / "index").metadata.folder == str(tmp_path / "moved")
 
 
-def test_a_folder_by_another_name_is_gone_on_with(index, videos, tmp_path, embedded):
+def test_the_index_of_a_folder_is_updated_through_a_link(index, videos, tmp_path, embedded):
     assert index(videos) == 0
     embedded.clear()
     (tmp_path / "link").symlink_to(videos)
     assert index(tmp_path / "link") == 0 and embedded == []
 
 
-def test_a_disk_that_is_not_mounted_does_not_take_its_videos_out(index, videos, tmp_path):
+def test_videos_of_an_unmounted_disk_stay_in_the_index(index, videos, tmp_path):
     assert index(videos) == 0
     (videos / "sub/b.mkv").rename(tmp_path / "b.mkv")
-    with pytest.raises(InputError, match=r"FOLDER: nothing is in .*sub, but the index has videos"):
+    with pytest.raises(InputError, match=r"FOLDER: .*sub is empty, but the index has videos"):
         index(videos)
     (videos / "sub").rmdir()
     (videos / "sub").symlink_to(tmp_path / "unplugged")
-    with pytest.raises(InputError, match=r"FOLDER: nothing is in .*sub, but the index has videos"):
+    with pytest.raises(InputError, match=r"FOLDER: .*sub is empty, but the index has videos"):
         index(videos)
     assert list(contents(tmp_path / "index")) == NAMES
     (videos / "sub").unlink()
@@ -343,7 +347,7 @@ def test_a_disk_that_is_not_mounted_does_not_take_its_videos_out(index, videos, 
     assert list(contents(tmp_path / "index")) == ["a.mp4", "short.mp4"]
 
 
-def test_what_cannot_be_indexed_is_a_line(index, run, weights, films, tmp_path):
+def test_unusable_arguments_of_index_are_rejected_in_one_line(index, run, weights, films, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="FOLDER: there are no videos in"):
         index(tmp_path / "empty")
@@ -367,7 +371,7 @@ def test_two_processes_do_not_write_one_index(index, films, tmp_path):
     assert index(films) == 0  # a lock that a killed process left is none
 
 
-def test_a_word_list_of_other_weights_is_refused(index, weights, films, tmp_path):
+def test_a_vocabulary_of_other_weights_is_rejected(index, weights, films, tmp_path):
     np.save(tmp_path / "few.npy", np.array(WORDS[:2]))
     with pytest.raises(InputError, match=r"few.npy has 2 words, but the word embedding has 5 rows"):
         index(films, f"--token_to_word_path={tmp_path}/few.npy")
@@ -386,29 +390,80 @@ def test_a_query_prints_the_best_moments(run, made, weights, films, capsys):
         (float((embeddings @ vector).max()), name)
         for name, (_, embeddings, _) in contents(made).items()
     ]
-    shown = [re.fullmatch(r" *(-?\d+\.\d{3}) +(\d+:\d\d-\d+:\d\d)  (.+)", line) for line in lines]
+    shown = [re.fullmatch(r" *(-?\d+\.\d{2,9}) +(\d+:\d\d-\d+:\d\d)  (.+)", line) for line in lines]
     assert len(shown) == 3 and all(shown)
     scores = [float(match[1]) for match in shown]
     assert scores == sorted(scores, reverse=True)
-    assert scores[0] == pytest.approx(max(best)[0], abs=2e-3)
+    assert scores[0] == pytest.approx(max(best)[0], abs=1e-2)
     assert shown[0][3] == str(films / max(best)[1])
+    assert len({match[1] for match in shown}) == 3  # enough digits to tell them apart
 
 
-def test_a_query_is_of_as_many_moments_as_there_are(run, made, capsys):
+def test_a_text_needs_no_quotes(run, made, capsys):
+    assert run("query", made, "cut the tomato", "--top=3") == 0
+    quoted = capsys.readouterr().out
+    assert run("query", made, "cut", "the", "tomato", "--top=3") == 0
+    assert capsys.readouterr().out == quoted
+
+
+def test_a_query_is_also_machine_readable(run, made, films, capsys):
+    assert run("query", made, "cut", "the", "tomato", "--top=3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"text", "notes", "moments"}
+    assert found["text"] == "cut the tomato"
+    assert found["notes"] == ["not in the vocabulary, ignored: the"]
+    first, *_ = moments = found["moments"]
+    assert len(moments) == 3 and first.keys() == {"score", "start", "end", "path"}
+    scores = [moment["score"] for moment in moments]
+    assert scores == sorted(scores, reverse=True)
+    path = os.path.relpath(first["path"], films)
+    (video,) = (video for video in read_index(made).videos if video.path == path)
+    assert (first["start"], first["end"]) in zip(
+        video.starts.tolist(), video.ends.tolist(), strict=True
+    )
+
+
+def test_videos_that_are_gone_are_named_before_their_paths(run, index, videos, tmp_path, capsys):
+    assert index(videos) == 0
+    (videos / "a.mp4").rename(tmp_path / "elsewhere.mp4")
+    capsys.readouterr()
+    assert run("query", tmp_path / "index", "stir") == 0
+    fix = "give its present location with --video_path\n"
+    assert capsys.readouterr().err == (
+        f"warning: 1 of 3 listed videos cannot be found in {videos}; {fix}"
+    )
+    (tmp_path / "elsewhere.mp4").rename(videos / "a.mp4")
+    moved = videos.rename(tmp_path / "moved")
+    assert run("query", tmp_path / "index", "stir") == 0
+    told = capsys.readouterr()
+    assert told.err == (
+        f"warning: there is no folder {videos}, where the videos were indexed; {fix}"
+    )
+    assert f"{videos}/a.mp4" in told.out
+    assert run("query", tmp_path / "index", "stir", f"--video_path={moved}") == 0
+    told = capsys.readouterr()
+    assert told.err == "" and f"{moved}/a.mp4" in told.out
+    with pytest.raises(InputError, match="--video_path: there is no folder"):
+        run("query", tmp_path / "index", "stir", f"--video_path={tmp_path}/absent")
+
+
+def test_a_query_prints_no_more_moments_than_exist(run, made, capsys):
     assert run("query", made, "stir", "--top=1000") == 0
     assert 3 <= len(capsys.readouterr().out.splitlines()) < 14  # those that do not overlap
 
 
-def test_an_index_without_moments_says_so(run, index, tmp_path, capsys):
+def test_a_query_of_an_index_without_moments_explains_why(run, index, tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/a.mp4").write_text("no video")
     assert index(tmp_path / "videos") == 1
     capsys.readouterr()
     assert run("query", tmp_path / "index", "stir") == 0
-    assert capsys.readouterr().out == f"there are no moments in {tmp_path}/index\n"
+    shown = capsys.readouterr().out
+    assert re.match(r"no moments found: no video could be used \(.*a\.mp4.*\); repair", shown)
+    assert shown.count("\n") == 1
 
 
-def test_words_count_up_to_the_towers_length(run, made, capsys):
+def test_words_beyond_the_limit_are_reported(run, made, capsys):
     assert run("query", made, "stir " * 31) == 0
     assert "only the first 30 words count" in capsys.readouterr().out
 
@@ -428,13 +483,13 @@ def script(*given):
         ("x" * 1001, "the text has more than 1000 characters"),
     ],
 )
-def test_a_text_that_nothing_is_found_by_is_a_line(run, made, text, named):
+def test_a_text_that_cannot_be_searched_for_is_rejected_in_one_line(run, made, text, named):
     with pytest.raises(InputError, match=named) as refused:
         run("query", made, text)
     assert "\n" not in str(refused.value)
 
 
-def test_a_mistake_ends_the_script_with_a_line_and_status_2(made, weights, films, tmp_path):
+def test_an_input_error_is_one_line_and_exit_status_2(made, weights, films, tmp_path):
     out = tmp_path / "index"
     for given, named in (
         (("query", made, "zebra"), "none of the words is in the vocabulary (zebra)"),
@@ -458,20 +513,20 @@ def test_a_mistake_ends_the_script_with_a_line_and_status_2(made, weights, films
         ([], "index|query|serve"),
     ],
 )
-def test_flags_that_make_no_sense_are_a_line(run, capsys, given, named):
+def test_invalid_flags_are_rejected_in_one_line(run, capsys, given, named):
     assert run(*given) == 2
     shown = capsys.readouterr().err
     assert named in shown and shown.count("\n") == 1
 
 
-def test_files_that_are_not_there_are_named(run, made, tmp_path):
+def test_absent_files_are_named(run, made, tmp_path):
     with pytest.raises(InputError, match="INDEX: there is no file"):
         run("query", tmp_path / "absent", "stir")
     with pytest.raises(InputError, match="--video_path: there is no folder"):
         run("serve", made, f"--video_path={tmp_path}/absent")
 
 
-def test_a_folder_that_is_gone_is_asked_for(run, index, videos, tmp_path):
+def test_serve_needs_video_path_if_the_folder_is_gone(run, index, videos, tmp_path):
     assert index(videos) == 0
     videos.rename(tmp_path / "moved")
     with pytest.raises(InputError, match=f"--video_path: there is no folder {videos}"):
@@ -479,7 +534,7 @@ def test_a_folder_that_is_gone_is_asked_for(run, index, videos, tmp_path):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_has_enough_ends_the_list(made, unbuffered):
+def test_a_closed_pipe_ends_the_output_silently(made, unbuffered):
     command = [sys.executable, ROOT / "search.py", "query", made, "stir zebra"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
@@ -503,14 +558,14 @@ def test_weights_and_words_may_have_moved_but_not_changed(run, made, weights, tm
 # --- serve --------------------------------------------------------------------------------------
 
 
-def test_the_server_says_where_it_is_answers_and_ends_at_ctrl_c(made):
+def test_the_server_prints_its_url_responds_and_stops_at_ctrl_c(made):
     command = [sys.executable, ROOT / "search.py", "serve", made, "--port=0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path("/")
     )
     try:
         told = process.stdout.readline()
-        match = re.match(r"(http://127\.0\.0\.1:\d+/) shows \d+ windows; Ctrl-C ends it", told)
+        match = re.match(r"(http://127\.0\.0\.1:\d+/) searches \d+ moments; Ctrl-C stops it", told)
         assert match, process.stderr.read()
         with urllib.request.urlopen(f"{match[1]}moments?text=stir") as answer:
             assert b'"thumbnail"' in answer.read()

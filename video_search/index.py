@@ -11,7 +11,7 @@ The file is written with torch.save and memory-mapped, as data only, with torch.
     reasons            why it could not be used, or ''
     windows            int64 [V], how many it has
     starts             float64 [N], where each window starts, seconds
-    ends               float64 [N], where it or its video ends; absent in files of before 2026-11
+    ends               float64 [N], where it or its video ends; absent before 2026-11
     embeddings         float32 [N, D], video by video
 """
 
@@ -20,14 +20,14 @@ import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from utils import DataError, atomic_write, escapes_root, one_line
+from utils import DataError, atomic_write, escapes_root, one_line, printable
 from video_decoder import EXTENSIONS
 
 FORMAT = "MIL-NCE search index"
@@ -45,7 +45,7 @@ class Video(NamedTuple):
     reason: str  # why it has no windows, or ''
     starts: torch.Tensor  # float64 [W], seconds, ascending
     embeddings: torch.Tensor  # float32 [W, D]
-    ends: torch.Tensor | None = None  # float64 [W], seconds; None in files of before 2026-11
+    ends: torch.Tensor | None = None  # float64 [W], seconds; None in files written before 2026-11
 
     @property
     def is_outdated(self) -> bool:
@@ -114,7 +114,7 @@ def write_index(path: AnyPath, metadata: IndexMetadata, videos: Iterable[Video])
         with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
-        reason = f"could not be written ({one_line(error)}); make room, and start again"
+        reason = f"could not be written ({one_line(error)}); make room and run the command again"
         raise DataError(path, reason) from None
 
 
@@ -163,12 +163,12 @@ def parse_index(content: dict) -> Index:
     ends = starts + metadata.window_seconds
     ends = content["ends"] if known else ends
     if not starts.dtype == ends.dtype == torch.float64 or embeddings.dtype != torch.float32:
-        raise ValueError("numbers of another type")
+        raise ValueError("the numbers have another type")
     if not starts.shape == ends.shape == (sum(windows),) or embeddings.shape[:-1] != starts.shape:
         raise ValueError("the windows do not add up")
     texts = (metadata.folder, metadata.weights, metadata.words, *reasons)
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("something else in the place of a text")
+        raise ValueError("a text is not a string")
     for name in paths:
         if escapes_root(name) or os.path.splitext(name)[1].lower() not in EXTENSIONS:
             raise ValueError(f"{name!r} is not a video in the folder")
@@ -196,9 +196,9 @@ def get_moment(index: Index, row: int, score: float = 0.0) -> Moment:
 def best_moments(index: Index, query: torch.Tensor, count: int) -> list[Moment]:
     """Return at most `count` windows with the highest scores, best first.
 
-    query: float32 [D]. A score is the dot product, as in the evaluations. Of windows of one video
-    that overlap only the best is returned; of equal scores the first comes first. A window whose
-    score is not a finite number is never returned.
+    query: float32 [D]. A score is the dot product, as in the evaluations. Of overlapping windows
+    of one video, only the best is returned. Equal scores keep the order of the index. A window
+    whose score is not a finite number is never returned.
     """
     if not len(index.starts):
         return []
@@ -218,6 +218,30 @@ def best_moments(index: Index, query: torch.Tensor, count: int) -> list[Moment]:
         scores[begin + overlapping[0] : begin + overlapping[1]] = -np.inf
         scores[row] = -np.inf  # even if its start is NaN, so that the loop ends
     return found
+
+
+def explain_no_moments(index: Index) -> str:
+    """Explain why best_moments returns nothing: the problem, then the fix."""
+    if len(index.starts):
+        return "no score is a finite number; index the videos again, with other weights"
+    for video in index.videos:
+        if video.reason:
+            return (
+                f"no video could be used ({printable(video.reason)}); repair them, or index others"
+            )
+    return "the videos show nothing but black; index others"
+
+
+def format_scores(scores: Sequence[float]) -> list[str]:
+    """Format scores with two decimals, or with as many more as tell different scores apart.
+
+    Nine is the limit: a float32 has no more significant digits.
+    """
+    for decimals in range(2, 10):
+        texts = [f"{score:.{decimals}f}" for score in scores]
+        if len(set(texts)) == len(set(scores)):
+            break
+    return texts
 
 
 def format_timestamp(seconds: int) -> str:

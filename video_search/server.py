@@ -1,4 +1,4 @@
-"""Serve the search page to the browser of the person who runs it.
+"""Serve the search page to a browser on this machine.
 
 Serves the page, moments, thumbnails and the indexed videos. Videos are requested by their number
 in the index: no request contains a path. The addresses of thumbnails and videos are valid for one
@@ -7,6 +7,7 @@ default, it serves only requests whose Host header is a loopback name, which pro
 rebinding.
 """
 
+import contextlib
 import functools
 import io
 import ipaddress
@@ -25,9 +26,25 @@ from flask import Flask, Response, abort, g, jsonify, render_template, request, 
 from evaluation.thumbnails import encode_thumbnail
 from utils import InputError, one_line, printable
 from video_decoder import DecodeError, MemberFile, Source, decode_clip, locate
-from video_search.index import Index, Moment, Video, best_moments, format_timestamp, get_moment
+from video_search.index import (
+    Index,
+    Moment,
+    Video,
+    best_moments,
+    explain_no_moments,
+    format_scores,
+    format_timestamp,
+    get_moment,
+)
 
 MOMENTS = 24  # on the page
+# Searches to start with. The page offers the first few whose words the model knows. The captions of
+# HowTo100M may come without articles, hence none. The last ones suit the toy data.
+SUGGESTIONS = (
+    *("cut tomato", "whisk eggs", "stir pan", "knead dough", "paint wall", "plant seeds"),
+    *("red ball", "blue star", "white ring spin", "green box rise"),
+)
+SUGGESTED = 4
 THUMBNAIL_SIZE = 192  # pixels
 CACHED_THUMBNAILS = 2000  # in memory, some 10 KB each
 MAX_RANGE = 4 << 20  # bytes of a video per response, so that a paused player blocks no thread
@@ -62,8 +79,8 @@ Embed = Callable[[str], EmbeddedText]  # raises InputError for a text that canno
 def create_app(index: Index, embed: Embed, folder: str, host: str | None = "localhost") -> Flask:
     """Create the Flask application.
 
-    folder: where the videos are. host: a name that Host headers may have, in addition to loopback
-    names; None accepts all names.
+    folder: the folder of the videos. host: a name that Host headers may have, in addition to
+    loopback names; None accepts all names.
     """
     folder = os.path.abspath(folder)  # Flask resolves relative paths otherwise
     run = secrets.token_hex(4)
@@ -72,6 +89,8 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
     protect(app, host)
     decoding = threading.Semaphore(len(os.sched_getaffinity(0)))
 
+    suggestions = suggest_searches(embed) if len(index.starts) else []
+
     @app.get("/")
     def page():
         return render_template(
@@ -79,6 +98,8 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
             folder=printable(folder),
             videos=sum(not video.reason for video in index.videos),
             windows=len(index.starts),
+            suggestions=suggestions,
+            empty="" if len(index.starts) else explain_no_moments(index),
         )
 
     @app.get("/moments")
@@ -88,11 +109,15 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
         except InputError as error:
             return jsonify(error=str(error))
         found = best_moments(index, vector, MOMENTS)
-        return jsonify(notes=notes, moments=[moment_to_json(index, m, run) for m in found])
+        if not found:
+            return jsonify(error=f"No moments found: {explain_no_moments(index)}")
+        scores = format_scores([moment.score for moment in found])
+        shown = [moment_to_json(index, *pair, run) for pair in zip(found, scores, strict=True)]
+        return jsonify(notes=notes, moments=shown)
 
     def check_run(requested):
         if requested != run:
-            abort(404, "The server has been restarted since; search again.")
+            abort(404, "The server was restarted; search again.")
 
     @app.get("/thumbnail/<requested_run>/<row>")
     def thumbnail(requested_run, row):
@@ -117,6 +142,16 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
     return app
 
 
+def suggest_searches(embed: Embed) -> list[str]:
+    """Pick the first SUGGESTED of SUGGESTIONS whose words are all in the vocabulary."""
+    known = []
+    for text in SUGGESTIONS:
+        with contextlib.suppress(InputError):
+            if not embed(text).notes:
+                known.append(text)
+    return known[:SUGGESTED]
+
+
 def protect(app: Flask, host: str | None) -> None:
     """Check the Host header of each request, see create_app, and set the security headers."""
 
@@ -124,7 +159,7 @@ def protect(app: Flask, host: str | None) -> None:
     def check_host():
         name = host_name(request.host)
         if host and name != host.lower() and not is_loopback(name):
-            abort(403, "This server is for this machine only; call it localhost.")
+            abort(403, "This server is for this machine only; open it as localhost.")
         g.nonce = secrets.token_urlsafe()
 
     @app.after_request
@@ -200,7 +235,7 @@ def is_loopback(host: str) -> bool:
 def parse_number(text: str, count: int) -> int:
     """Parse a number in a request, from 0 to count - 1; otherwise respond with 404."""
     if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) < count):
-        abort(404, "The index has nothing of this number.")
+        abort(404, "The index has no such number.")
     return int(text)
 
 
@@ -226,7 +261,7 @@ def limit_range() -> None:
             request.environ["HTTP_RANGE"] = f"bytes={begin}-{begin + MAX_RANGE - 1}"
 
 
-def moment_to_json(index: Index, moment: Moment, run: str) -> dict:
+def moment_to_json(index: Index, moment: Moment, score: str, run: str) -> dict:
     """Convert a Moment to the JSON object that the page expects."""
     return {
         "thumbnail": f"thumbnail/{run}/{moment.row}",
@@ -235,7 +270,7 @@ def moment_to_json(index: Index, moment: Moment, run: str) -> dict:
         "start": moment.start,
         "from": format_timestamp(int(moment.start)),
         "to": format_timestamp(math.ceil(moment.end)),
-        "score": round(moment.score, 3),
+        "score": score,
     }
 
 
@@ -262,10 +297,10 @@ def create_server(
     local = all(is_loopback(address) for address, _ in listening)
     app = create_app(index, embed, folder, host if local else None)
     if not local:
-        print(f"everybody who can reach {host} can search these videos and see them")
+        print(f"anyone who can reach {host} can search and watch these videos")
     name = f"[{host}]" if ":" in host else host
     print(
-        f"http://{name}:{listening[0][1]}/ shows {len(index.starts)} windows; Ctrl-C ends it",
+        f"http://{name}:{listening[0][1]}/ searches {len(index.starts):,} moments; Ctrl-C stops it",
         flush=True,
     )
     return server

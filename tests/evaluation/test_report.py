@@ -99,7 +99,7 @@ def test_a_picture_is_stored_once_however_many_queries_show_it(tmp_path):
     assert page.read_text().count('"picture"') == 30
 
 
-def test_nothing_of_the_data_can_end_the_element_that_it_is_in(tmp_path):
+def test_no_data_can_end_the_element_that_contains_it(tmp_path):
     count = len(HOSTILE)
     page = write_retrieval(tmp_path, pairs_of(count, HOSTILE), some_scores(count))
     inside = page.read_text().partition('id="data">')[2].partition("</script>")[0]
@@ -198,7 +198,7 @@ def test_a_timeline_of_sentences_has_the_alignable_ones_with_both_placements():
     ]
 
 
-def test_a_page_is_written_over_an_older_one_and_a_failure_is_one_line(tmp_path):
+def test_a_page_replaces_an_older_one_and_a_failure_is_one_line(tmp_path):
     page = write_retrieval(tmp_path, pairs_of(3), np.eye(3))
     write_retrieval(tmp_path, pairs_of(2), np.eye(2))
     assert len(data_in(page)["queries"]) == 2
@@ -298,7 +298,7 @@ def test_the_right_videos_are_marked_and_no_others(browser, retrieval):
 
 
 @pytest.mark.slow
-def test_the_order_is_chosen_and_more_are_shown_when_asked(browser, retrieval):
+def test_queries_are_sorted_as_chosen_and_shown_in_parts(browser, retrieval):
     ranks = ground_truth_ranks(SCORES)
     for order, expected in (
         ("worst", np.argsort(-ranks, kind="stable")),
@@ -349,7 +349,7 @@ def test_hostile_sentences_are_shown_as_they_are_and_do_nothing(browser, retriev
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
-def test_fewer_videos_than_are_shown_are_all_shown(browser, tmp_path, count):
+def test_all_videos_are_shown_if_there_are_five_or_fewer(browser, tmp_path, count):
     scores = np.zeros((count, count))
     open_page(browser, write_retrieval(tmp_path, pairs_of(count), scores).as_uri())
     queries = shown_queries(browser)
@@ -412,6 +412,26 @@ def test_the_page_of_hmdb_has_classes_matrix_and_pairs(browser, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("count", "tables"), [(51, 2), (6, 1)])
+def test_a_recognition_fills_the_width_of_the_page(browser, tmp_path, count, tables):
+    names = np.array([f"class_{i:02d}" for i in range(count)])
+    data = recognition_data([Predictions(np.arange(count), names, names[::-1])] * 3)
+    write_page(tmp_path, "HMDB-51", Results({"mean": 0.5}), [], data)
+    open_page(browser, (tmp_path / "index.html").as_uri())
+    shown = browser.find_elements("css selector", "#classes table")
+    assert len(shown) == tables
+    rows = browser.find_elements("css selector", "#classes tbody tr td:first-child")
+    assert [row.text for row in rows] == [name for name, *_ in data["classes"]]
+    blocks = [*shown, browser.find_element("id", "matrix")] if tables == 1 else shown
+    assert len({block.rect["y"] // 100 for block in blocks}) == 1  # side by side
+    section = browser.find_element("id", "recognition").rect
+    assert blocks[1].rect["x"] > section["x"] + section["width"] / 2
+    if tables == 2:
+        assert browser.find_element("id", "matrix").rect["width"] > 0.9 * section["width"]
+    assert page_errors(browser) == []
+
+
+@pytest.mark.slow
 def test_the_page_of_all_evaluations_has_sources_figures_and_links(browser, tmp_path):
     done = {"title": "<b>UCF", "link": "ucf/index.html", "status": "done", "missing": "1 of 9"}
     done["metrics"] = [("top-1", [("82.7", "paper"), ("82.1", "others")], "50.0%", "4 of 8")]
@@ -424,9 +444,9 @@ def test_the_page_of_all_evaluations_has_sources_figures_and_links(browser, tmp_
         for row in browser.find_elements("css selector", "#summary tbody tr")
     ]
     assert cells == [
-        ["<b>UCF", "top-1", "82.7: paper\n82.1: others", "50.0%", "4 of 8", "1 of 9"],
-        ["MSR-VTT", "R@1", "9.9: paper", "-", "failed: no table", ""],
-        ["", "R@5", "24: paper", "-", "", ""],
+        ["<b>UCF", "top-1", "50.0%", "82.7: paper\n82.1: others", "4 of 8", "1 of 9"],
+        ["MSR-VTT", "R@1", "-", "9.9: paper", "failed: no table", ""],
+        ["", "R@5", "-", "24: paper", "", ""],
     ]
     [link] = browser.find_elements("css selector", "#summary a")
     assert link.get_attribute("href") == (tmp_path / "ucf/index.html").as_uri()
@@ -456,7 +476,7 @@ def test_the_page_of_crosstask_places_marks_on_timelines(browser, tmp_path):
         assert left == pytest.approx(second / 20, abs=0.01)
         for part in track.find_elements("css selector", "*"):  # the segment to 30 s ends at 20
             assert part.rect["x"] + part.rect["width"] <= track.rect["x"] + track.rect["width"] + 1
-    assert "1 missing videos" in browser.find_element("id", "missing").text
+    assert "1 missing video" in browser.find_element("id", "missing").text
     assert search(browser, "WHISK pancakes") == "2 of 2 videos"
     assert search(browser, "tire") == "0 of 2 videos"
     assert page_errors(browser) == []

@@ -9,6 +9,8 @@ from video_search.index import (
     IndexMetadata,
     Video,
     best_moments,
+    explain_no_moments,
+    format_scores,
     format_timestamp,
     get_moment,
     read_index,
@@ -65,7 +67,7 @@ def as_found(moments):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("count", [1, 7, 1000])
-def test_the_best_moments_are_those_of_a_search_of_everything(make_index, seed, count):
+def test_the_best_moments_equal_those_of_a_brute_force_search(make_index, seed, count):
     videos = random_videos(seed)
     query = torch.tensor([1.0, -2.0, 0.5, 3.0])
     expected = brute_force(videos, query, count)
@@ -75,7 +77,7 @@ def test_the_best_moments_are_those_of_a_search_of_everything(make_index, seed, 
     assert all(found.end == found.start + 2 for found in moments)
 
 
-def test_of_windows_that_overlap_the_best_is_found_and_those_that_touch_it_stay(make_index):
+def test_windows_that_overlap_a_better_one_are_dropped_and_adjacent_ones_kept(make_index):
     index = make_index(
         video_of("a.mp4", [0, 1, 2, 3, 4], [[1], [5], [9], [8], [2]]),
         video_of("b.mp4", [2], [[7]]),  # at the same time, of another video
@@ -87,7 +89,7 @@ def test_of_windows_that_overlap_the_best_is_found_and_those_that_touch_it_stay(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_score_that_is_no_number_is_never_found(make_index, value):
+def test_a_window_with_a_score_that_is_not_finite_is_never_found(make_index, value):
     index = make_index(video_of("a.mp4", [0, 5, 10], [[value], [1], [2]]))
     assert as_found(best_moments(index, torch.ones(1), 3)) == [(0, 10.0, 2.0), (0, 5.0, 1.0)]
     assert best_moments(index, torch.full((1,), float("nan")), 3) == []
@@ -99,7 +101,27 @@ def test_an_empty_index_has_no_moments(make_index):
     assert best_moments(make_index(unusable), torch.ones(4), 3) == []
 
 
-def test_what_is_written_is_read_whatever_the_order(make_index):
+@pytest.mark.parametrize(
+    ("videos", "reason"),
+    [
+        ([video_of("a.mp4", [], [])], "the videos show nothing but black; index others"),
+        (
+            [video_of("a.mp4", [], []), video_of("b.mp4", [], [], "b.mp4: broken")],
+            "no video could be used (b.mp4: broken); repair them, or index others",
+        ),
+        (
+            [video_of("a.mp4", [0], [[np.nan, 1]])],
+            "no score is a finite number; index the videos again, with other weights",
+        ),
+    ],
+)
+def test_a_search_without_moments_is_explained(make_index, videos, reason):
+    index = make_index(*videos)
+    assert best_moments(index, torch.ones(2), 3) == []
+    assert explain_no_moments(index) == reason
+
+
+def test_an_index_is_read_as_written_whatever_the_order(make_index):
     videos = [*random_videos(0), video_of("sub/\udcff ü.mkv", [], torch.zeros(0, 4), "broken")]
     index = make_index(*reversed(videos))
     assert index.metadata == ABOUT and len(index.videos) == len(videos)
@@ -138,9 +160,7 @@ def content_of(path):
         ({"folder": None}, "damaged"),
     ],
 )
-def test_a_file_that_is_no_index_or_damaged_is_refused_in_a_line(
-    make_index, tmp_path, change, named
-):
+def test_a_damaged_index_is_rejected_in_one_line(make_index, tmp_path, change, named):
     make_index(video_of("a.mp4", [0, 1], [[1], [2]]), video_of("b.mp4", [0], [[1]]))
     path = tmp_path / "index"
     torch.save({**content_of(path), **change}, path)
@@ -150,7 +170,7 @@ def test_a_file_that_is_no_index_or_damaged_is_refused_in_a_line(
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", "half", "pickle", "list"])
-def test_another_file_is_refused(make_index, tmp_path, content):
+def test_a_file_that_is_not_an_index_is_rejected(make_index, tmp_path, content):
     make_index(*random_videos(0))
     path = tmp_path / "index"
     if content == "half":
@@ -166,9 +186,7 @@ def test_another_file_is_refused(make_index, tmp_path, content):
         read_index(path)
 
 
-def test_a_disk_that_does_not_take_it_is_told_in_a_line_and_the_file_stays(
-    make_index, tmp_path, monkeypatch
-):
+def test_a_failed_write_is_one_line_and_keeps_the_old_file(make_index, tmp_path, monkeypatch):
     before = make_index(*random_videos(0))
 
     def full(content, file):
@@ -182,13 +200,21 @@ def test_a_disk_that_does_not_take_it_is_told_in_a_line_and_the_file_stays(
     assert len(read_index(tmp_path / "index").starts) == len(before.starts)
 
 
-def test_a_clock():
+def test_scores_have_two_decimals_or_as_many_as_tell_them_apart():
+    assert format_scores([]) == []
+    assert format_scores([12.0, 3.456, -0.5]) == ["12.00", "3.46", "-0.50"]
+    assert format_scores([2.0013, 2.0011, 2.0011]) == ["2.0013", "2.0011", "2.0011"]
+    neighbours = torch.tensor([2.0, 2.0]).nextafter(torch.tensor([2.0, 3.0])).tolist()
+    assert format_scores(neighbours) == ["2.0000000", "2.0000002"]
+
+
+def test_timestamps_have_hours_only_if_needed():
     assert [format_timestamp(s) for s in (0, 59, 61, 3599, 3600, 36061)] == [
         "0:00", "0:59", "1:01", "59:59", "1:00:00", "10:01:01",
     ]  # fmt: skip
 
 
-def test_an_index_of_before_ends_were_stored_is_read(make_index, tmp_path):
+def test_an_index_without_stored_ends_is_read(make_index, tmp_path):
     videos = [video_of("a.mp4", [0, 1], [[1, 0], [0, 1]]), video_of("short.mp4", [0], [[1, 1]])]
     make_index(*videos)
     content = torch.load(tmp_path / "index", weights_only=True)

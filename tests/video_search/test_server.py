@@ -17,16 +17,23 @@ from tests.helpers import make_video, open_page, pack_folder, page_errors
 from utils import InputError
 from video_search import server as search_server
 from video_search.index import IndexMetadata, Video, read_index, write_index
-from video_search.server import THREADS, EmbeddedText, create_app, create_server, is_loopback
+from video_search.server import (
+    THREADS,
+    EmbeddedText,
+    create_app,
+    create_server,
+    is_loopback,
+    suggest_searches,
+)
 
 SETTINGS = {"num_frames": 4, "fps": 5, "video_size": 32}
 NOTE = "not in the vocabulary, ignored: zebra"
 
 
 def embed(text):
-    """Knows two words; what a text is found by is set so that "stir" is best 6 seconds in."""
+    """Embed a text of a vocabulary of two words. All texts are best 6 seconds into a.webm."""
     if not text.strip():
-        raise InputError("there is no word in the text: say what is to be seen")
+        raise InputError("there is no word in the text: describe what is to be seen")
     if "stir" not in text and "cut" not in text:
         raise InputError(f"none of the words is in the vocabulary ({text[:50]}); use others")
     return EmbeddedText(torch.tensor([1.0, 0.0]), [NOTE] if "zebra" in text else [])
@@ -76,20 +83,21 @@ def at(client):
     return lambda kind, number: f"/{first[kind].rpartition('/')[0]}/{number}"
 
 
-def test_a_text_gives_moments_with_all_that_the_page_shows(client):
+def test_moments_have_all_that_the_page_shows(client):
     answer = client.get("/moments", query_string={"text": "stir it"}).get_json()
     assert answer["notes"] == []
     first, second = answer["moments"][:2]
     run = first["video"].split("/")[1]
     assert first == {
         "thumbnail": f"thumbnail/{run}/3", "video": f"video/{run}/0", "path": "a.webm",
-        "start": 6.0, "from": "0:06", "to": "0:07", "score": 9.0,
+        "start": 6.0, "from": "0:06", "to": "0:07", "score": "9.00",
     }  # fmt: skip
     assert second == {
         "thumbnail": f"thumbnail/{run}/6", "video": f"video/{run}/3", "path": "sub/b & <b>.mp4",
-        "start": 0.0, "from": "0:00", "to": "0:01", "score": 8.0,
+        "start": 0.0, "from": "0:00", "to": "0:01", "score": "8.00",
     }  # fmt: skip
-    assert [moment["score"] for moment in answer["moments"]] == [9, 8, 7, 4, 3, 2, 1, -5]
+    scores = [moment["score"] for moment in answer["moments"]]
+    assert scores == ["9.00", "8.00", "7.00", "4.00", "3.00", "2.00", "1.00", "-5.00"]
     assert client.get("/moments?text=stir+zebra").get_json()["notes"] == [NOTE]
 
 
@@ -107,10 +115,31 @@ def test_a_text_gives_moments_with_all_that_the_page_shows(client):
         ("?text=a&text=stir", "none of the words"),
     ],
 )
-def test_odd_texts_are_answered_with_a_line(client, query, named):
+def test_texts_that_cannot_be_searched_for_get_a_one_line_error(client, query, named):
     answer = client.get("/moments" + query)
     assert answer.status_code == 200
     assert re.search(named, answer.get_json()["error"])
+
+
+def test_an_index_without_moments_is_explained(index, folder, tmp_path):
+    about = index.metadata
+    write_index(tmp_path / "index", about, [index.videos[1]])
+    client = create_app(read_index(tmp_path / "index"), embed, str(folder)).test_client()
+    reason = r"no video could be used \(films/\\xff.mp4: moov atom not found\); repair"
+    assert re.search(reason, client.get("/moments?text=stir").get_json()["error"])
+    page = client.get("/").text
+    assert re.search(f"0 moments of 0 videos in .*: {reason}", page) and "for example" not in page
+
+
+def test_searches_are_suggested_whose_words_are_all_in_the_vocabulary(index, folder, monkeypatch):
+    texts = ("stir pan", "no such", "stir zebra", "cut tomato", "cut it", "stir", "cut", "stir it")
+    monkeypatch.setattr(search_server, "SUGGESTIONS", texts)
+    assert suggest_searches(embed) == ["stir pan", "cut tomato", "cut it", "stir"]
+    page = create_app(index, embed, str(folder)).test_client().get("/").text
+    assert re.findall("<button type=.button.>(.*?)</button>", page) == suggest_searches(embed)
+    monkeypatch.setattr(search_server, "SUGGESTIONS", ("no such",))
+    page = create_app(index, embed, str(folder)).test_client().get("/").text
+    assert "Describe in a few words" in page and "for example" not in page
 
 
 def test_a_thumbnail_is_a_moving_picture_of_the_window(client, at):
@@ -121,7 +150,7 @@ def test_a_thumbnail_is_a_moving_picture_of_the_window(client, at):
     assert client.get(at("thumbnail", 1)).data != answer.data
 
 
-def test_a_video_is_given_out_whole_or_in_pieces(client, folder, at):
+def test_a_video_is_served_whole_or_in_ranges(client, folder, at):
     address = at("video", 0)
     content = (folder / "a.webm").read_bytes()
     whole = client.get(address)
@@ -137,7 +166,7 @@ def test_a_video_is_given_out_whole_or_in_pieces(client, folder, at):
     assert client.head(address).status_code == 200
 
 
-def test_a_request_for_the_rest_of_a_file_gets_a_piece(client, folder, at, monkeypatch):
+def test_a_range_is_cut_to_the_maximum(client, folder, at, monkeypatch):
     address = at("video", 0)
     monkeypatch.setattr(search_server, "MAX_RANGE", 1000)
     content = (folder / "a.webm").read_bytes()
@@ -158,7 +187,7 @@ def test_numbers_that_are_not_in_the_index_are_not_found(client, at, number):
         assert client.get(at("thumbnail", number)).status_code == 404
 
 
-def test_what_cannot_be_shown_is_told(client, at):
+def test_errors_of_videos_and_thumbnails_are_plain_text(client, at):
     unused, broken = client.get(at("video", 1)), client.get(at("thumbnail", 5))
     assert unused.status_code == 404
     assert unused.text == "It could not be indexed: films/\\xff.mp4: moov atom not found"
@@ -185,7 +214,7 @@ def test_no_request_reaches_a_path(client, at, path):
     assert b"secret" not in answer.data and b"root:" not in answer.data
 
 
-def test_addresses_of_an_earlier_run_of_the_server_lead_nowhere(client, at, index, folder):
+def test_addresses_of_an_earlier_run_of_the_server_are_not_found(client, at, index, folder):
     later = create_app(index, embed, str(folder)).test_client()
     for address in (at("thumbnail", 0), at("video", 0)):
         assert client.get(address).status_code == 200
@@ -193,7 +222,7 @@ def test_addresses_of_an_earlier_run_of_the_server_lead_nowhere(client, at, inde
         assert answer.status_code == 404 and "search again" in answer.text
 
 
-def test_files_of_any_name_and_a_relative_folder_are_given_out(tmp_path, monkeypatch):
+def test_files_of_any_name_in_a_relative_folder_are_served(tmp_path, monkeypatch):
     name = os.fsdecode(b"\xff.mp4")
     make_video(tmp_path / "films" / name, 1)
     status = os.stat(tmp_path / "films" / name)
@@ -211,7 +240,7 @@ def test_files_of_any_name_and_a_relative_folder_are_given_out(tmp_path, monkeyp
     assert client.get(found["thumbnail"]).mimetype == "image/webp"
 
 
-def test_a_video_in_a_tar_file_is_given_out_in_ranges(folder, tmp_path):
+def test_a_video_in_a_tar_file_is_served_in_ranges(folder, tmp_path):
     content = (folder / "a.webm").read_bytes()
     shard = pack_folder(folder, tmp_path / "films/s.tar", ["secret.txt", "a.webm", "c.mp4"])
     video = Video("s.tar/a.webm", len(content), shard.stat().st_mtime_ns, "", *one_window())
@@ -238,7 +267,7 @@ def one_window():
     return torch.zeros(1, dtype=torch.float64), torch.ones(1, 2)
 
 
-def test_a_file_that_is_gone_or_has_changed_is_not_given_out(client, at, folder):
+def test_a_file_that_is_gone_or_has_changed_is_not_served(client, at, folder):
     path = folder / "a.webm"
     content, times = path.read_bytes(), path.stat()
     try:
@@ -258,7 +287,7 @@ def test_a_file_that_is_gone_or_has_changed_is_not_given_out(client, at, folder)
 
 
 @pytest.mark.parametrize("path", ["/", "/moments?text=stir", "/thumbnail/0", "/video/0", "/none"])
-def test_a_page_of_another_name_is_refused_and_every_answer_is_protected(client, at, path):
+def test_other_host_names_are_rejected_and_every_response_has_security_headers(client, at, path):
     if path.endswith("/0"):
         path = at(path.split("/")[1], 0)
     for host in (
@@ -282,18 +311,18 @@ def test_a_page_of_another_name_is_refused_and_every_answer_is_protected(client,
         assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-def test_another_address_is_for_everybody_who_asks(index, folder):
+def test_without_a_host_name_all_names_are_accepted(index, folder):
     client = create_app(index, embed, str(folder), host=None).test_client()
     assert client.get("/", headers={"Host": "films.example"}).status_code == 200
 
 
-def test_a_name_that_leads_to_this_machine_only_is_answered_and_no_other(index, folder):
+def test_the_given_host_name_is_accepted_besides_loopback_names(index, folder):
     client = create_app(index, embed, str(folder), host="Box").test_client()
     for host, status in (("box:8000", 200), ("localhost", 200), ("evil.example", 403)):
         assert client.get("/", headers={"Host": host}).status_code == status
 
 
-def test_the_pages_scripts_are_those_that_its_policy_names(client):
+def test_the_policy_allows_only_scripts_with_the_nonce_of_the_response(client):
     pages = [client.get("/") for _ in range(2)]
     nonces = [set(re.findall('nonce="([^"]+)"', page.text)) for page in pages]
     for page, own in zip(pages, nonces, strict=True):
@@ -305,7 +334,7 @@ def test_the_pages_scripts_are_those_that_its_policy_names(client):
     assert "8 moments of 3 videos" in pages[0].text
 
 
-def test_what_is_loopback():
+def test_loopback_names_and_addresses_are_recognized():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1")))
     assert not any(map(is_loopback, ("", "0.0.0.0", "10.0.0.1", "example.org", "localhost.evil")))
 
@@ -314,24 +343,24 @@ def test_what_is_loopback():
     ("host", "only"),
     [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("*", None), ("0.0.0.0", None)],
 )
-def test_the_addresses_that_are_listened_at_decide_who_is_answered(
+def test_the_addresses_listened_at_decide_which_host_names_are_accepted(
     index, folder, monkeypatch, capsys, host, only
 ):
     names = []
     monkeypatch.setattr(search_server, "create_app", lambda *given: names.append(given[-1]))
     create_server(index, embed, str(folder), host, 0).close()
     assert names == [only]
-    assert ("everybody who can reach" in capsys.readouterr().out) == (only is None)
+    assert ("anyone who can reach" in capsys.readouterr().out) == (only is None)
 
 
 @pytest.mark.parametrize("host", ["no such host", "203.0.113.1", "::g"])
-def test_a_host_that_cannot_be_listened_at_is_a_line(index, folder, host):
+def test_an_unusable_host_is_rejected_in_one_line(index, folder, host):
     with pytest.raises(ValueError, match="cannot listen at") as refused:
         create_server(index, embed, str(folder), host, 0)
     assert "\n" not in str(refused.value)
 
 
-def test_a_port_that_is_taken_is_a_line(index, folder):
+def test_a_port_in_use_is_rejected_in_one_line(index, folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}"):
@@ -401,3 +430,83 @@ def test_in_a_browser_typing_shows_moments_and_a_click_plays_from_there(browser,
     assert found() == []
     assert page_errors(browser) == []
     assert browser.current_url == f"{address}?text=zebra"
+
+
+def found_in(browser):
+    return browser.find_elements("css selector", "#moments li")
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_first_search_is_a_click_away(browser, address):
+    wait = WebDriverWait(browser, 30).until
+    open_page(browser, address)
+    start = browser.find_element("id", "start")
+    suggestions = start.find_elements("css selector", "button")
+    assert [button.text for button in suggestions] == ["cut tomato", "stir pan"]
+    suggestions[1].click()
+    wait(lambda _: len(found_in(browser)) == 8)
+    assert not start.is_displayed()
+    assert browser.current_url == f"{address}?text=stir+pan"
+    box = browser.find_element("name", "text")
+    assert browser.switch_to.active_element == box and box.get_attribute("value") == "stir pan"
+    box.clear()
+    box.send_keys("none", Keys.ENTER)
+    wait(lambda _: start.is_displayed())  # with the message that none of the words is known
+    assert "(none)" in browser.find_element("id", "message").text and found_in(browser) == []
+
+
+@pytest.mark.slow
+def test_in_a_browser_keys_are_enough_to_search_choose_and_play(browser, address):
+    wait = WebDriverWait(browser, 30).until
+
+    def press(key):
+        browser.switch_to.active_element.send_keys(key)
+        return browser.switch_to.active_element
+
+    open_page(browser, address)
+    press("stir")
+    press(Keys.ENTER)
+    wait(lambda _: len(found_in(browser)) == 8)
+    cards = browser.find_elements("css selector", "#moments button")
+    columns = len({card.rect["x"] for card in cards})
+    assert 1 < columns < 8
+    assert press(Keys.TAB).text == "Search" and press(Keys.TAB) == cards[0]
+    assert cards[0].value_of_css_property("outline-style") == "solid"
+    assert press(Keys.ARROW_RIGHT) == cards[1] and press(Keys.ARROW_DOWN) == cards[-1]
+    assert press(Keys.ARROW_LEFT) == cards[-2]
+    assert press(Keys.ARROW_UP) == cards[6 - columns]
+    while press(Keys.ARROW_UP).tag_name == "button":
+        pass
+    assert browser.switch_to.active_element.get_attribute("name") == "text"
+    assert press(Keys.ARROW_DOWN) == cards[0]
+    assert press(Keys.ENTER).text == "Close"
+    dialog = browser.find_element("css selector", "dialog")
+    assert dialog.is_displayed()
+    assert press(Keys.ESCAPE) == cards[0] and not dialog.is_displayed()
+
+
+@pytest.mark.slow
+def test_in_a_browser_an_error_in_the_middle_of_a_video_is_explained(browser, tmp_path):
+    make_video(tmp_path / "a.mp4", 12, "-g", "10", "-movflags", "+faststart")
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    for place in range(len(content) // 2, len(content)):
+        content[place] = place * 7919 % 256
+    (tmp_path / "a.mp4").write_bytes(content)
+    status = os.stat(tmp_path / "a.mp4")
+    video = Video("a.mp4", len(content), status.st_mtime_ns, "", *one_window())
+    write_index(tmp_path / "index", IndexMetadata(str(tmp_path), SETTINGS, "", ""), [video])
+    app = create_app(read_index(tmp_path / "index"), embed, str(tmp_path))
+    server = waitress.create_server(app, host="127.0.0.1", port=0, threads=THREADS)
+    threading.Thread(target=server.run, daemon=True).start()
+    try:
+        open_page(browser, f"http://127.0.0.1:{server.effective_port}/?text=stir")
+        wait = WebDriverWait(browser, 30).until
+        wait(lambda _: found_in(browser))
+        browser.find_element("css selector", "#moments button").click()
+        caption = browser.find_element("id", "caption")
+        wait(lambda _: caption.text.startswith("Stopped at 0:0"))
+        assert "a.mp4 is damaged there, or this browser cannot decode it" in caption.text
+        assert caption.text.endswith("open the file in a player, at 0:00.")
+        assert browser.find_element("css selector", "dialog video").is_displayed()
+    finally:
+        server.close()
