@@ -61,8 +61,8 @@ def test_the_releases_command_trains_on_a_tree_of_the_real_layout(toy, tmp_path)
     assert "step 2" in (tmp_path / "log/milnce.txt").read_text()
     assert [r["step"] for r in records(tmp_path, "milnce")] == [1, 2]
     assert records(tmp_path, "milnce")[0].keys() == {
-        "epoch", "step", "loss", "lr", "clips_per_second", "data_wait", "seconds_left",
-        "bad_samples", "skipped_steps",
+        "epoch", "step", "loss", "lr", "batch_size", "clips_per_second", "data_wait",
+        "seconds_left", "bad_samples", "skipped_steps",
     }  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def test_two_processes_train_write_logs_and_validate_every_video_once(two_epochs
     steps = [r for r in records(folder) if "loss" in r]
     assert [(r["epoch"], r["step"]) for r in steps] == [(1, 1), (1, 2), (2, 3), (2, 4)]
     assert [r["lr"] for r in steps] == pytest.approx([0, 0.0005, 0.001, 0.0005])
+    assert [r["batch_size"] for r in steps] == [4] * 4  # of both processes
     assert all(0 <= r["data_wait"] <= 1 and r["clips_per_second"] > 0 for r in steps)
     validations = [r for r in records(folder) if "R10" in r]
     assert [(r["epoch"], r["num_videos"], r["num_missing"]) for r in validations] == [

@@ -34,6 +34,7 @@ class ThroughputMeter:
         self.began = began or self.since  # of the epoch's first meter in this process
         self.steps = steps  # since then
         self.clips = 0
+        self.batch_size = 0  # clips of a step, of all processes
         self.starts, self.ends = [], []  # of the waits: seconds, or events of the GPU
 
     def restart(self) -> "ThroughputMeter":
@@ -57,6 +58,7 @@ class ThroughputMeter:
 
     def count_step(self, clips: int) -> None:
         self.clips += clips
+        self.batch_size = clips
         self.steps += 1
 
     def list_waits(self) -> list[int]:
@@ -134,6 +136,7 @@ class MetricLogger:
             "step": progress.step,
             "loss": loss,
             "lr": lr,
+            "batch_size": meter.batch_size,
             "clips_per_second": meter.clips / elapsed,
             "data_wait": waited / elapsed,
             "seconds_left": (now - meter.began) / meter.steps * (total_steps - progress.step),
