@@ -33,6 +33,7 @@ from args import (
     check_decoder,
     check_file,
     check_output,
+    check_packages,
     check_video_folder,
     clip_spec,
     file_checksum,
@@ -57,6 +58,8 @@ from utils import (
 )
 from video_decoder import EXTENSIONS, locate, video_exists
 from video_search.index import (
+    Embed,
+    EmbeddedText,
     Index,
     IndexMetadata,
     Moment,
@@ -68,7 +71,6 @@ from video_search.index import (
     read_index,
     write_index,
 )
-from video_search.server import Embed, EmbeddedText, create_server
 
 SAVE_EVERY = 300  # seconds of indexing that a crash may cost...
 SAVE_FRACTION = 0.05  # ...or more, if the file is large: at most this part of the time is writing
@@ -419,6 +421,9 @@ def warn_if_missing(folder: str, paths: set[str]) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
+    check_packages("search.py serve", "flask", "waitress")
+    from video_search.server import create_server
+
     index = open_index(options.index)
     folder = options.video_path or index.metadata.folder
     check_video_folder(folder, "video_path")

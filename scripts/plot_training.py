@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from args import Parser, check_output
+from args import Parser, check_output, check_packages
+from utils import InputError, atomic_write, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":  # --help should not wait for torch
     parse_arguments()
+    run_script(lambda: check_packages("plot_training.py", "matplotlib"))
 
 import matplotlib
 import numpy as np
@@ -33,7 +35,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from training.log import read_records
-from utils import InputError, atomic_write, run_script
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt

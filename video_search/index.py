@@ -20,7 +20,7 @@ import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,16 @@ FORMAT = "MIL-NCE search index"
 VERSION = 1
 
 AnyPath = str | os.PathLike
+
+
+class EmbeddedText(NamedTuple):
+    """A text to search for, embedded, and notes on it for its author."""
+
+    vector: torch.Tensor  # float32 [D]
+    notes: list[str]
+
+
+Embed = Callable[[str], EmbeddedText]  # raises InputError for a text that cannot be searched for
 
 
 class Video(NamedTuple):

@@ -15,11 +15,8 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import torch
 import waitress
 from flask import Flask, Response, abort, g, jsonify, render_template, request, send_file
 
@@ -27,6 +24,7 @@ from evaluation.thumbnails import encode_thumbnail
 from utils import InputError, one_line, printable
 from video_decoder import DecodeError, MemberFile, Source, decode_clip, locate
 from video_search.index import (
+    Embed,
     Index,
     Moment,
     Video,
@@ -64,16 +62,6 @@ MIME_TYPES = {  # under which browsers try to play the containers that some of t
     **dict.fromkeys((".mkv", ".webm"), "video/webm"),
     ".ogv": "video/ogg",
 }
-
-
-class EmbeddedText(NamedTuple):
-    """A text to search for, embedded, and notes on it for its author."""
-
-    vector: torch.Tensor  # float32 [D]
-    notes: list[str]
-
-
-Embed = Callable[[str], EmbeddedText]  # raises InputError for a text that cannot be searched for
 
 
 def create_app(index: Index, embed: Embed, folder: str, host: str | None = "localhost") -> Flask:

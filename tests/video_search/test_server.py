@@ -16,10 +16,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tests.helpers import make_video, open_page, pack_folder, page_errors
 from utils import InputError
 from video_search import server as search_server
-from video_search.index import IndexMetadata, Video, read_index, write_index
+from video_search.index import EmbeddedText, IndexMetadata, Video, read_index, write_index
 from video_search.server import (
     THREADS,
-    EmbeddedText,
     create_app,
     create_server,
     is_loopback,
