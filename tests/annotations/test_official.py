@@ -172,7 +172,7 @@ def test_a_table_goes_through_prepare_unchanged(sample, tmp_path):
 def test_a_table_that_is_there_is_not_written_over(sample, tmp_path):
     name, path, _ = sample
     (tmp_path / "out.csv").write_text("what was there")
-    with pytest.raises(InputError, match=r"^--out: .*out\.csv is there already"):
+    with pytest.raises(InputError, match=r"^--out: .*out\.csv already exists"):
         prepare(name, path, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == "what was there"
 

@@ -144,7 +144,7 @@ WRONG = {
     "no intact video": (broken, "FOLDER: none of its 1 videos can be trained on"),
     "an output that is there": (
         lambda folder, video: (folder.parent / "out").mkdir(),
-        "--out: {folder}/../out is there already",
+        "--out: {folder}/../out already exists",
     ),
 }
 
