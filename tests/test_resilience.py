@@ -381,7 +381,7 @@ def test_bad_samples_cost_one_sample_each_and_resuming_replaces_them_alike(
 def test_too_many_bad_samples_end_the_run(messy, toy, weights, tmp_path):
     run = Run(toy, weights, tmp_path, *messy, "--max_bad_fraction=0.3")
     assert run.wait() == 2
-    assert text(tmp_path).count("error: --max_bad_fraction: 3 samples of epoch 1, which has 8") == 1
+    assert text(tmp_path).count("error: --max_bad_fraction: 3 of the 8 samples of epoch 1 ") == 1
     assert len(bad_samples(tmp_path)) == 3
     # The checkpoint it leaves goes on once more is allowed.
     assert Run(toy, weights, tmp_path, *messy, "--resume").wait() == 0
@@ -395,15 +395,16 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(toy, weights, tmp_pa
     assert [r["loss"] is None for r in shown] == [s in (3, 4) for s in range(1, 9)]
     assert shown[-1]["skipped_steps"] == 2
     assert all(torch.isfinite(v).all() for v in final(tmp_path)["state_dict"].values())
-    assert "1 of the steps up to 4 skipped" in text(tmp_path)
-    assert "(2 in a row now)" in text(tmp_path)
+    assert "skipped 1 of the steps up to 4:" in text(tmp_path)
+    assert "(2 in a row so far)" in text(tmp_path)
 
 
 def test_many_in_a_row_end_the_run_with_its_checkpoints_untouched(toy, weights, tmp_path):
     flags = ["--epochs=4", "--max_bad_steps=3", "--checkpoint_every=1"]
     run = Run(toy, weights, tmp_path, *flags, faults={"nan": [1, 4, 8]})
     assert run.wait() == 2
-    assert text(tmp_path).count("error: --max_bad_steps: 3 steps in a row, up to step 6") == 1
+    assert text(tmp_path).count("error: --max_bad_steps: ") == 1
+    assert "of 3 steps in a row was not finite, at or shortly before step 6;" in text(tmp_path)
     assert all(torch.isfinite(v).all() for v in final(tmp_path)["state_dict"].values())
 
 

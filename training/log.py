@@ -142,8 +142,8 @@ class MetricLogger:
         }
         line = (
             "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} "
-            "clips/s, {data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} "
-            "bad samples"
+            "clips/s, {data_wait:.0%} of the time waiting for data, {left} left, bad samples: "
+            "{bad_samples}"
         )
         if self.device.type == "cuda":
             record["gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

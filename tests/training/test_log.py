@@ -171,7 +171,7 @@ def report_script(folder, **flags):
     ]
 
 
-LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 3, step (\d+): loss 2\.5000, .* 0 bad samples"
+LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 3, step (\d+): loss 2\.5000, .*, bad samples: 0"
 
 
 def test_at_a_terminal_a_bar_goes_along_below_whole_log_lines(tmp_path):
