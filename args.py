@@ -1,4 +1,4 @@
-"""The command line of every script: one table of flags, the public release's and a few of ours.
+"""The command lines of the scripts, as one table of flags: the public release's and our own.
 
 Importing this module is quick: it loads neither torch nor FFmpeg.
 """
@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from utils import DataError, FilePath, InputError, input_error
 
-# The scripts, by what they do. A script's help shows the flags that it uses; the others, which the
-# release's command lines share, are accepted and ignored.
+# Groups of scripts. The help of a script lists only the flags that it uses. The others, which a
+# command line of the release may contain, are accepted and ignored.
 TRAINING = frozenset({"main_distributed"})
 RETRIEVAL = frozenset({"eval_youcook", "eval_msrvtt"})
 RECOGNITION = frozenset({"eval_hmdb", "eval_ucf"})
@@ -28,14 +28,14 @@ EVALUATION = RETRIEVAL | RECOGNITION | LOCALIZATION
 EXTRACTION = frozenset({"extract_features"})
 ALL = TRAINING | EVALUATION | EXTRACTION | {"search"}
 
-# Spelled out, as their homes import torch and FFmpeg, for which --help should not wait.
+# Copies, because the modules that define these import torch and FFmpeg, which would slow --help.
 BACKENDS = ("pyav", "ffmpeg")  # video_decoder.BACKENDS
 PRECISIONS = ("bf16", "fp16", "none")  # distributed.device.PRECISIONS
 SUBSETS = ("test", "val", "all")  # annotations.crosstask.SUBSETS
 
 
 def positive(kind: type) -> Callable[[str], float]:
-    """Make an argparse type: a number of that kind above zero."""
+    """Make an argparse type for numbers of this kind above zero."""
 
     def parse(text: str):
         value = kind(text)
@@ -48,12 +48,12 @@ def positive(kind: type) -> Callable[[str], float]:
 
 
 def not_negative(kind: type) -> Callable[[str], float]:
-    """Make an argparse type: a number of that kind, zero or above."""
+    """Make an argparse type for numbers of this kind from zero on."""
 
     def parse(text: str):
         value = kind(text)
         if not 0 <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from zero")
+            raise argparse.ArgumentTypeError(f"{text} is not zero or above")
         return value
 
     parse.__name__ = f"non-negative {kind.__name__}"
@@ -61,7 +61,7 @@ def not_negative(kind: type) -> Callable[[str], float]:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """Parse I/N, shard I, from 0, of N: an argparse type."""
+    """Parse the argument I/N of --shard: part I, counted from 0, of N parts."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N-1")
@@ -69,14 +69,14 @@ def shard(text: str) -> tuple[int, int]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line: the flag, and what is wrong with it."""
+    """An ArgumentParser that reports an error in one line, which names the flag."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def normalize_flags(argv: list[str] | None = None) -> list[str]:
-    """Replace each `-` in the names of flags by `_`. argv: by default the process's."""
+    """Replace `-` with `_` in the names of flags. argv: by default sys.argv[1:]."""
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = argv.index("--") if "--" in argv else len(argv)
 
@@ -87,7 +87,7 @@ def normalize_flags(argv: list[str] | None = None) -> list[str]:
 
 
 class Flag(NamedTuple):
-    """A flag: the scripts that use it, its names, and options of argparse's add_argument."""
+    """A flag: the scripts that use it, its names, and its options for add_argument."""
 
     scripts: Collection[str]
     names: tuple[str, ...]
@@ -100,166 +100,172 @@ def flag(scripts: Collection[str], *names: str, **options) -> Flag:
 
 SWITCH = {"type": int, "choices": (0, 1)}
 
-# By the group in which the help shows them.
+# Flags, by their group in the help.
 # fmt: off
 FLAGS = {
     "data": [
         flag(TRAINING, "--train_csv", default="data/howto100m_videos.csv",
-             help="CSV file of the training videos, with a column video_path."),
+             help="CSV file of the training videos, with the column video_path."),
         flag(TRAINING | EXTRACTION, "--video_path", default="",
-             help="Folder (or tar file) of the videos, from which their paths start."),
+             help="Folder (or tar file) of the videos. Paths in CSV files are relative to it."),
         flag(TRAINING, "--caption_root", default="",
-             help="Folder of caption files, or a caption store, which is faster and shares its "
-                  "memory (data/howto100m/prepare.py packs one)."),
+             help="Folder of caption files, or a caption store. Prefer a store for a large set: it "
+                  "is a few files, and processes share its memory (make one with "
+                  "data/howto100m/prepare.py pack)."),
         flag(TRAINING | EVALUATION, "--eval_csv", default="",
-             help="Annotation table, official file or folder of the evaluation (default: the one "
-                  "in data/)."),
+             help="Annotations of the evaluation: a table, or the official file or folder "
+                  "(default: the one in data/)."),
         flag({"eval_crosstask"}, "--eval_subset", choices=SUBSETS, default="test",
-             help="Annotated videos to evaluate: those in videos_val.csv (val), the others (test) "
-                  "or all."),
+             help="Annotated videos to evaluate: those listed in videos_val.csv (val), the others "
+                  "(test), or all."),
         flag(TRAINING | EVALUATION, "--eval_video_root", default="",
-             help="Folder (or tar file) of the evaluation's videos."),
+             help="Folder (or tar file) of the evaluation videos."),
         flag(EXTRACTION, "--feature_csv", default="",
-             help="CSV file with columns video_path and feature_path (default: all videos in the "
-                  "folder)."),
+             help="CSV file with the columns video_path and feature_path (default: all videos "
+                  "below --video_path)."),
         flag(EXTRACTION, "--feature_root", default="",
-             help="Folder that the features are written to."),
+             help="Folder to write the features to."),
         flag(EXTRACTION, "--shard", type=shard, default=None,
-             help="Take shard I/N of the videos, 0/N to N-1/N (default: what the launcher "
-                  "tells)."),
+             help="Process part I of N of the videos, with I from 0 to N-1 (default: set by "
+                  "torchrun, srun or a SLURM job array)."),
         flag(ALL, "--num_thread_reader", type=not_negative(int), default=20,
-             help="Data workers per node, shared by its processes. Give the node's CPU cores; 0 "
-                  "decodes in the main process."),
+             help="Data workers per node, divided among its processes. Set it to the node's number "
+                  "of CPU cores. 0 decodes in the main process."),
         flag(TRAINING, "--prefetch", type=positive(int), default=None,
-             help="Clips that a process reads ahead of its step, two per data worker or more, of "
-                  "3 x num_frames x video_size^2 bytes of memory each (default: 1000, or a step's "
-                  "if they are more, fewer if all that is held would not fit in an eighth of the "
-                  "node's memory)."),
+             help="Clips that each process decodes ahead of its step, at least a batch and two per "
+                  "data worker (default: 1000, or a whole step if that is more, but no more than "
+                  "fit in an eighth of the node's memory). A clip takes 3 x num_frames x "
+                  "video_size^2 bytes."),
     ],
     "clips": [
         flag(ALL, "--num_frames", type=positive(int), default=16, help="Frames per clip."),
         flag(ALL, "--video_size", type=positive(int), default=224,
-             help="Height and width, in pixels."),
+             help="Height and width of a clip, in pixels."),
         flag(ALL - RECOGNITION, "--fps", type=positive(int), default=5,
-             help="Frames per second."),
+             help="Frames per second of video."),
         flag(ALL, "--decoder", choices=BACKENDS, default="pyav",
              help="Decoder backend. Both give the same pixels; pyav is faster."),
         flag(TRAINING, "--min_time", type=positive(float), default=5.0,
-             help="Shortest stretch that a clip is drawn from, in seconds."),
+             help="Widen shorter captions to this many seconds before drawing a clip from them."),
         flag(TRAINING, "--num_candidates", type=positive(int), default=1,
-             help="Captions per clip, K of MIL-NCE. The release's recipe has 4."),
+             help="Candidate captions per clip, the K of MIL-NCE. The release's command uses 4."),
         flag(TRAINING, "--crop_only", **SWITCH, default=1,
-             help="1 crops the frame as it is; 0 scales its largest square."),
+             help="1 crops the frame without scaling it; 0 crops its largest square and scales "
+                  "that."),
         flag(TRAINING, "--centercrop", **SWITCH, default=0,
-             help="1 crops the center, not at random."),
-        flag(TRAINING, "--random_flip", **SWITCH, default=1, help="1 mirrors half of the clips."),
+             help="1 crops at the center; 0 crops at a random position."),
+        flag(TRAINING, "--random_flip", **SWITCH, default=1,
+             help="1 mirrors clips with a probability of one half."),
         flag((TRAINING | EVALUATION) - LOCALIZATION, "--num_windows_test", type=positive(int),
-             default=4, help="Windows per evaluation video, evenly spaced."),
+             default=4, help="Evenly spaced windows per evaluation video."),
         flag(EXTRACTION | {"search"}, "--stride", type=positive(float), default=None,
-             help="Seconds from the start of a window to the next one's (default: the length of "
-                  "a window; half of it in a search)."),
+             help="Seconds between the starts of successive windows (default: the length of a "
+                  "window, or half of it in search.py)."),
     ],
     "model": [
         flag(TRAINING | EVALUATION | EXTRACTION, "--pretrain_cnn_path", default="",
-             help="Checkpoint or released weights, to start from or to evaluate."),
+             help="Checkpoint or released weights to start from or evaluate."),
         flag(TRAINING, "--word2vec_path", default="data/word2vec.pth",
-             help="Word vectors of a new model; '' makes random ones."),
+             help="Word vectors of a new model. '' uses random ones."),
         flag(TRAINING | RETRIEVAL | LOCALIZATION, "--token_to_word_path", default="data/dict.npy",
-             help="Vocabulary: the words that belong to the word vectors."),
+             help="Vocabulary of the word vectors."),
         flag(TRAINING, "--num_class", type=positive(int), default=512,
-             help="Size of the embedding."),
+             help="Dimension of the joint embedding."),
         flag(TRAINING, "--weight_init", choices=("uniform", "kaiming_normal"), default="uniform",
-             help="Initial weights of the convolutions."),
+             help="Initialization of the convolutions."),
         flag(EXTRACTION, "--layer", choices=("mixed_5c", "embedding"), default="mixed_5c",
-             help="Features to extract: 1024 numbers of mixed_5c, or 512 of the joint embedding."),
+             help="Features to extract: mixed_5c (1024-d) or the joint embedding (512-d)."),
         flag(ALL, "--amp", choices=("auto", *PRECISIONS), default="auto",
-             help="Type of convolutions and matrix products. auto trains in bf16 if the "
-                  "processor computes in it, and evaluates in float32."),
-        flag(ALL, "--channels_last", **SWITCH, default=1, help="1 keeps the channels innermost."),
+             help="Data type of convolutions and matrix products; none is float32. auto trains in "
+                  "bf16 if the processor supports it natively, and evaluates in float32."),
+        flag(ALL, "--channels_last", **SWITCH, default=1,
+             help="1 uses the channels-last memory layout."),
         flag(ALL, "--compile", action="store_true",
-             help="Use torch.compile. It needs a C++ compiler, and minutes before the first "
+             help="Use torch.compile. It needs a C++ compiler and takes minutes before the first "
                   "step."),
         flag(TRAINING, "--grad_checkpoint", action="store_true",
-             help="Compute activations again for the backward pass: less memory, more time."),
+             help="Recompute activations in the backward pass: less memory, more time."),
         flag(ALL, "--batch_size_val", type=positive(int), default=32,
-             help="Windows that go through the model at once in an evaluation or extraction."),
+             help="Windows per forward pass of an evaluation or extraction."),
     ],
     "optimization": [
         flag(TRAINING, "--optimizer", choices=("adam", "sgd"), default="adam",
-             help="The optimizer."),
+             help="Optimizer."),
         flag(TRAINING, "--lr", type=positive(float), default=0.001, help="Peak learning rate."),
         flag(TRAINING, "--momentum", type=not_negative(float), default=0.9,
-             help="Momentum of sgd."),
+             help="Momentum for sgd."),
         flag(TRAINING, "--warmup_steps", type=not_negative(int), default=5000,
-             help="Steps over which the learning rate rises linearly, before it falls as a "
-                  "cosine."),
+             help="Steps of linear warmup, followed by cosine decay. The release's command uses "
+                  "10000."),
         flag(TRAINING, "--epochs", type=positive(int), default=150,
-             help="Passes over the video list."),
+             help="Passes over the video list. The release's command uses 300."),
         flag(TRAINING, "--start_epoch", type=not_negative(int), default=0,
              help="First epoch of a run that does not resume."),
         flag(TRAINING, "--batch_size", type=positive(int), default=256,
-             help="Clips per node and micro-batch, shared by the node's processes."),
+             help="Clips per node and micro-batch, divided among the node's processes. MIL-NCE "
+                  "needs many negatives: the paper's batch, over all nodes, is 8192."),
         flag(TRAINING, "--accum_steps", type=positive(int), default=1,
-             help="Micro-batches per step. Each clip has the negatives of all of them, at the "
-                  "memory of one and a third more computation."),
+             help="Micro-batches per step. Use more if the batch does not fit in memory: each clip "
+                  "has the negatives of all micro-batches, at the cost of a second forward pass."),
         flag(TRAINING, "--fused_optimizer", **SWITCH, default=1,
              help="1 updates all weights with one kernel, without a device sync."),
         flag(TRAINING, "--seed", type=not_negative(int), default=1,
-             help="Seed of the weights, the order of the data and the samples."),
+             help="Seed of the initial weights, the order of the videos and the random clips."),
     ],
     "fault tolerance": [
         flag(TRAINING, "--checkpoint_root", default="checkpoint",
              help="Folder of the checkpoints of all runs."),
         flag(TRAINING, "--checkpoint_dir", default="",
-             help="Folder of this run in --checkpoint_root, and the name of its logs."),
+             help="Name of this run: its folder in --checkpoint_root, and the name of its logs."),
         flag(TRAINING, "--resume", action="store_true",
-             help="Continue from the newest good checkpoint, if there is one."),
+             help="Resume from the newest undamaged checkpoint, if there is one."),
         flag(TRAINING, "--checkpoint_every", type=not_negative(int), default=500,
-             help="Steps between checkpoints within an epoch; 0 writes none."),
+             help="Steps between checkpoints within an epoch. 0 saves only at its end."),
         flag(TRAINING, "--max_bad_fraction", type=not_negative(float), default=0.1,
-             help="Fraction of an epoch's samples that may be unreadable before the run ends."),
+             help="Stop the run if more than this fraction of an epoch's samples is unreadable."),
         flag(TRAINING, "--max_bad_steps", type=positive(int), default=10,
-             help="Steps in a row whose loss or gradient may be not finite before the run ends."),
+             help="Stop the run if the loss or gradient is not finite for this many steps in a "
+                  "row."),
         flag(ALL, "--sample_timeout", type=positive(float), default=180.0,
-             help="Seconds after which a sample that is still being decoded is given up. Without "
-                  "data workers there is no limit."),
+             help="Give up on a sample that takes more than this many seconds to decode. There is "
+                  "no limit without data workers."),
         flag(TRAINING, "--dist_timeout", type=positive(float), default=600.0,
-             help="Seconds without progress of any process after which the run ends."),
+             help="Stop the run if no process makes progress for this many seconds."),
     ],
     "logging": [
         flag(TRAINING, "--log_root", default="log", help="Folder of the logs."),
         flag(TRAINING, "--n_display", type=positive(int), default=10,
-             help="Steps between log lines. Each line waits for the device; keep 10 or more on a "
+             help="Steps between log lines. Each line waits for the device: use 10 or more on a "
                   "GPU."),
         flag(TRAINING, "--tensorboard", action="store_true",
-             help="Write event files, too, to <the log>.tensorboard/."),
+             help="Also write TensorBoard files, to <checkpoint_dir>.tensorboard/ in --log_root."),
         flag(TRAINING, "-e", "--evaluate", action="store_true",
-             help="Score YouCook2 retrieval after every epoch."),
+             help="Evaluate YouCook2 retrieval after every epoch."),
         flag(EVALUATION, "--metrics_json", default="",
              help="Write the metrics to this JSON file."),
         flag(EVALUATION, "--html_report", default="",
-             help="Write the results as a page, index.html, to this folder."),
+             help="Write the results to this folder as a page, index.html."),
         flag(RECOGNITION | LOCALIZATION, "--feature_cache", default="",
-             help="Keep the features in this .npz file, or read them there if it exists."),
+             help="Save the features to this .npz file, or read them from it if it exists."),
         flag(TRAINING | EVALUATION | EXTRACTION, "--verbose", **SWITCH, default=1,
-             help="1 logs to the terminal, too."),
+             help="1 logs to the terminal."),
     ],
     "launch": [
         flag(ALL, "--device", choices=("auto", "cpu", "cuda"), default="auto",
-             help="Where to compute. auto takes the GPUs, if there are any."),
+             help="Device to compute on. auto uses the GPUs, if there are any."),
         flag(ALL, "--gpu", type=int, default=None, help="Use this GPU only."),
         flag(TRAINING, "--nproc_per_node", type=positive(int), default=None,
-             help="Processes of this node (default: one per GPU, or one)."),
+             help="Processes on this node (default: one per GPU, or one on the CPU)."),
         flag(TRAINING, "--world_size", type=int, default=-1,
-             help="Number of nodes, if no launcher tells it."),
+             help="Number of nodes, if no launcher sets it."),
         flag(TRAINING, "--rank", type=int, default=-1,
-             help="Number of this node, from 0, if no launcher tells it."),
+             help="Index of this node, from 0, if no launcher sets it."),
         flag(TRAINING, "--dist_url", default="",
-             help="Where the processes meet, tcp://host:port (default: taken from the launcher)."),
+             help="Address of the rendezvous, tcp://host:port (default: set by the launcher)."),
         flag(TRAINING, "--dist_file", default="dist-file",
-             help="Let the processes meet through a new file on a shared disk."),
+             help="Use a new file on a shared disk for the rendezvous, instead of an address."),
         flag(TRAINING, "--dist_backend", default="nccl",
-             help="Backend of the process group on GPUs. On CPUs it is gloo."),
+             help="Backend of the process group on GPUs. CPUs always use gloo."),
         flag(TRAINING, "--cudnn_benchmark", **SWITCH, default=0,
              help="1 lets cuDNN try its algorithms and keep the fastest."),
     ],
@@ -276,8 +282,8 @@ FLAGS = {
 def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bool = True) -> None:
     """Add the flags to a parser, in groups.
 
-    script: its help shows the flags that this script uses; None: all. others: accept the flags that
-    it does not use, too.
+    script: the help shows the flags that this script uses, or all if it is None. others: also
+    accept the flags that it does not use.
     """
     for title, flags in FLAGS.items():
         section = parser.add_argument_group(title)
@@ -286,7 +292,7 @@ def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bo
                 section.add_argument(*names, **options)
             elif others:
                 section.add_argument(*names, **{**options, "help": argparse.SUPPRESS})
-    if others:  # old spellings, of the release and of our own, that scripts in the wild still carry
+    if others:  # old spellings, the release's and our own, that existing command lines still use
         add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
         momentum = not_negative(float)
         add("--momemtum", dest="momentum", type=momentum, default=argparse.SUPPRESS)
@@ -300,7 +306,7 @@ def add_flags(parser: argparse.ArgumentParser, script: str | None, *, others: bo
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and adds the defaults that a sentence does not have."""
+    """Keep the line breaks of the description, and add the default if the help lacks it."""
 
     def _get_help_string(self, action):
         if any(action.default is value for value in (None, "", False)) or "default" in action.help:
@@ -311,7 +317,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def get_args(
     description: str = "MIL-NCE", script: str | None = None, argv: list[str] | None = None
 ) -> argparse.Namespace:
-    """Parse argv (default: the process's). Flags may be spelled with `-` or `_`.
+    """Parse argv, by default sys.argv[1:]. Flags may be spelled with `-` or `_`.
 
     script: the name of the script without `.py`; its help shows the flags that it uses.
     """
@@ -325,7 +331,7 @@ def get_args(
     return parser.parse_args(normalize_flags(argv))
 
 
-# The annotations of each evaluation, unless --eval_csv names others.
+# The default of --eval_csv in each evaluation.
 ANNOTATIONS = {
     "youcook": "data/validation_youcook.csv",
     "msrvtt": "data/msrvtt_test.csv",
@@ -353,15 +359,17 @@ def get_all_args(
     section = parser.add_argument_group("data sets and results")
     for name, title in data_sets.items():
         section.add_argument(
-            f"--{name}_root", default="", metavar="DIR", help=f"Evaluate {title}, of these videos."
+            f"--{name}_root", default="", metavar="DIR", help=f"Evaluate {title} on these videos."
         )
         section.add_argument(
             f"--{name}_csv",
             default="",
             metavar="FILE",
-            help=f"Annotations of {title} (default: that of eval_{name}.py).",
+            help=f"Annotations of {title} (default: as in eval_{name}.py).",
         )
-    section.add_argument("--out", default="evaluations", metavar="DIR", help="The results.")
+    section.add_argument(
+        "--out", default="evaluations", metavar="DIR", help="Folder to write the results to."
+    )
     for group, flags in FLAGS.items():
         section = parser.add_argument_group(group)
         for scripts, names, options in flags:
@@ -371,9 +379,9 @@ def get_all_args(
 
 
 def changed_flags(args: argparse.Namespace, script: str) -> dict[str, object]:
-    """Return those of a script's flags that differ from their defaults, {name: value}.
+    """Return the flags of a script that differ from their defaults: {name: value}.
 
-    args: of get_all_args.
+    args: from get_all_args.
     """
     own = (
         (names[0], options.get("default", False))
@@ -386,7 +394,7 @@ def changed_flags(args: argparse.Namespace, script: str) -> dict[str, object]:
 
 
 def port(text: str) -> int:
-    """Parse a TCP port, 0 for any that is free: an argparse type."""
+    """Parse a TCP port. 0 stands for any free one."""
     number = not_negative(int)(text)
     if number > 65535:
         raise argparse.ArgumentTypeError(f"{text} is above 65535")
@@ -403,38 +411,42 @@ def get_search_args(description: str, argv: list[str] | None = None) -> argparse
             name, help=help, description=help, allow_abbrev=False, formatter_class=HelpFormatter
         )
 
-    index = command("index", "write an index of videos, or bring it up to date")
+    index = command("index", "write or update an index of videos")
     add = index.add_argument
-    add("folder", metavar="FOLDER", help="The videos, in folders of any depth.")
+    add("folder", metavar="FOLDER", help="Folder of the videos, which may be in subfolders.")
     add("--weights", required=True, help="A checkpoint or the released weights.")
     add("--token_to_word_path", default="data/dict.npy", help="Vocabulary of the weights.")
-    add("--out", required=True, help="The index.")
-    add("--retry_failed", action="store_true", help="Try again what could not be used before.")
+    add("--out", required=True, help="Path of the index.")
+    add("--retry_failed", action="store_true", help="Retry videos that could not be used before.")
     add_flags(index, "search", others=False)
     index.set_defaults(num_thread_reader=len(os.sched_getaffinity(0)))
 
     query = command("query", "print the moments that match a text best")
-    serve = command("serve", "search on a page, in a browser")
-    for made in (query, serve):
-        add = made.add_argument
-        add("index", metavar="INDEX", help="What `search.py index` wrote.")
-        add("--weights", default="", help="Where they are now (default: their path in the index).")
-        add("--token_to_word_path", default="", help="Where the vocabulary is now.")
-        add("--video_path", default="", help="Where the folder of the videos is now.")
+    serve = command("serve", "serve a search page for the browser")
+    for subparser in (query, serve):
+        add = subparser.add_argument
+        add("index", metavar="INDEX", help="An index written by `search.py index`.")
+        add(
+            "--weights",
+            default="",
+            help="New path of the weights, if they have moved (default: their path in the index).",
+        )
+        add("--token_to_word_path", default="", help="New path of the vocabulary, if it has moved.")
+        add("--video_path", default="", help="New path of FOLDER, if it has moved.")
     add = query.add_argument
-    add("text", metavar="TEXT", nargs="+", help="What is to be seen; no quotes are needed.")
-    add("--top", type=positive(int), default=10, help="Moments to print.")
+    add("text", metavar="TEXT", nargs="+", help="What to find; quotes are optional.")
+    add("--top", type=positive(int), default=10, help="Number of moments to print.")
     add("--json", action="store_true", help="Print a JSON object, see docs/search.md.")
-    serve.add_argument("--host", default="127.0.0.1", help="Address to listen at.")
-    serve.add_argument("--port", type=port, default=8000, help="Port; 0 takes any that is free.")
+    serve.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
+    serve.add_argument("--port", type=port, default=8000, help="Port. 0 uses any free one.")
     return parser.parse_args(normalize_flags(argv))
 
 
-# --- checks of what flags name -------------------------------------------------------------------
+# --- checks of paths -----------------------------------------------------------------------------
 
 
 def format_flag(flag: str) -> str:
-    """Spell a flag for a message. One in capitals is a positional argument."""
+    """Format a flag for a message. A name in capitals is a positional argument."""
     return flag if flag.isupper() else f"--{flag}"
 
 
@@ -453,7 +465,7 @@ def check_file(path: FilePath, flag: str) -> None:
 def file_checksum(path: FilePath, flag: str) -> str:
     """Compute the SHA-256 of a flag's file. Raises InputError.
 
-    Call it before the work: a training may remove its old checkpoints meanwhile.
+    Call it before the work starts: a running training may remove an old checkpoint meanwhile.
     """
     from evaluation.feature_file import checksum
 
@@ -483,7 +495,7 @@ def check_packages(needed_by: str, *packages: str) -> None:
 
 
 def check_output(path: FilePath, flag: str) -> None:
-    """Reject, before the work, a file that could not be written after it."""
+    """Reject an output file that cannot be written, before the work starts."""
     folder = Path(path).resolve().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
         raise InputError(f"--{flag}: {path} cannot be written; give a file in an existing folder")
@@ -500,13 +512,13 @@ def make_folder(path: FilePath, flag: str) -> None:
 
 
 def check_absent(path: FilePath, flag: str) -> None:
-    """Reject an output that would overwrite something."""
+    """Reject an output path that already exists."""
     if os.path.lexists(path):
-        raise InputError(f"--{flag}: {path} is there already; remove it or give another")
+        raise InputError(f"--{flag}: {path} already exists; remove it or give another path")
 
 
 def check_new_output(path: FilePath, flag: str) -> None:
-    """Reject, before the work, a file that could not be written after it, or already exists."""
+    """Reject an output file that exists or cannot be written, before the work starts."""
     check_absent(path, flag)
     check_output(path, flag)
 
@@ -520,7 +532,7 @@ def check_video_folder(path: FilePath, flag: str) -> None:
 
 
 def files_below(root: FilePath, flag: str, extensions: Collection[str]) -> list[str]:
-    """List the videos that walk_files finds, sorted, with a bar. Raises InputError."""
+    """List the videos that walk_files finds, sorted, with a progress bar. Raises InputError."""
     from video_decoder import walk_files
 
     check_video_folder(root, flag)
@@ -534,7 +546,7 @@ def files_below(root: FilePath, flag: str, extensions: Collection[str]) -> list[
         ) from None
 
 
-# --- what several scripts make of their flags ----------------------------------------------------
+# --- setup that several scripts share ------------------------------------------------------------
 
 
 def check_decoder(args: argparse.Namespace) -> None:
@@ -561,8 +573,8 @@ def inference_model(
 ):
     """Load the S3D of --pretrain_cnn_path, or of another flag, for inference on a torch device.
 
-    joint_space: whether its joint embeddings are needed. Raises InputError if the file is invalid
-    or lacks them, or the model does not fit the other flags.
+    joint_space: require joint embeddings. Raises InputError if the file is invalid or lacks them,
+    or if the model does not fit the other flags.
     """
     from distributed.device import check_compiler
     from evaluation.features import load_inference_model
@@ -588,9 +600,9 @@ def inference_model(
 
 
 def evaluation_table(args: argparse.Namespace, read_table, default_csv: str):
-    """Read --eval_csv, a table or an official file, and log its notes: (path, table).
+    """Read --eval_csv and log the reader's notes. Returns (path, table).
 
-    read_table: the data set's reader, see annotations.
+    read_table: reads a table or the official files of the data set, see annotations.
     """
     from annotations.tables import log_notes
 
@@ -602,7 +614,7 @@ def evaluation_table(args: argparse.Namespace, read_table, default_csv: str):
 
 
 def retrieval_set(args: argparse.Namespace, data_set, table, words):
-    """Build a retrieval data set, YouCook2 or MSRVTT, of a table and the videos of the flags.
+    """Build a retrieval data set, YouCook2 or MSRVTT, from a table and --eval_video_root.
 
     words: the vocabulary.
     """
@@ -618,7 +630,7 @@ def retrieval_set(args: argparse.Namespace, data_set, table, words):
 
 
 def check_evaluation_outputs(args: argparse.Namespace) -> None:
-    """Reject, before the work, outputs of an evaluation that could not be written after it."""
+    """Reject outputs of an evaluation that cannot be written, before the work starts."""
     if args.metrics_json:
         check_output(args.metrics_json, "metrics_json")
     if args.html_report:

@@ -17,7 +17,7 @@ def get_world_size() -> int:
 
 
 def all_gather_batch(local: torch.Tensor) -> torch.Tensor:
-    """Concatenate the [b, ...] of all ranks, in rank order: [B, ...] on each. Shapes are equal."""
+    """Concatenate the tensors [b, ...] of all ranks, of one shape, in rank order: [B, ...]."""
     if get_world_size() == 1:
         return local
     gathered = local.new_empty((get_world_size() * local.shape[0], *local.shape[1:]))
@@ -81,11 +81,11 @@ class MILNCELoss(nn.Module):
     """
 
     def forward(self, video_embd: torch.Tensor, text_embd: torch.Tensor) -> torch.Tensor:
-        """Compute the loss [] of video_embd [b, D] and text_embd [b*K, D], in float32 or longer.
+        """Compute the loss [] of video_embd [b, D] and text_embd [b*K, D], in float32 or wider.
 
         Row i*K + k of text_embd is candidate k of video i.
         """
-        # In a shorter type, scores of positives and negatives could round to the same value.
+        # In a narrower type, scores of positives and negatives could round to the same value.
         dtype = torch.promote_types(video_embd.dtype, torch.float32)
         with torch.autocast(video_embd.device.type, enabled=False):
             return self.compute_loss(video_embd.to(dtype), text_embd.to(dtype))

@@ -1,6 +1,7 @@
 """Train S3D with MIL-NCE on narrated videos (Miech et al., CVPR 2020).
 
-One process per GPU, or a few on the CPU; plain python, torchrun or SLURM: see docs/cluster.md.
+Runs one process per GPU, or a few on the CPU, under plain python, torchrun or SLURM: see
+docs/cluster.md.
 """
 
 from args import get_args
@@ -86,7 +87,7 @@ def main():
 
 @dataclass
 class TrainState:
-    """What a rank trains with. `setup` checks and builds it, `prepare_loop` adds the last four."""
+    """The state of a rank's training. `setup` builds it; `prepare_loop` adds the last four."""
 
     args: Namespace
     dataset: HowTo100M
@@ -95,11 +96,11 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     progress: Progress
-    batch_size: int  # clips of a step, over all ranks and micro-batches
+    batch_size: int  # clips per step, over all ranks and micro-batches
     total_steps: int
-    first_step: int  # of this process
-    resumed: dict  # the checkpoint, or empty
-    damaged: dict[Path, str]  # newer checkpoints that cannot be resumed from, and the proof
+    first_step: int  # at which this process started
+    resumed: dict  # the checkpoint that the run resumes from, or empty
+    damaged: dict[Path, str]  # newer checkpoints that are damaged, and the proof
 
     step: TrainingStep = field(init=False)
     batches: Iterator[dict] = field(init=False)
@@ -140,7 +141,7 @@ def train(args, context):
 
 
 def train_one_epoch(state, context, last_step):
-    """Run the steps that are left of an epoch. A signal ends the process, after a checkpoint."""
+    """Run the remaining steps of an epoch. After a signal, save a checkpoint and exit."""
     args, progress = state.args, state.progress
     state.step.network.train()
     meter = ThroughputMeter(context.device)
@@ -150,11 +151,11 @@ def train_one_epoch(state, context, last_step):
         micro_batches = [next(state.batches) for _ in range(args.accum_steps)]
         state.step.to_device.arrival = meter.end_wait()
         bad = [faults for batch in micro_batches for faults in batch["bad"]]
-        # The ranks exchange these while they compute.
+        # The ranks exchange these counts while they compute.
         wait_for_sums = context.start_sum(len(bad), context.signal is not None)
 
         loss = state.step(micro_batches)
-        del micro_batches  # up to gigabytes, which the next step's must not add to
+        del micro_batches  # up to gigabytes, to be freed before the next step's arrive
         lr = state.scheduler.get_last_lr()[0]
         state.scheduler.step()
         progress.step += 1
@@ -175,9 +176,9 @@ def train_one_epoch(state, context, last_step):
         if too_many_bad:
             save(state, context, within_epoch=True)
             context.abort(
-                f"--max_bad_fraction: {progress.bad_in_epoch} samples of epoch "
-                f"{progress.epoch + 1}, which has {len(state.dataset)}, could not be read, more "
-                f"than {args.max_bad_fraction:g} of them: see {state.bad.path}"
+                f"--max_bad_fraction: {progress.bad_in_epoch} of the {len(state.dataset)} samples "
+                f"of epoch {progress.epoch + 1} could not be read, a fraction above "
+                f"{args.max_bad_fraction:g}; see {state.bad.path}"
             )
         if log_due:
             waited = sum(context.start_max(*meter.list_waits())()) / 1e6
@@ -192,7 +193,7 @@ def train_one_epoch(state, context, last_step):
 def count_bad_samples(state, bad, replaced):
     """Count the samples of a step that were replaced.
 
-    bad: those of this rank, as training_batches yields them. replaced: how many on all ranks.
+    bad: this rank's, as training_batches yields them. replaced: their number on all ranks.
     """
     state.bad.add(chain.from_iterable(bad), replaced > 0)
     state.progress.bad_samples += replaced
@@ -200,19 +201,19 @@ def count_bad_samples(state, bad, replaced):
 
 
 def count_skipped_steps(state, context):
-    """Take over the step's counts; end the run after max_bad_steps in a row."""
+    """Read the counts of skipped steps. Abort after max_bad_steps bad ones in a row."""
     progress, known = state.progress, state.progress.skipped_steps
     progress.skipped_steps, progress.skipped_in_row, most_in_row = state.step.skipped()
     if progress.skipped_steps > known and context.rank == 0:
         log.warning(
-            "%d of the steps up to %d skipped: loss or gradient not finite (%d in a row now)",
+            "skipped %d of the steps up to %d: loss or gradient not finite (%d in a row so far)",
             *(progress.skipped_steps - known, progress.step, progress.skipped_in_row),
         )
     if most_in_row >= state.args.max_bad_steps:
         context.abort(
-            f"--max_bad_steps: {most_in_row} steps in a row, up to step {progress.step} or shortly "
-            "before, had a loss or gradient that is not finite: lower --lr, or look at the data; "
-            f"the checkpoints in {checkpoint_folder(state.args)} have the weights from before"
+            f"--max_bad_steps: the loss or gradient of {most_in_row} steps in a row was not "
+            f"finite, at or shortly before step {progress.step}; lower --lr or check the data. "
+            f"The checkpoints in {checkpoint_folder(state.args)} have the weights from before"
         )
 
 
@@ -237,19 +238,19 @@ def save(state, context, within_epoch=False):
 
 
 def stop(context):
-    """End a process after a signal, when rank 0 has written its checkpoint."""
+    """Exit after a signal, once rank 0 has written its checkpoint."""
     context.enter_stage("the end, after a signal")
     signals = [name for name in context.gather(context.signal) if name]
-    log.info("stopped by %s: start again to resume", signals[0])
+    log.info("stopped by %s; start again to resume", signals[0])
     sys.exit(os.EX_TEMPFAIL)
 
 
 class StopRequested(Exception):
-    """A signal came during the validation."""
+    """A signal arrived during the validation."""
 
 
 def validate(state, context):
-    """Score the model of rank 0 on YouCook2 retrieval; the ranks share the videos."""
+    """Evaluate rank 0's model on YouCook2 retrieval. The ranks divide the videos among them."""
     context.enter_stage("validation")
     args = state.args
 
@@ -259,7 +260,7 @@ def validate(state, context):
             raise StopRequested
 
     if context.world_size > 1:
-        for buffer in state.model.buffers():  # each rank has running statistics of its own
+        for buffer in state.model.buffers():  # the running statistics of the ranks differ
             dist.broadcast(buffer, src=0)
     model = fuse_for_inference(state.model, PRECISIONS[inference_amp(args.amp)])
     try:
@@ -277,7 +278,7 @@ def validate(state, context):
     except StopRequested:
         videos = None
     shards = context.gather(videos)
-    if None in shards:  # nothing is lost: the checkpoint is written, and a restart validates
+    if None in shards:  # nothing is lost: the checkpoint exists, and a resumed run validates it
         stop(context)
     videos = dict(sorted(item for shard in shards for item in shard.items()))
     with input_error("--eval_video_root"):
@@ -287,10 +288,10 @@ def validate(state, context):
 
 
 def lacks_validation(state, context):
-    """Tell whether the run was ended between an epoch's checkpoint and its validation."""
+    """Check whether the run stopped between an epoch's checkpoint and its validation."""
     epoch = state.progress.epoch
-    ended = state.resumed and state.progress.step == state.steps_before(epoch)
-    done = not ended or any(
+    at_epoch_end = state.resumed and state.progress.step == state.steps_before(epoch)
+    done = not at_epoch_end or any(
         "R1" in record and record["epoch"] == epoch
         for record in read_records(log_path(state.args, "jsonl"))
     )
@@ -303,8 +304,8 @@ def lacks_validation(state, context):
 def setup(args, ranks, device, resume):
     """Read all input and build the TrainState.
 
-    Rejects in the first seconds what would fail in the first hour. `ranks` is a Launch or a
-    RankContext. Raises InputError.
+    Rejects invalid input now instead of an hour into the run. `ranks` is a Launch or a RankContext.
+    Raises InputError.
     """
     check_flags(args, ranks)
     batch_size = args.batch_size // ranks.nproc_per_node * ranks.world_size * args.accum_steps
@@ -315,7 +316,7 @@ def setup(args, ranks, device, resume):
     if total_steps == 0:
         raise InputError(
             f"--batch_size: {args.epochs} epochs of the {len(dataset)} videos of {args.train_csv} "
-            f"do not fill one batch of {batch_size}"
+            f"do not fill one batch of {batch_size}; give a smaller batch"
         )
     validation = None
     if args.evaluate:
@@ -359,18 +360,18 @@ def check_flags(args, ranks):
     """Reject flags that contradict each other or this machine."""
     if args.batch_size % ranks.nproc_per_node:
         raise InputError(
-            f"--batch_size {args.batch_size} cannot be shared by {ranks.nproc_per_node} "
-            "processes: give a multiple"
+            f"--batch_size {args.batch_size} cannot be divided among {ranks.nproc_per_node} "
+            "processes; give a multiple of their number"
         )
     if args.compile:
         with input_error("--compile"):
             check_compiler()
         if args.grad_checkpoint:
-            raise InputError("--compile and --grad_checkpoint exclude each other: drop one")
+            raise InputError("--compile and --grad_checkpoint cannot be combined; drop one")
     if args.sample_timeout >= args.dist_timeout:
         raise InputError(
             f"--sample_timeout {args.sample_timeout:g} is not below --dist_timeout "
-            f"{args.dist_timeout:g}: a slow sample would end the run"
+            f"{args.dist_timeout:g}, so a slow sample would end the run; lower it"
         )
     if args.tensorboard:
         check_packages("--tensorboard", "tensorboard")
@@ -382,7 +383,7 @@ def checkpoint_folder(args):
 
 
 def log_path(args, kind):
-    """Name a log: <log_root>/<checkpoint_dir>.txt, .jsonl, ..; `train` without --checkpoint_dir."""
+    """Return the path of a log, <log_root>/<checkpoint_dir>.<kind>, by default train.<kind>."""
     return Path(args.log_root, f"{args.checkpoint_dir or 'train'}.{kind}")
 
 
@@ -420,7 +421,7 @@ def training_set(args, words):
 
 
 def find_checkpoint(args, resume):
-    """Return the checkpoint to resume, or an empty dict, and the damaged ones that are newer."""
+    """Return the checkpoint to resume from, or an empty dict, and newer ones that are damaged."""
     folder, damaged = checkpoint_folder(args), {}
     if resume:
         with input_error("--resume"):
@@ -433,24 +434,22 @@ def find_checkpoint(args, resume):
         others = list_checkpoints(folder)
     if others and not resume:
         raise InputError(
-            f"--checkpoint_dir: {folder} holds the checkpoints of another run: give --resume to "
+            f"--checkpoint_dir: {folder} holds the checkpoints of another run; give --resume to "
             "continue it, or another folder"
         )
     return {}, damaged
 
 
 def build_model(args, words, resumed=None):
-    """Build the S3D to start from, on the CPU.
-
-    It is that of the checkpoint, of given weights (--pretrain_cnn_path), or a new one.
-    """
+    """Build the S3D on the CPU, from a checkpoint, --pretrain_cnn_path or scratch."""
     torch.manual_seed(args.seed)  # the same new weights on every rank
     if resumed:
         with input_error("--resume"):
             model = S3D.from_state_dict(resumed["state_dict"], resumed["path"])
     elif args.pretrain_cnn_path:
         check_file(args.pretrain_cnn_path, "pretrain_cnn_path")
-        with input_error("--pretrain_cnn_path, --word2vec_path"):  # the latter with torchvision's
+        # --word2vec_path is used only with torchvision's weights.
+        with input_error("--pretrain_cnn_path, --word2vec_path"):
             model = s3dg.load_model(
                 args.pretrain_cnn_path,
                 num_classes=args.num_class,
@@ -489,7 +488,7 @@ def log_start(state, context):
 
 
 def check_ranks_agree(state, context):
-    """Abort unless all ranks start alike: each finds for itself what it starts from."""
+    """Abort unless all ranks start from the same state, which each has determined by itself."""
     own = {
         "checkpoint": state.resumed and state.resumed["path"].name,
         "epoch": state.progress.epoch,
@@ -511,9 +510,9 @@ def check_ranks_agree(state, context):
 
 
 def set_damaged_aside(state, context):
-    """Have rank 0 rename the damaged checkpoints.
+    """Rename the damaged checkpoints, on rank 0.
 
-    Not before all ranks have found the same: what only one of them finds damaged may be intact.
+    Only after check_ranks_agree: a file that only one rank finds damaged may be intact.
     """
     error = None
     if context.rank == 0:
@@ -527,11 +526,11 @@ def set_damaged_aside(state, context):
 
 
 def prepare_loop(state, context):
-    """Build the rest of what the loop needs: the step over all ranks, batches, logs."""
+    """Build the rest of the TrainState: the step over all ranks, the batches and the logs."""
     args, progress = state.args, state.progress
     state.step = build_step(state, context)
     state.bad = BadSamples(log_path(args, "bad.csv"), context)
-    sampler = StepSampler(  # of micro-batches: accum_steps of them in a row are those of a step
+    sampler = StepSampler(  # of micro-batches, of which accum_steps in a row make a step
         len(state.dataset),
         state.batch_size // args.accum_steps,
         state.total_steps * args.accum_steps,
@@ -541,7 +540,7 @@ def prepare_loop(state, context):
         world_size=context.world_size,
     )
     workers = workers_per_rank(args.num_thread_reader, context.nproc_per_node)
-    lend = args.accum_steps + 1  # a step's, and the last one that is being copied to the GPU
+    lend = args.accum_steps + 1  # those of a step, and the previous one, on its way to the GPU
     state.batches = training_batches(
         state.dataset,
         sampler,
@@ -551,7 +550,7 @@ def prepare_loop(state, context):
             sampler.share,
             workers,
             wanted=args.prefetch,
-            # The next step's micro-batches are read while this one's are computed.
+            # The next step's micro-batches are read while this step is computed.
             step=sampler.share * args.accum_steps,
             lend=lend,
             processes=context.nproc_per_node,
@@ -573,18 +572,18 @@ def prepare_loop(state, context):
 
 
 def build_step(state, context):
-    """Build the TrainingStep of this rank, joined with the other ranks'."""
+    """Build the TrainingStep of this rank, connected to those of the other ranks."""
     args, network = state.args, state.model
     if args.compile:
         network.compile()
     if context.world_size > 1:
-        # Frozen: it travels once, and DistributedDataParallel is to leave it alone.
+        # It is frozen: broadcast it once, and exclude it from DistributedDataParallel.
         dist.broadcast(network.text_module.word_embd.weight.data, src=0)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             network, ["text_module.word_embd.weight"]
         )
         ids = [context.device] if context.device.type == "cuda" else None
-        # Running statistics take no part in training: validation and checkpoints have rank 0's.
+        # Training does not use the running statistics. Validation and checkpoints use rank 0's.
         network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
     dtype = training_dtype(args.amp, context.device)
     log.info("convolutions and matrix products in %s", str(dtype).removeprefix("torch."))
@@ -601,7 +600,7 @@ def build_step(state, context):
                 "text": torch.zeros(captions, TRAINING_WORDS, dtype=torch.int64),
             }
         )
-    # The loop needs them no more, and they are as large as the model.
+    # They are as large as the model, and no longer needed.
     for name in ("state_dict", "optimizer", "scaler"):
         state.resumed.pop(name, None)
     return step

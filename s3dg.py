@@ -26,7 +26,7 @@ VOCABULARY_ROWS = 66250  # of the released vocabulary, plus row 0 for padding
 WORD_DIM = 300
 HIDDEN_DIM = 2048
 WORD = re.compile(r"[\w']+")
-VALUE_RANGE = -1, 2  # of video: what filters that overshoot may make of [0, 1] is within
+VALUE_RANGE = -1, 2  # accepted values of video: [0, 1], with room for filters that overshoot
 RAW_TEXT_WORDS = 16  # words kept of a raw sentence given to the model
 KINETICS_MEAN = 0.43216, 0.394666, 0.37645  # of RGB, as torchvision normalizes it
 KINETICS_STD = 0.22803, 0.22145, 0.216989
@@ -39,11 +39,11 @@ OPEN_GATE = 10.0  # a gate's bias: sigmoid(10) is 0.99995
 def tokenize(sentence: str, vocabulary: Container[str] = ()) -> list[str]:
     r"""Split a sentence into its words, the matches of [\w']+, and lower-case them.
 
-    A word that the vocabulary has exactly as it is written keeps its capitals.
+    A word that is in the vocabulary as it is written keeps its capitals.
     """
     tokens = []
     for word in WORD.findall(sentence):
-        # Lower-casing can split a word: that of a dotted capital I has a combining dot.
+        # Lower-casing can split a word: a dotted capital I becomes an i and a combining dot.
         tokens += [word] if word in vocabulary else WORD.findall(word.lower())
     return tokens
 
@@ -78,9 +78,9 @@ def load_words(path: str | os.PathLike) -> np.ndarray:
 
 
 def check_vocabulary(words: Sequence[str], rows: int, path: str | os.PathLike) -> None:
-    """Raise ValueError unless each word has its row of the word embedding, after the padding's.
+    """Raise ValueError unless the word embedding has a row for padding and one per word.
 
-    rows: of the embedding. path: the vocabulary's file, for the message.
+    rows: the number of its rows. path: the vocabulary's file, for the message.
     """
     if len(words) + 1 != rows:
         raise ValueError(
@@ -96,12 +96,12 @@ def load_word_vectors(path: str | os.PathLike) -> torch.Tensor:
     """
     vectors = read_data(path, load_tensors, "word vectors")
     if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or vectors.shape[1] != WORD_DIM:
-        raise ValueError(f"{path} is not word vectors; give a tensor [words + 1, {WORD_DIM}]")
+        raise ValueError(f"{path} has no word vectors; give a tensor [words + 1, {WORD_DIM}]")
     return vectors.detach().float()
 
 
 def read_data(path: str | os.PathLike, load: Callable, kind: str) -> Any:
-    """Return load(path). Raises ValueError of one line if it is invalid or a package is absent."""
+    """Return load(path). Raises ValueError of one line if it is invalid or lacks a package."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of {kind}")
     try:
@@ -117,7 +117,7 @@ def read_data(path: str | os.PathLike, load: Callable, kind: str) -> Any:
 
 
 def load_tensors(path: str | os.PathLike) -> Any:
-    """Read a file of torch.save, or .safetensors, to the CPU, as data: nothing pickled is run."""
+    """Read a file of torch.save, or .safetensors, to the CPU, without running pickled code."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file  # an extra
 
@@ -166,9 +166,9 @@ class FrameBatchNorm3d(nn.BatchNorm3d):
 
 
 class FrameMaxPool3d(nn.MaxPool3d):
-    """A max-pool, computed as a 2-d one on frames and then, if it has one, a 2-d one over time.
+    """A max-pool, computed as a 2-d one on frames and then, if needed, a 2-d one over time.
 
-    Gradients are the same, too: both take the first of the largest values.
+    Gradients are also the same: both go to the first of the largest values.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,15 +188,15 @@ def frames_of(clips: torch.Tensor) -> torch.Tensor:
 
 
 def clips_of(frames: torch.Tensor, clips: int) -> torch.Tensor:
-    """Undo frames_of, for that many clips: a view."""
+    """Undo frames_of for a number of clips: [B*T, C, H, W] to [B, C, T, H, W], as a view."""
     return frames.unflatten(0, (clips, -1)).transpose(1, 2)
 
 
 def compute_in_2d(model: nn.Module) -> nn.Module:
-    """Have a model compute all layers but the first convolution in two dimensions; return it.
+    """Make a model compute all layers but the first convolution in two dimensions; return it.
 
-    Weights and keys stay, and values but for rounding. Meant for a GPU with the channels innermost:
-    the 2-d kernels may be faster there.
+    Weights and keys stay the same, and outputs differ only by rounding. Meant for a GPU and the
+    channels-last layout, where 2-d kernels may be faster.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm3d:
@@ -237,7 +237,7 @@ class STConv3D(nn.Module):
             self.bn1 = nn.BatchNorm3d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # In place on a view, autograd would copy the gradient of what it is a view of.
+        # If the ReLU changed a view in place, autograd would copy the gradient of its base.
         inplace = not isinstance(self.bn1, FrameBatchNorm3d)
         x = F.relu(self.bn1(self.conv1(x)), inplace=inplace)
         if self.separable:
@@ -258,7 +258,7 @@ class SelfGating(nn.Module):
 
 
 def is_recorded() -> bool:
-    """Tell whether torch.jit.trace or torch.export, also for ONNX, is recording the model."""
+    """Check whether torch.jit.trace or torch.export (also for ONNX) is recording the model."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
@@ -355,7 +355,7 @@ class SentenceEmbedding(nn.Module):
         self.fc2 = nn.Linear(HIDDEN_DIM, dim)
 
     def load_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of raw text; read the vocabulary at first use: token ids need none.
+        """Return the tokenizer of raw text. The vocabulary is read at first use.
 
         Raises FileNotFoundError, or ValueError if the vocabulary does not fit the word embedding.
         """
@@ -380,7 +380,7 @@ class SentenceEmbedding(nn.Module):
 
 
 def in_full_precision(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Apply a layer in the type of its weights, even if autocast would take a shorter one."""
+    """Apply a layer in the type of its weights, even if autocast would use a narrower one."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(layer.weight.dtype))
 
@@ -399,17 +399,17 @@ def to_unit_range(
 ) -> torch.Tensor:
     """Convert uint8 clips [.., 3, T, H, W] to the model's input, in [0, 1].
 
-    dtype, memory_format: of the result, see input_format. bfloat16 and float16 have the values that
-    autocast would round from float32: bytes are exact in both, and the division is in float32.
-    Convert on the device: transferring bytes takes a quarter of the time.
+    dtype, memory_format: of the result, see input_format. In bfloat16 and float16 the values are
+    those that autocast would round from float32, because bytes are exact in both and the division
+    is in float32. Convert on the device, so that bytes are transferred, a quarter of the size.
     """
     return video.to(dtype, memory_format=memory_format, copy=True).div_(255)
 
 
 def input_format(network: nn.Module) -> tuple[torch.dtype, torch.memory_format]:
-    """Return type and layout of the network's first 3-d convolution, for to_unit_range.
+    """Return dtype and memory format of the network's first 3-d convolution, for to_unit_range.
 
-    Clips in them need no further conversion. Without one: float32, contiguous.
+    Clips in this format need no further conversion. Without such a layer: float32, contiguous.
     """
     weight = next((p for p in network.parameters() if p.ndim == 5), torch.empty(0))
     innermost = weight.ndim == 5 and weight.is_contiguous(memory_format=torch.channels_last_3d)
@@ -417,21 +417,23 @@ def input_format(network: nn.Module) -> tuple[torch.dtype, torch.memory_format]:
 
 
 def check_video(video: torch.Tensor, *, check_range: bool) -> None:
-    """Raise ValueError unless a batch of clips is what the model takes.
+    """Raise ValueError unless a batch of clips is valid input of the model.
 
-    check_range: look at the values, too, for which the host waits for a GPU.
+    check_range: also check the values, for which the host waits for a GPU.
     """
     if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(f"video is [B, 3, T, H, W], not {list(video.shape)}; convert it")
+        raise ValueError(f"video must be [B, 3, T, H, W], not {list(video.shape)}; convert it")
     if not video.is_floating_point():
-        raise ValueError(f"video is float in [0, 1], not {video.dtype}; convert it: to_unit_range")
+        raise ValueError(
+            f"video must be float in [0, 1], not {video.dtype}; convert it with to_unit_range"
+        )
     if is_recorded() or torch.compiler.is_compiling() or video.is_meta or not video.numel():
         return
     if check_range and not (video.is_cuda and torch.cuda.is_current_stream_capturing()):
         low, high = torch.stack(video.detach().aminmax()).tolist()
         if not (low >= VALUE_RANGE[0] and high <= VALUE_RANGE[1]):  # also if they are NaN
             raise ValueError(
-                f"video is RGB in [0, 1], but has values from {low:.3g} to {high:.3g}; divide "
+                f"video must be RGB in [0, 1], but has values from {low:.3g} to {high:.3g}; divide "
                 "bytes by 255, and do not subtract a mean"
             )
 
@@ -458,17 +460,17 @@ class S3D(nn.Module):
     num_classes: size of the joint embedding.
     gating: self-gating after the stem and on every Inception branch (S3D-G).
     space_to_depth: use the stem of the public weights: 2x2x2 blocks become channels.
-    word2vec_path: word vectors [words + 1, 300]. Without them the table is random, 66250 rows.
+    word2vec_path: word vectors [words + 1, 300]. By default there are 66250 random ones.
     init: 'uniform' (PyTorch's defaults) or 'kaiming_normal' for the convolutions.
     token_to_word_path: the vocabulary, read only when raw text is given.
-    torchvision: the video network of torchvision's S3D, see load_model: a separable stem, pools
-    with the same padding at both ends, an epsilon of 0.001 in BatchNorm, and RGB normalized by mean
-    and deviation, in the model.
+    torchvision: use the video network of torchvision's S3D, see load_model. It has a separable
+    stem, symmetric padding in its pools, an epsilon of 0.001 in BatchNorm, and normalizes RGB by
+    mean and deviation itself.
 
-    The attribute grad_checkpoint, False at first, trades time for memory: the backward pass then
-    recomputes the activations within each stage. joint_space is False if projection and text
-    network are untrained beside a trained video network, see load_kinetics. Embeddings have the
-    type of the weights, also under autocast.
+    If the attribute grad_checkpoint is set (it is False at first), the backward pass recomputes the
+    activations within each stage, which saves memory and takes time. The attribute joint_space is
+    False if only the video network is trained, see load_kinetics. Embeddings have the type of the
+    weights, also under autocast.
     """
 
     def __init__(
@@ -483,7 +485,7 @@ class S3D(nn.Module):
     ):
         super().__init__()
         if init not in ("uniform", "kaiming_normal"):
-            raise ValueError(f"init is 'uniform' or 'kaiming_normal', not {init!r}")
+            raise ValueError(f"init must be 'uniform' or 'kaiming_normal', not {init!r}")
         self.num_classes = num_classes
         self.grad_checkpoint = False
         self.joint_space = True
@@ -539,13 +541,15 @@ class S3D(nn.Module):
     def from_state_dict(cls, state: dict[str, torch.Tensor], path: str | os.PathLike) -> "S3D":
         """Build the model that a state dict belongs to, on the CPU, in training mode.
 
-        Stem, gating, embedding size and vocabulary size are read off the weights' shapes.
-        path: the file, for messages. Raises ValueError if the weights are not of an S3D.
+        Stem, gating, embedding size and vocabulary size follow from the keys and shapes.
+        path: the file, for messages. Raises ValueError if the weights are not those of an S3D.
         """
 
         def shape(name, dims):
             if name not in state or state[name].ndim != dims:
-                raise ValueError(f"{path} is not of an S3D model: it lacks a proper {name}")
+                raise ValueError(
+                    f"{path} has no weights of an S3D model: {name} is missing or malformed"
+                )
             return state[name].shape
 
         model = cls(
@@ -572,11 +576,11 @@ class S3D(nn.Module):
             )
 
     def clip_dims(self) -> dict[int, Any]:
-        """Return the axes of clips that torch.export may leave open, for its dynamic_shapes.
+        """Return the axes of clips that may be dynamic, for dynamic_shapes of torch.export.
 
-        Batch, frames, height and width: even ones for the space_to_depth stem, and large enough
-        for the last block to have more than one position in each direction. Others are refused by
-        the exported program.
+        They are batch, frames, height and width. The last three are even with the space_to_depth
+        stem, and large enough for the last block to have more than one position in each direction.
+        The exported program rejects other sizes.
         """
         step = 2 if self.space_to_depth else 1
         frames, size = (12, 48) if self.torchvision else (8, 32)
@@ -599,7 +603,7 @@ class S3D(nn.Module):
         'video' -> the former, or with mixed5c the pooled [B, 1024] feature before the projection.
         """
         if mode not in ("all", "video", "text"):
-            raise ValueError(f"mode is 'all', 'video' or 'text', not {mode!r}")
+            raise ValueError(f"mode must be 'all', 'video' or 'text', not {mode!r}")
         for name, given in (("video", video), ("text", text)):
             if given is None and mode in ("all", name):
                 raise ValueError(f"mode {mode!r} needs {name}; give it, or another mode")
@@ -616,7 +620,7 @@ class S3D(nn.Module):
         ValueError for another shape or type and, in evaluation mode, for another range.
         """
         check_video(video, check_range=not self.training)
-        converted = video.dtype == autocast_type(video.device)  # as the convolutions would do
+        converted = video.dtype == autocast_type(video.device)  # as a convolution would do
         net = video if converted else video.to(self.conv1.conv1.weight.dtype)
         for stage in (
             self.stem,
@@ -658,7 +662,7 @@ class S3D(nn.Module):
         """Apply conv1, of either kind, and its pooling: [B, 64, T/2, H/4, W/4]."""
         if self.space_to_depth:
             net = self.conv1(space_to_depth(video))
-            net = net[:, :, 1:, 1:, 1:]  # even kernels need one row of padding less at the front
+            net = net[:, :, 1:, 1:, 1:]  # even kernels need one row less of padding at the front
         elif self.torchvision:
             net = self.conv1(((video - self.mean) / self.std).to(video.dtype))
         else:
@@ -678,7 +682,7 @@ class S3D(nn.Module):
 
 @contextlib.contextmanager
 def frozen_bn_stats(model: nn.Module) -> Iterator[None]:
-    """Keep the running averages of BatchNorm, which already include this batch, as they are."""
+    """Freeze the running averages of BatchNorm, which already include this batch."""
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
     kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
@@ -691,15 +695,15 @@ def frozen_bn_stats(model: nn.Module) -> Iterator[None]:
 
 
 def fuse_for_inference(model: S3D, dtype: torch.dtype | None = None) -> S3D:
-    """Return a faster copy of the model, in evaluation mode, for inference alone.
+    """Return a faster copy of the model, in evaluation mode, for inference only.
 
-    dtype: of the convolutions; by default the model's own, in which BatchNorm is folded into them.
-    In float32 the embeddings stay within 1e-5 of the model's. With bfloat16 or float16 for a
-    float32 model, convolutions and gates have weights of that type, and embeddings of videos equal
-    autocast's bit by bit, without its conversion of the weights in every call. BatchNorm is then
-    not folded, as that would round the weights again. (With torchvision's stem, which normalizes
-    the rounded clip, embeddings are as close as rounding is.) The text network keeps its type, and
-    the copy shares the model's table of word vectors.
+    dtype: of the convolutions. In the model's own type, the default, BatchNorm is folded into them;
+    in float32 the embeddings stay within 1e-5 of the model's. With bfloat16 or float16 for a
+    float32 model, the weights of convolutions and gates are converted once, instead of in every
+    call as under autocast, and embeddings of videos are bit-identical to those under autocast.
+    (With torchvision's stem, which normalizes the rounded clip, they agree up to rounding.)
+    BatchNorm is then not folded, as that would round the weights again. The text network keeps its
+    type, and the copy shares the model's table of word vectors.
     """
     own = model.fc.weight.dtype
     dtype = own if dtype is None else dtype
@@ -729,14 +733,14 @@ def load_model(
     """Load a trained model, on the CPU, in evaluation mode.
 
     weights: the released `s3d_howto100m.pth`, a checkpoint of the training, or torchvision's S3D of
-    Kinetics-400; `.safetensors` with the same names needs that package. Stem, gating, embedding
-    size and vocabulary size are read off the weights.
+    Kinetics-400. A `.safetensors` file with the same names needs the package safetensors. Stem,
+    gating, embedding size and vocabulary size follow from the weights.
     vocabulary: the words that belong to the weights, the released `s3d_dict.npy` or the training's
-    `dict.npy`. It is read and checked now if given, otherwise only raw text needs one.
+    `dict.npy`. If given, it is read and checked now. Only raw text needs it.
     num_classes, word2vec_path: see S3D; for torchvision's weights, which have a video network only.
 
-    The files are read as data: nothing pickled is run. Raises FileNotFoundError, or ValueError of
-    one line that names the file if it is invalid or they do not belong together.
+    No pickled code is run. Raises FileNotFoundError, or ValueError of one line that names the file
+    if it is invalid or the files do not belong together.
     """
     state = read_weights(weights)["state_dict"]
     if "features.0.0.0.weight" in state:
@@ -753,11 +757,11 @@ def load_model(
 def load_kinetics(model: S3D, state: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
     """Load the weights of torchvision's S3D into one made with torchvision=True.
 
-    The classifier is skipped. What torchvision does not have stays: the projection and the text
-    network, so that the model has no joint_space yet. Gates start open: their weights are 0 and
-    their bias is OPEN_GATE, so that 0.005 % of a value is lost at each. Adam can close them; SGD
-    hardly moves them, as their gradient is 1/5500 of an even gate's. path: the file, for messages.
-    Raises ValueError if it does not fit.
+    The classifier is skipped. The projection and the text network, which torchvision does not have,
+    keep their initial weights, and joint_space becomes False. Gates start open: their weights are 0
+    and their bias is OPEN_GATE, so each takes 0.005 % off a value. Adam can close them. SGD hardly
+    moves them, as their gradient is 1/5500 of that of a gate at one half. path: the file, for
+    messages. Raises ValueError if the weights do not fit.
     """
     for module in model.modules():
         if isinstance(module, SelfGating):
@@ -773,7 +777,7 @@ def load_kinetics(model: S3D, state: dict[str, torch.Tensor], path: str | os.Pat
 
 
 def rename_from_torchvision(name: str) -> str:
-    """Return our name of a parameter of torchvision's S3D, or the same if there is none."""
+    """Return our name of a parameter of torchvision's S3D, or its own name if we have none."""
     stages = "conv1 - conv_2b conv_2c - mixed_3b mixed_3c - mixed_4b mixed_4c mixed_4d mixed_4e "
     stages += "mixed_4f - mixed_5b mixed_5c"
     branches = {
@@ -784,7 +788,7 @@ def rename_from_torchvision(name: str) -> str:
         "2.1": "b2_b",
         "3.1": "b3_b",
     }
-    # Stage, branch, which of the two of a separable convolution, convolution or BatchNorm.
+    # Stage, branch, half of a separable convolution, convolution or BatchNorm, parameter.
     pattern = r"features\.(\d+)\.(?:branch(0|[123]\.[01])\.)?(?:([01])\.)?([01])\.(\w+)"
     if not (match := re.fullmatch(pattern, name)):
         return name
@@ -795,16 +799,16 @@ def rename_from_torchvision(name: str) -> str:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint, or the released weights: a dict whose "state_dict" has no `module.`.
+    """Read a checkpoint, or the released weights: a dict with a "state_dict" without `module.`.
 
-    Nothing pickled is run. Raises FileNotFoundError, or ValueError of one line if the file is
+    No pickled code is run. Raises FileNotFoundError, or ValueError of one line if the file is
     damaged or holds something else.
     """
     return parse_weights(read_data(path, load_tensors, "a checkpoint or weights"), path)
 
 
 def parse_weights(content: Any, path: str | os.PathLike) -> dict[str, Any]:
-    """Convert the content of a checkpoint, or of released weights, to the form of read_weights.
+    """Convert the content of a checkpoint, or of released weights, as read_weights returns it.
 
     path: the file, for messages. Raises ValueError if the content is something else.
     """

@@ -1,4 +1,4 @@
-"""Small things that the modules share: errors, files, logging. Standard library and tqdm only."""
+"""Helpers for errors, files, signals and logging. They need the standard library and tqdm only."""
 
 import contextlib
 import ctypes
@@ -23,10 +23,10 @@ if sys.platform != "linux":
         "this code needs Linux (fork, prctl, POSIX signals); s3dg.py and loss.py alone do not"
     )
 
-# At which a training writes a checkpoint and ends. SIGINT is that of Ctrl-C.
+# On these a training writes a checkpoint and exits. Ctrl-C sends SIGINT.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-LIBC = ctypes.CDLL(None)  # not loaded after a fork
+LIBC = ctypes.CDLL(None)  # loaded before any fork
 
 OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # matches paths that may leave their folder
 
@@ -52,7 +52,7 @@ class DataError(InputError):
 
 @contextlib.contextmanager
 def input_error(flag: str) -> Iterator[None]:
-    """Convert what a library raises about the value of a flag to an InputError that names it.
+    """Convert a library's errors about the value of a flag to InputErrors that name the flag.
 
     flag: as the user spells it, such as "--eval_csv". Catches DataError, ValueError and OSError.
     """
@@ -69,18 +69,18 @@ def input_error(flag: str) -> Iterator[None]:
 
 
 def one_line(text: Any) -> str:
-    """Convert an error, or another text, to one line."""
+    """Convert an error or a text to one line."""
     return " ".join(str(text).split())
 
 
 def shorten(value: Any) -> str:
-    """Quote a value for a message, on one line and not too long."""
+    """Quote a value for a message, on one line, and truncate it if it is long."""
     text = repr(str(value))
     return text if len(text) < 100 else f"{text[:96]}..."
 
 
 def printable(name: FilePath) -> str:
-    """Convert a file's name, whatever bytes it has, for a message."""
+    """Convert a file name, which may contain any bytes, to text for a message."""
     return one_line(os.fsencode(name).decode(errors="backslashreplace"))
 
 
@@ -90,9 +90,10 @@ def plural(count: int, noun: str) -> str:
 
 
 def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
-    """Run an entry script's main(). An InputError becomes one line and exit status 2.
+    """Run the main() of a script.
 
-    So does Ctrl-C, with the line `stopped` and exit status 130.
+    After an InputError, print its line and exit with status 2. After Ctrl-C, print the line
+    `stopped` and exit with status 130.
     """
     try:
         main()
@@ -105,16 +106,16 @@ def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
 
 
 def run_stoppable_script(main: Callable[[], None]) -> None:
-    """Run a script that leaves nothing half done when a signal stops it: exit status 130."""
+    """Run a script that writes nothing before its end. Ctrl-C and SIGTERM exit with status 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as at Ctrl-C
     run_script(main, "stopped; nothing was written")
 
 
 @contextlib.contextmanager
 def hold_stop_signals() -> Iterator[None]:
-    """Make a context to fork in: the handlers of STOP_SIGNALS run after it.
+    """Delay the handlers of STOP_SIGNALS until the end of the context, which forks a process.
 
-    Python would drop the KeyboardInterrupt of a handler that runs within a fork. The child starts
+    Python would drop the KeyboardInterrupt of a handler that runs during a fork. The child starts
     with these signals blocked.
     """
     arrived, handlers = [], {}
@@ -122,7 +123,7 @@ def hold_stop_signals() -> Iterator[None]:
         for number in STOP_SIGNALS:
             if callable(signal.getsignal(number)):
                 handlers[number] = signal.signal(number, lambda got, frame: arrived.append(got))
-    # For the child. This process's other threads, of libraries, still receive the signals.
+    # For the child. Other threads of this process, such as a library's, still receive the signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -135,7 +136,7 @@ def hold_stop_signals() -> Iterator[None]:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this child process as soon as its parent has ended, however it ended.
+    """Make the kernel kill this child process as soon as its parent ends, for whatever reason.
 
     parent: the parent's process id, if this process was not started by multiprocessing. The thread
     that started it must then outlive it: the kernel watches the thread, not the process.
@@ -145,7 +146,7 @@ def die_with_parent(parent: int | None = None) -> None:
     if parent is None and (process := multiprocessing.parent_process()):
         parent = process.pid
     if parent and os.getppid() != parent:
-        os._exit(1)  # it had already ended
+        os._exit(1)  # the parent has already ended
 
 
 def setup_logging(verbose: bool, path: FilePath | None = None, level: int = logging.INFO) -> None:
@@ -161,21 +162,21 @@ def setup_logging(verbose: bool, path: FilePath | None = None, level: int = logg
 
 
 def lines_above(bar: tqdm) -> contextlib.AbstractContextManager:
-    """Make a context in which log lines on the terminal appear above a bar, not within it."""
+    """Return a context in which log lines on the terminal appear above a bar, not within it."""
     shows = any(getattr(to, "stream", None) in (sys.stdout, sys.stderr) for to in log.handlers)
     return logging_redirect_tqdm([log]) if shows and not bar.disable else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def atomic_write(path: FilePath) -> Iterator[BinaryIO]:
-    """Open a file for bytes that appears under its name only when it is whole and on the disk.
+    """Open a binary file that appears under its name only when it is complete and on the disk.
 
     A link is followed. Raises OSError if the file cannot be written, or is a device.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():  # a device would be replaced
         raise OSError(errno.EINVAL, "not a file", str(path))
-    # A name of its own: another run may be writing the same file.
+    # A unique name: another run may be writing the same file.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -191,15 +192,15 @@ def atomic_write(path: FilePath) -> Iterator[BinaryIO]:
 
 
 def append(path: FilePath, text: str) -> bool:
-    """Append whole lines to a file. Returns False, after an error in the log, if it cannot.
+    """Append whole lines to a file. If that fails, log an error and return False.
 
-    A full disk is no reason to end a training.
+    A full disk must not end a training.
     """
     try:
         with open(path, "a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a run was killed within a line
+                if file.read(1) != b"\n":  # an earlier run was killed in the middle of a line
                     file.write(b"\n")
             file.write(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
@@ -209,7 +210,7 @@ def append(path: FilePath, text: str) -> bool:
 
 
 def sync_folder(folder: FilePath) -> None:
-    """Write a folder to the disk, so that a renamed file keeps its name if the power fails."""
+    """Sync a folder to the disk, so that a renamed file keeps its name after a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -218,7 +219,7 @@ def sync_folder(folder: FilePath) -> None:
 
 
 def escapes_root(name: str) -> bool:
-    """Whether a path, joined to a folder, could lead out of it: absolute, or with `..`.
+    """Check whether a path joined to a folder could lead out of it: absolute, or with `..`.
 
     Links inside the folder are not checked.
     """
@@ -228,8 +229,8 @@ def escapes_root(name: str) -> bool:
 def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
     """Yield the paths, relative to a folder, of the files below it with one of the extensions.
 
-    extensions: in lower case, with the dot. Links are followed, but not into a folder that they are
-    in. Raises OSError if a folder cannot be read.
+    extensions: in lower case, with the dot. Links are followed, except to a folder that contains
+    them. Raises OSError if a folder cannot be read.
     """
     folders = [("", ())]
     while folders:
@@ -242,7 +243,7 @@ def find_files(root: FilePath, extensions: Collection[str]) -> Iterator[str]:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = os.path.join(folder, entry.name)
-                # An entry, unlike a Path, mostly knows its kind without a system call.
+                # Unlike a Path, a DirEntry mostly knows its type without a system call.
                 found = Path(entry.path) if entry.is_symlink() else entry
                 if found.is_dir():
                     folders.append((name, above))

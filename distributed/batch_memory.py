@@ -1,4 +1,4 @@
-"""The memory that data workers fill with batches: how much, how it is shared and lent."""
+"""Memory that data workers fill with batches: its size, how it is shared, and how it is lent."""
 
 import contextlib
 import math
@@ -13,14 +13,14 @@ import torch
 from utils import log
 
 DEFAULT_PREFETCH = 1000  # items
-MEMORY_SHARE = 8  # of a machine's memory, its processes may fill an eighth by reading ahead
+MEMORY_SHARE = 8  # processes may fill one eighth of a node's memory by reading ahead
 PAGE_LOCKED: list[np.ndarray] = []  # memory that must not be unmapped
 
 
 class BatchMemory:
-    """Memory of batches of `size` items that forked processes share. It takes no /dev/shm.
+    """Memory for batches of `size` items, which forked processes share. It does not use /dev/shm.
 
-    batches: for each place, {name: tensor [size, ...]}, for who fills it.
+    batches: {name: tensor [size, ...]} of each place, for the workers to fill.
     """
 
     def __init__(self, item_spec: dict, size: int, places: int):
@@ -37,7 +37,7 @@ class BatchMemory:
     @property
     def free(self) -> list[int]:
         """The places that are neither being filled nor lent, to pop from."""
-        # Not a callback per array: Python drops a KeyboardInterrupt that arrives within one.
+        # Not a callback per array: Python drops a KeyboardInterrupt that is raised in one.
         self._free += [place for place, part in self._lent if part() is None]
         self._lent = [(place, part) for place, part in self._lent if place not in self._free]
         return self._free
@@ -46,7 +46,7 @@ class BatchMemory:
         return self.memory[place * self.place_bytes : (place + 1) * self.place_bytes]
 
     def tensors(self, part: np.ndarray, size: int) -> dict[str, torch.Tensor]:
-        """Make the tensors of `size` items. The storage of each keeps the array `part` alive."""
+        """Make the tensors of `size` items in the array `part`. Their storage keeps it alive."""
         return {
             name: torch.frombuffer(
                 part, dtype=dtype, count=size * math.prod(shape), offset=self.offsets[name]
@@ -55,22 +55,22 @@ class BatchMemory:
         }
 
     def lend(self, place: int, size: int) -> dict[str, torch.Tensor]:
-        """Return the tensors of a place that is free again when they and their views are gone."""
+        """Return the tensors of a place. It is free again when they and their views are gone."""
         part = self.part(place)
         self._lent.append((place, weakref.ref(part)))
         return self.tensors(part, size)
 
     def page_lock(self) -> bool:
-        """Lock the memory until the process ends, so that the GPU copies from it by itself.
+        """Page-lock the memory until the process ends, so that the GPU can copy from it by itself.
 
         Unlocking would wait for the GPU, which after a failure may wait for other ranks forever.
-        Logs a warning on failure.
+        On failure, logs a warning and returns False.
         """
         start, size = self.memory.ctypes.data, self.memory.nbytes
         if code := int(torch.cuda.cudart().cudaHostRegister(start, size, 0)):
             log.warning(
-                "could not page-lock the %.1f GiB that clips are read into: CUDA error %d. This "
-                "costs a copy of each clip",
+                "could not page-lock the %.1f GiB of memory for batches, so each batch is copied "
+                "once more: CUDA error %d",
                 *(size / 2**30, code),
             )
             # The runtime would report the error again, as that of the next kernel.
@@ -82,7 +82,7 @@ class BatchMemory:
 
 
 def prefetch_items(size: int, workers: int) -> int:
-    """How many items have to be read ahead: two per worker, and at least a batch."""
+    """Return how many items must be read ahead: two per worker, and at least a batch."""
     return max(size, 2 * workers)
 
 
@@ -96,12 +96,12 @@ def training_prefetch(
     lend: int,
     processes: int,
 ) -> int:
-    """Choose how many items of a training a process reads ahead.
+    """Choose how many items each process of a training reads ahead.
 
-    A process whose videos decode slowly for a while then does not hold up the others. wanted: the
-    user's choice; otherwise DEFAULT_PREFETCH, or the items of a step if they are more, unless the
-    node's processes would fill more than 1/MEMORY_SHARE of memory_limit with these and the batches
-    that they lend. In any case those of prefetch_items.
+    With many of them, a process whose videos decode slowly for a while does not hold up the others.
+    wanted: the user's choice. The default is DEFAULT_PREFETCH, or the items of a step if they are
+    more. It is reduced until these and the batches that are lent, of all processes of the node, fit
+    in 1/MEMORY_SHARE of memory_limit. The result is never below prefetch_items.
     """
     if wanted is None:
         item = sum(math.prod(shape) * dtype.itemsize for shape, dtype in item_spec.values())
@@ -111,9 +111,10 @@ def training_prefetch(
 
 
 def memory_limit(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
-    """Return the bytes of memory of this machine, or of this process's cgroup if they are fewer.
+    """Return the memory of this machine in bytes, or the limit of this process's cgroup if lower.
 
-    Containers and SLURM limit the memory of cgroups. Of version 1 only a container's is found.
+    Containers and SLURM limit the memory of cgroups. With version 1 of these, only the limit of a
+    container is found.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     files = [Path(root, "memory", "memory.limit_in_bytes"), Path(root, "memory.max")]

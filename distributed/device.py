@@ -1,4 +1,4 @@
-"""Choose the device and the number type that a process computes with."""
+"""Choose the device and the data type that a process computes with."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float
 def training_dtype(amp: str, device: torch.device) -> torch.dtype:
     """Choose the type of a training's convolutions and matrix products.
 
-    amp: a key of PRECISIONS, or "auto": bfloat16 if the processor computes in it, as it needs no
-    loss scaling, otherwise float32.
+    amp: a key of PRECISIONS, or "auto": bfloat16, which needs no loss scaling, if the processor
+    supports it natively, otherwise float32.
     """
     if amp in PRECISIONS:
         return PRECISIONS[amp]
@@ -29,8 +29,10 @@ def training_dtype(amp: str, device: torch.device) -> torch.dtype:
 
 
 def inference_amp(amp: str) -> str:
-    """Resolve an evaluation's precision: "auto" is "none", as metrics must not depend on the
-    machine."""
+    """Resolve the precision of an evaluation.
+
+    "auto" becomes "none": metrics must not depend on the machine.
+    """
     return "none" if amp == "auto" else amp
 
 
@@ -43,28 +45,29 @@ def pick_device(device: str, gpu: int | None = None, local_rank: int = 0) -> tor
     """
     if device == "cpu":
         if gpu is not None:
-            raise ValueError("--gpu and --device cpu exclude each other: drop one")
+            raise ValueError("--gpu and --device cpu cannot be combined; drop one")
         return torch.device("cpu")
     if not torch.cuda.is_available():
         if device == "cuda" or gpu is not None:
-            raise ValueError("no CUDA GPU is available here: use --device cpu")
+            raise ValueError("no CUDA GPU is available here; use --device cpu")
         if sign := find_sign_of_gpu():
             raise ValueError(
-                f"there is a GPU ({sign}), but PyTorch cannot use it ({describe_cuda_failure()}): "
-                "repair that, or use --device cpu"
+                f"there is a GPU ({sign}), but PyTorch cannot use it ({describe_cuda_failure()}); "
+                "fix that, or use --device cpu"
             )
         return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
+    torch.backends.cudnn.allow_tf32 = False  # float32 must mean float32
     index = local_rank if gpu is None else gpu
     if not 0 <= index < torch.cuda.device_count():
-        raise ValueError(f"there is no GPU {index}, only {torch.cuda.device_count()} here")
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"there is no GPU {index}; those here are 0 to {last}")
     return torch.device("cuda", index)
 
 
 def find_sign_of_gpu() -> str:
-    """Name what tells that a process is meant to have a GPU; "" if there is nothing.
+    """Return a sign that this process should have a GPU: a variable or a device file, else "".
 
-    A PyTorch that is built for the CPU is taken for meant.
+    A CPU build of PyTorch is taken as the intention to use none.
     """
     if not torch.version.cuda:
         return ""
@@ -74,7 +77,7 @@ def find_sign_of_gpu() -> str:
 
 
 def describe_cuda_failure() -> str:
-    """Return PyTorch's reason for having no GPU."""
+    """Return PyTorch's reason for not having a GPU."""
     try:
         torch.cuda.init()
     except Exception as error:  # of several types
@@ -83,6 +86,8 @@ def describe_cuda_failure() -> str:
 
 
 def check_compiler() -> None:
-    """Raise ValueError unless torch.compile can work: it writes C++, on a GPU as well."""
+    """Raise ValueError unless there is a C++ compiler, which torch.compile needs on a GPU, too."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise ValueError("torch.compile needs a C++ compiler, g++ or $CXX: install one or drop it")
+        raise ValueError(
+            "torch.compile needs a C++ compiler, g++ or $CXX; install one, or drop the flag"
+        )

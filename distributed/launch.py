@@ -15,7 +15,7 @@ DIST_FILE = "dist-file"  # the default of --dist_file, kept from the release; it
 
 
 class LaunchError(InputError):
-    """Flags and environment contradict each other, or the ranks do not find each other."""
+    """Flags and environment contradict each other, or the ranks cannot connect."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def detect_launch(
     rank: int,
     env: Mapping[str, str] = os.environ,
 ) -> Launch:
-    """Read off flags and environment which processes the run has.
+    """Detect the processes of a run from flags and environment.
 
     RANK and WORLD_SIZE mean torchrun, SLURM_STEP_ID means srun, anything else plain python. The
     arguments are the flags of the same names; world_size and rank count nodes, and -1 means "not
-    given". Raises LaunchError where flags and environment contradict each other.
+    given". Raises LaunchError if flags and environment contradict each other.
     """
     on_gpu = pick_rank_device(device, gpu).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpu else 0
@@ -76,7 +76,7 @@ def detect_launch(
         launch = detect_slurm(env, url, nproc)
     elif "SLURM_PROCID" in env and slurm_tasks(env) > 1:
         raise LaunchError(
-            f"this SLURM job has {slurm_tasks(env)} tasks, but python was started without srun: "
+            f"this SLURM job has {slurm_tasks(env)} tasks, but python was started without srun; "
             "put srun before it"
         )
     else:
@@ -84,8 +84,8 @@ def detect_launch(
 
     if gpu is not None and launch.nproc_per_node > 1:
         raise LaunchError(
-            f"--gpu takes one process per node, but {launch.launcher} has "
-            f"{launch.nproc_per_node}: drop it, or start one"
+            f"--gpu allows one process per node, but there are {launch.nproc_per_node} (launcher: "
+            f"{launch.launcher}); drop the flag, or start one process"
         )
     for flag, given, detected in (
         ("nproc_per_node", nproc_per_node, launch.nproc_per_node),
@@ -94,14 +94,14 @@ def detect_launch(
     ):
         if given not in (None, -1, detected):
             raise LaunchError(
-                f"--{flag} {given}, but started by {launch.launcher} it is {detected}: drop the "
-                "flag"
+                f"--{flag} {given} contradicts the launcher ({launch.launcher}), which sets "
+                f"{detected}; drop the flag"
             )
     # A launcher may show each process its own GPU only.
     if gpus and launch.nproc_per_node > gpus and not (gpus == 1 and launch.spawn == 1):
         raise LaunchError(
-            f"{launch.nproc_per_node} processes on this node, but {gpus} GPUs: start one per GPU "
-            "(--nproc_per_node)"
+            f"this node has fewer GPUs ({gpus}) than processes ({launch.nproc_per_node}); start "
+            "one process per GPU (--nproc_per_node)"
         )
     return launch
 
@@ -109,11 +109,11 @@ def detect_launch(
 def detect_shard(
     shard: tuple[int, int] | None = None, env: Mapping[str, str] = os.environ
 ) -> Shard:
-    """Find the shard of a process that works without a process group.
+    """Detect the shard of a process that works without a process group.
 
-    shard: the part I of N that --shard gives; without it, the task of a SLURM job array is the
-    part. The processes that torchrun or srun starts divide the part further: N parts of M processes
-    make N x M shards. Raises LaunchError where the environment does not name one.
+    shard: part I of N, from --shard; by default the task of a SLURM job array. M processes that
+    torchrun or srun starts divide the part further, so that there are N x M shards. Raises
+    LaunchError if the environment does not determine a shard.
     """
     index, count, local_rank, nproc_per_node = 0, 1, 0, 1
     if under_torchrun(env):
@@ -127,7 +127,7 @@ def detect_shard(
         nproc_per_node = -(-count // max(1, slurm_nodes(env)))
         names = f"SLURM_PROCID={index} of {count} tasks"
     if not 0 <= index < count:
-        raise LaunchError(f"{names} in the environment is not one of the processes: give --shard")
+        raise LaunchError(f"{names} in the environment is out of range; fix or unset it")
     if shard is None:
         shard = detect_array_task(env) if "SLURM_ARRAY_TASK_ID" in env else (0, 1)
     part, parts = shard
@@ -135,7 +135,7 @@ def detect_shard(
 
 
 def detect_array_task(env: Mapping[str, str]) -> tuple[int, int]:
-    """The number of a SLURM array's task, from 0, and how many there are."""
+    """Return the index of this task in a SLURM job array, from 0, and the number of tasks."""
     task, first, last, step, tasks = (
         env_int(env, f"SLURM_ARRAY_TASK_{name}", default=default)
         for name, default in (("ID", 0), ("MIN", 0), ("MAX", 0), ("STEP", 1), ("COUNT", 1))
@@ -144,13 +144,13 @@ def detect_array_task(env: Mapping[str, str]) -> tuple[int, int]:
     if rest or not 0 <= number < tasks or (last - first) // max(1, step) + 1 != tasks:
         raise LaunchError(
             f"the tasks of this SLURM array ({tasks} from {first} to {last}) are not evenly "
-            f"spaced, so the shard of task {task} is unknown: give --shard"
+            f"spaced, so the shard of task {task} is unknown; give --shard"
         )
     return number, tasks
 
 
 def workers_per_rank(num_workers: int, nproc_per_node: int) -> int:
-    """Divide a node's data workers: at least one for each rank, unless there are none."""
+    """Divide a node's data workers among its ranks: at least one each, unless there are none."""
     return min(num_workers, max(1, num_workers // nproc_per_node))
 
 
@@ -163,13 +163,13 @@ def pick_rank_device(device: str, gpu: int | None, local_rank: int = 0) -> torch
 
 
 def rendezvous_url(dist_url: str, dist_file: str) -> str:
-    """The address that the two flags give, or ""."""
+    """Return the address that the two flags give, or ""."""
     if dist_file == DIST_FILE:
         if dist_url:
             check_url(dist_url)
         return dist_url
     if dist_url:
-        raise LaunchError("--dist_url and --dist_file exclude each other: drop one")
+        raise LaunchError("--dist_url and --dist_file cannot be combined; drop one")
     return "file://" + os.path.abspath(dist_file)
 
 
@@ -177,13 +177,14 @@ def check_url(url: str) -> None:
     """Raise LaunchError unless it is the address of a rendezvous."""
     tcp = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.%]+\]|[^\s/:@\[\]]+):(\d{1,5})", url)
     if not (re.match(r"file://.", url) or (tcp and int(tcp[2]) <= 65535)):
-        raise LaunchError(f"--dist_url {url}: give tcp://host:port or file:///path")
+        raise LaunchError(f"--dist_url {url} is invalid; give tcp://host:port or file:///path")
 
 
 def under_torchrun(env: Mapping[str, str]) -> bool:
     if ("RANK" in env) != ("WORLD_SIZE" in env):
         raise LaunchError(
-            "only one of RANK and WORLD_SIZE is set in the environment: set both (torchrun) or none"
+            "only one of RANK and WORLD_SIZE is set in the environment; start with torchrun, which "
+            "sets both, or unset it"
         )
     return "RANK" in env
 
@@ -191,10 +192,10 @@ def under_torchrun(env: Mapping[str, str]) -> bool:
 def detect_torchrun(env: Mapping[str, str], url: str) -> Launch:
     world_size, rank = env_int(env, "WORLD_SIZE"), env_int(env, "RANK")
     if not 0 <= rank < world_size:
-        raise LaunchError(f"RANK={rank} is not below WORLD_SIZE={world_size}: use torchrun")
+        raise LaunchError(f"RANK={rank} is not below WORLD_SIZE={world_size}; use torchrun")
     if world_size > 1 and not url and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise LaunchError(
-            "RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not: use torchrun"
+            "RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not; use torchrun"
         )
     local_world_size = env_int(env, "LOCAL_WORLD_SIZE", default=world_size)
     restarts = env_int(env, "TORCHELASTIC_RESTART_COUNT")
@@ -206,7 +207,9 @@ def detect_torchrun(env: Mapping[str, str], url: str) -> Launch:
 def detect_slurm(env: Mapping[str, str], url: str, nproc: int) -> Launch:
     tasks, task, nodes = slurm_tasks(env), env_int(env, "SLURM_PROCID"), slurm_nodes(env)
     if tasks % nodes or "," in env.get("SLURM_STEP_TASKS_PER_NODE", ""):
-        raise LaunchError(f"{tasks} SLURM tasks on {nodes} nodes: give each node as many")
+        raise LaunchError(
+            f"{tasks} SLURM tasks on {nodes} nodes are unevenly distributed; start as many on each"
+        )
     job, step = env_int(env, "SLURM_JOB_ID", "SLURM_JOBID"), env_int(env, "SLURM_STEP_ID")
     restarts = env_int(env, "SLURM_RESTART_COUNT")
     if url.startswith("file://"):
@@ -217,7 +220,7 @@ def detect_slurm(env: Mapping[str, str], url: str, nproc: int) -> Launch:
     if not url:
         names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
         host = first_host(next((env[name] for name in names if name in env), "127.0.0.1"))
-        # Below the ephemeral ports, and another one for every step of a job.
+        # Below the ephemeral ports, and different for every step of a job.
         url = f"tcp://{host}:{10000 + (31 * job + step) % 20000}"
     if tasks > nodes:
         local, on_node = env_int(env, "SLURM_LOCALID"), tasks // nodes
@@ -228,7 +231,7 @@ def detect_slurm(env: Mapping[str, str], url: str, nproc: int) -> Launch:
 
 def detect_python(env: Mapping[str, str], url: str, nproc: int, nodes: int, node: int) -> Launch:
     if nodes > 1 and not url:
-        raise LaunchError("--world_size above 1 needs --dist_url tcp://host:port, the first node's")
+        raise LaunchError("--world_size above 1 needs --dist_url tcp://host:port of the first node")
     if node >= nodes:
         raise LaunchError(f"--rank {node} is not below --world_size {nodes}")
     url = url or f"tcp://127.0.0.1:{free_port()}"
@@ -245,18 +248,20 @@ def slurm_nodes(env: Mapping[str, str]) -> int:
 
 
 def env_int(env: Mapping[str, str], *names: str, default: int = 0) -> int:
-    """The first of these variables that is set. Raises LaunchError unless it is a number."""
+    """Return the first of these variables that is set. Raises LaunchError if it is no integer."""
     for name in names:
         if name in env:
             try:
                 return int(env[name])
             except ValueError:
-                raise LaunchError(f"{name}={env[name]} in the environment: not a number") from None
+                raise LaunchError(
+                    f"{name}={env[name]} in the environment is not a number; unset it"
+                ) from None
     return default
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03"."""
+    """Return the first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03"."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", node_list)[0])
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: how they start, find each other, communicate and end."""
+"""Start and end the ranks of a run, and exchange values between them."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from utils import STOP_SIGNALS, die_with_parent, log, one_line, run_script
 class RankContext:
     """A rank of a run, as the training sees it.
 
-    signal: the name of the first one of STOP_SIGNALS that arrived, or None. For enter_stage and
+    signal: the name of the first of STOP_SIGNALS that arrived, or None. For enter_stage and
     on_sample see Watchdog.
     """
 
@@ -51,22 +51,22 @@ class RankContext:
         )
 
     def handle_signals(self) -> None:
-        """Note STOP_SIGNALS in `signal` instead of ending at them."""
+        """Record STOP_SIGNALS in `signal` instead of exiting on them."""
 
-        def note(number, frame):
+        def record(number, frame):
             self.signal = self.signal or signal.Signals(number).name
 
         for number in STOP_SIGNALS:
-            signal.signal(number, note)
+            signal.signal(number, record)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def mark_started(self) -> None:
-        """Record that the input is valid: whatever the launcher starts from now on is a restart."""
+        """Record that the input is valid: if the launcher starts the run again, it is a restart."""
         if self.launcher_store is not None:
             self.launcher_store.set("started", "")
 
     def is_restarted(self) -> bool:
-        """Whether the launcher has started this run before, and it got as far as mark_started."""
+        """Check whether the launcher restarted this run after it had reached mark_started."""
         if self.launcher_store is None:
             return self.launch.restarts > 0
         return self.launcher_store.check(["started"])
@@ -76,7 +76,7 @@ class RankContext:
         return self.start_reduce(dist.ReduceOp.SUM, values)
 
     def start_max(self, *values: int) -> Callable[[], list[int]]:
-        """Begin to find each value's maximum over all ranks, as start_sum does its sum."""
+        """Begin to find the maximum of each value over all ranks, like start_sum."""
         return self.start_reduce(dist.ReduceOp.MAX, values)
 
     def start_reduce(self, op: dist.ReduceOp, values: Sequence[int]) -> Callable[[], list[int]]:
@@ -92,7 +92,7 @@ class RankContext:
         return wait_for_result
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, by rank. It is a barrier, too."""
+        """Return the values of all ranks, by rank. This is also a barrier."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -108,7 +108,7 @@ class RankContext:
         return values[0]
 
     def abort(self, message: str) -> None:
-        """End the run with status 2, for a reason that all ranks have found; rank 0 reports it."""
+        """End the run with status 2. All ranks must call it, and rank 0 reports the message."""
         if self.rank == 0:
             log.error(message)
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -129,8 +129,8 @@ def start(
 
     work: picklable. device, gpu: see pick_device. backend: of the process group on GPUs. timeout:
     seconds without progress of any rank after which the run ends. Returns when all ranks of this
-    node have succeeded; otherwise exits with the status of the one that failed first, with 1 where
-    it was killed, or with os.EX_TEMPFAIL where a signal stopped them.
+    node have succeeded. Otherwise exits with the status of the rank that failed first, with 1 if it
+    was killed, or with os.EX_TEMPFAIL if a signal stopped the ranks.
     """
     settings = {"device": device, "gpu": gpu, "backend": backend, "timeout": timeout}
     run = functools.partial(run_rank, work, launch, **settings)
@@ -145,8 +145,8 @@ def start(
 def spawn_ranks(run: Callable[[int], None], launch: Launch) -> dict:
     """Start the ranks and forward STOP_SIGNALS to them: {sentinel: (rank, process)}."""
     context = multiprocessing.get_context("spawn")
-    # The processes inherit the blocked signals: a rank until it handles them, Python's resource
-    # tracker for good.
+    # The processes inherit the blocked signals. A rank unblocks them when it handles them, Python's
+    # resource tracker never.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     processes = [
         context.Process(target=run_spawned, args=(run, index)) for index in range(launch.spawn)
@@ -198,10 +198,10 @@ def run_spawned(run: Callable[[int], None], index: int) -> None:
 
 
 def run_and_exit(main: Callable, *args: Any) -> None:
-    """Call main as run_script does and end the process without Python's finalization.
+    """Call main like run_script, then end the process without Python's finalization.
 
-    A thread of a process group that asks for the interpreter during finalization aborts the
-    process, although the work is done.
+    A thread of a process group that needs the interpreter during finalization aborts the process,
+    although the work is done.
     """
     status = 1
     try:
@@ -236,12 +236,12 @@ def run_rank(
     own_device = pick_rank_device(device, gpu, local_gpu)
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)
-    # Also with a GPU: what the ranks do on the CPU would take all cores, which are the workers'.
+    # Also with a GPU: the ranks' work on the CPU would use all cores, which the workers need.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.nproc_per_node))
     rendezvous = Rendezvous(dist.HashStore())
     if launch.world_size > 1:
         backend = backend if own_device.type == "cuda" else "gloo"
-        # Ctrl-C ends the wait for a missing node: there is nothing yet to write a checkpoint of.
+        # Ctrl-C ends the wait for a missing node: there is nothing to save in a checkpoint yet.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         rendezvous = join_group(launch, rank, backend, timeout)
@@ -249,17 +249,17 @@ def run_rank(
     context = RankContext(rank, launch, own_device, watchdog, rendezvous)
     context.handle_signals()
     try:
-        context.gather(None)  # every rank has a watchdog
+        context.gather(None)  # wait until every rank has a watchdog
         watchdog.start()
         if launch.world_size > 1:
             extend_timeout(rendezvous, timeout)
         work(context)
         context.enter_stage("the end")
-        context.gather(None)  # rank 0 may hold the store: it stays until all are done
+        context.gather(None)  # rank 0 may hold the store, so it waits until all are done
         if launch.world_size > 1:  # after a failure it could wait for ranks that never come
             dist.destroy_process_group()
     except RuntimeError as error:
-        # Most likely a collective operation that lacks a rank.
+        # Most likely from a collective operation in which a rank is missing.
         print(f"rank {rank}: {one_line(error)}", file=sys.stderr, flush=True)
         if launch.world_size > 1 and (dead := watchdog.find_dead_ranks()):
             log.error("stopping: %s", dead)

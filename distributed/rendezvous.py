@@ -1,4 +1,4 @@
-"""How the ranks of a run find each other and become a process group."""
+"""Connect the ranks of a run to each other, and form their process group."""
 
 import contextlib
 import datetime
@@ -19,26 +19,26 @@ import torch.distributed as dist
 from distributed.launch import Launch, LaunchError
 from utils import log, one_line
 
-# Timeout of collective operations, in timeouts of the watchdog: it comes first, as it knows which
-# rank hangs.
+# Timeout of collective operations, as a multiple of the watchdog's. The watchdog must act first,
+# because it knows which rank hangs.
 COLLECTIVE_TIMEOUT_FACTOR = 10
 
 RESOLVE_ATTEMPTS = 3  # of a host name, a second apart
 
 
 class Rendezvous(NamedTuple):
-    """What the ranks share once they have found each other."""
+    """What the ranks share once they are connected."""
 
-    store: dist.Store  # with no keys but this start's
+    store: dist.Store  # with the keys of this start only
     group: dist.ProcessGroup | None = None  # of gloo; None: the default group, or a single rank
     launcher_store: dist.Store | None = None  # torchrun's, which outlives its processes
 
 
 def join_group(launch: Launch, rank: int, backend: str, timeout: float) -> Rendezvous:
-    """Meet the other ranks and initialize the process group.
+    """Connect to the other ranks and initialize the process group.
 
-    timeout: seconds, of each step until all have met; see extend_timeout for what follows. Raises
-    LaunchError if ranks are missing after it, or the nodes contradict each other.
+    timeout: of each step until all are connected, in seconds; later extend_timeout applies. Raises
+    LaunchError if ranks are missing by then, or the nodes contradict each other.
     """
     limit = datetime.timedelta(seconds=timeout)
     missed = (
@@ -54,19 +54,19 @@ def join_group(launch: Launch, rank: int, backend: str, timeout: float) -> Rende
             launcher_store = store
             prefix = agree_on_prefix(store, rank, launch.world_size, timeout)
         own_store = dist.PrefixStore(prefix, store)
-        if launcher_store is None:  # torchrun, which has one, starts the right number itself
+        if launcher_store is None:  # torchrun, which has one, checks the nodes itself
             check_nodes_agree(own_store, launch, rank)
         if host:
             pick_gloo_interface(own_store, launch, rank, host)
         group_store = dist.PrefixStore("group", own_store)
-        with end_process_after(timeout, f"{missed}: its processes do not reach each other"):
+        with end_process_after(timeout, f"{missed}: the processes cannot reach each other"):
             dist.init_process_group(
                 backend, store=group_store, rank=rank, world_size=launch.world_size, timeout=limit
             )
             group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
     except (RuntimeError, OSError) as error:
         raise LaunchError(f"{missed}: {one_line(error)}") from None
-    # A connection of its own: the watchdog must not wait for calls of the process group.
+    # A separate connection: the watchdog must not wait for calls of the process group.
     return Rendezvous(dist.PrefixStore(prefix, store.clone()), group, launcher_store)
 
 
@@ -74,7 +74,7 @@ def join_group(launch: Launch, rank: int, backend: str, timeout: float) -> Rende
 def end_process_after(timeout: float, message: str) -> Iterator[None]:
     """End the process with status 2 if the context takes longer than `timeout` seconds.
 
-    No watchdog runs while ranks join, and gloo tries to connect for several times its timeout.
+    No watchdog runs while ranks connect, and gloo retries for several times its timeout.
     """
 
     def end():
@@ -91,18 +91,18 @@ def end_process_after(timeout: float, message: str) -> Iterator[None]:
 
 
 def extend_timeout(rendezvous: Rendezvous, timeout: float) -> None:
-    """Let collective operations outlast the watchdog's timeout (seconds), once it watches."""
-    patience = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_FACTOR * timeout)
+    """Raise the timeout of collective operations above that of the running watchdog (seconds)."""
+    extended = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_FACTOR * timeout)
     for group in {dist.group.WORLD, rendezvous.group or dist.group.WORLD}:
-        dist.distributed_c10d._set_pg_timeout(patience, group)
+        dist.distributed_c10d._set_pg_timeout(extended, group)
 
 
 def make_store(launch: Launch, rank: int, limit: datetime.timedelta) -> dist.Store:
     """Connect to the store of the rendezvous, which rank 0 holds unless the launcher does."""
     url = urllib.parse.urlparse(launch.init_method)
     if url.scheme == "tcp":
-        # Unlike dist.rendezvous it does not wait for world_size ranks: check_nodes_agree names
-        # the nodes that are missing, or have another idea of their number.
+        # Unlike dist.rendezvous, this does not wait for world_size ranks: check_nodes_agree names
+        # the nodes that are missing, or that derive another world size.
         return dist.TCPStore(
             url.hostname, url.port, is_master=rank == 0, timeout=limit, wait_for_workers=False
         )
@@ -115,9 +115,9 @@ def make_store(launch: Launch, rank: int, limit: datetime.timedelta) -> dist.Sto
 def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
     """Agree with the other ranks on a prefix for the keys of this start.
 
-    torchrun's store keeps the keys of earlier starts, and no number in the environment tells one
-    start from the next on all nodes. So rank 0 draws the prefix and answers every request, those
-    of earlier starts included, until each rank has confirmed this prefix.
+    torchrun's store keeps the keys of earlier starts, and no number in the environment identifies a
+    start on all nodes. So rank 0 draws a random prefix, and replies with it to every request,
+    including those of earlier starts, until each rank has confirmed it.
     """
     if rank > 0:
         request = uuid.uuid4().hex
@@ -142,10 +142,10 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: floa
 
 
 def check_nodes_agree(store: dist.Store, launch: Launch, rank: int) -> None:
-    """Raise LaunchError unless all nodes are there and have as many ranks.
+    """Raise LaunchError unless all nodes are connected and have the same number of ranks.
 
-    A node counts its ranks by its GPUs. If one sees fewer, the nodes derive different world sizes
-    and ranks, and would fail without the cause.
+    By default a node has a rank per GPU. If one sees fewer GPUs, the nodes derive different world
+    sizes and ranks, and would fail later without naming the cause.
     """
     node, local_rank = divmod(rank, launch.nproc_per_node)
     if local_rank == 0:
@@ -155,19 +155,20 @@ def check_nodes_agree(store: dist.Store, launch: Launch, rank: int) -> None:
         store.wait(keys)
     except RuntimeError:
         missing = [str(number) for number, key in enumerate(keys) if not store.check([key])]
-        raise RuntimeError(f"nothing heard of node {', '.join(missing)}") from None
+        raise RuntimeError(f"nodes that did not connect: {', '.join(missing)}") from None
     nodes = [store.get(key).decode().split(" ", 1) for key in keys]
     for number, (nproc, host) in enumerate(nodes):
         if nproc != nodes[0][0]:
             if local_rank == 0:
                 store.set(f"rejected/{node}", "")
-            if rank == 0:  # it holds the store, which the others have to read first
+            if rank == 0:  # it holds the store, which the others must read first
                 with contextlib.suppress(RuntimeError):
                     rejected = [f"rejected/{other}" for other in range(len(nodes))]
                     store.wait(rejected, datetime.timedelta(seconds=10))
             raise LaunchError(
-                f"node {number} ({host}) has {nproc} processes, node 0 ({nodes[0][1]}) has "
-                f"{nodes[0][0]}: look at the GPUs of both, or give --nproc_per_node"
+                f"the nodes have different numbers of processes: node {number} ({host}) {nproc}, "
+                f"node 0 ({nodes[0][1]}) {nodes[0][0]}; check the GPUs of both, or give "
+                "--nproc_per_node"
             )
 
 
@@ -182,7 +183,7 @@ def master_host(launch: Launch) -> str:
 
 
 def check_resolves(host: str) -> None:
-    """Raise LaunchError if the name of a host has no address. A store would try until its timeout.
+    """Raise LaunchError if a host name has no address. A store would retry until its timeout.
 
     A busy name server may need a second attempt.
     """
@@ -195,16 +196,16 @@ def check_resolves(host: str) -> None:
         if attempt + 1 < RESOLVE_ATTEMPTS:
             time.sleep(1)
     raise LaunchError(
-        f"the host {host} of the rendezvous cannot be resolved here ({reason}): give "
-        "--dist-url tcp://ADDRESS:PORT with an address that all nodes reach"
+        f"the rendezvous host {host} cannot be resolved here ({reason}); give "
+        "--dist-url tcp://ADDRESS:PORT with an address that all nodes can reach"
     )
 
 
 def pick_gloo_interface(store: dist.Store, launch: Launch, rank: int, host: str) -> None:
-    """Set GLOO_SOCKET_IFNAME to the network interface that routes to the master, where unset.
+    """Set GLOO_SOCKET_IFNAME, if unset, to the network interface that routes to the master.
 
     By default gloo binds to the address of the host's own name, which on Debian is 127.0.1.1: no
-    other node reaches it. The master itself takes the interface at which another node reaches it.
+    other node can reach it. The master itself uses the interface on which another node reaches it.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or launch.world_size == launch.nproc_per_node:
         return
@@ -219,11 +220,15 @@ def pick_gloo_interface(store: dist.Store, launch: Launch, rank: int, host: str)
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         log.info("gloo uses the network interface %s (%s)", interface, address)
     else:
-        log.warning("no network interface has %s: set GLOO_SOCKET_IFNAME if nodes wait", address)
+        log.warning(
+            "no network interface has the address %s; set GLOO_SOCKET_IFNAME if the nodes cannot "
+            "connect",
+            address,
+        )
 
 
 def route_to(host: str) -> str | None:
-    """Return the own address from which packets to a host leave; None if there is no route."""
+    """Return the local address from which packets to a host are sent; None without a route."""
     family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:  # connecting a datagram socket sends nothing
         try:

@@ -17,19 +17,19 @@ from utils import log
 
 
 class Heartbeat(NamedTuple):
-    """What a rank reports to the others every few seconds."""
+    """The report of a rank to the others, every few seconds."""
 
     beats: int  # heartbeats so far
     progress: int  # stages entered and samples done so far
     stages: int  # stages entered so far
     rank: str  # and host, for messages
     stage: str
-    line: str  # of the program, where the main thread is
+    line: str  # of the program, at which the main thread is
     in_collective: bool  # whether that is inside a collective operation
 
 
 class Seen(NamedTuple):
-    """The last heartbeat of a rank, and by this process's clock when its counts rose."""
+    """The last heartbeat of a rank, and when its counts last rose, by this process's clock."""
 
     heartbeat: Heartbeat
     beat_at: float
@@ -37,11 +37,11 @@ class Seen(NamedTuple):
 
 
 class Watchdog:
-    """Reports where this rank is and watches that the ranks make progress.
+    """Report the stage of this rank, and end the process if no rank makes progress.
 
     Every rank enters the same stages in the same order: a hung rank is the one that has entered the
-    fewest, a dead one sends no heartbeats. They communicate through the store of the rendezvous,
-    which works while the process group hangs.
+    fewest, a dead one sends no heartbeats. The ranks communicate through the store of the
+    rendezvous, which works even if the process group hangs.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
@@ -71,15 +71,15 @@ class Watchdog:
         self.stopped.set()
         for thread in self.threads:
             if thread.is_alive():
-                thread.join(self.interval)  # it takes longer only if the store is gone
+                thread.join(self.interval)  # takes longer only if the store is gone
 
     def enter_stage(self, stage: str) -> None:
-        """Note that the main thread has come to this stage, named for messages."""
+        """Record that the main thread has reached a stage. Messages contain its name."""
         self.stage = stage
         self.stages += 1
 
     def on_sample(self) -> None:
-        """Note that a sample is done, which is progress in a stage that may take long."""
+        """Record that a sample is done, which is progress within a long stage."""
         self.samples += 1
 
     def send_heartbeat(self) -> None:
@@ -110,7 +110,7 @@ class Watchdog:
             try:
                 self.send_heartbeat()
                 self.read_heartbeats()
-            except Exception:  # of many types; watch_store measures how long it lasts
+            except Exception:  # of many types; watch_store limits how long it may last
                 continue
             now = self.store_answered_at = time.monotonic()
             idle = now - max(self.awake_since, *(seen.progress_at for seen in self.seen.values()))
@@ -118,7 +118,7 @@ class Watchdog:
                 self.end_process(f"no rank made progress for {idle:.0f} s: {self.diagnose()}")
 
     def watch_store(self) -> None:
-        """Watch that the store answers: if rank 0 holds it and is frozen, calls of it hang."""
+        """End the process if the store does not respond: calls to it hang if rank 0 is frozen."""
         last = time.monotonic()
         while not self.stopped.wait(self.interval):
             now = time.monotonic()
@@ -126,7 +126,7 @@ class Watchdog:
                 self.awake_since = now
             last = now
             if now - max(self.store_answered_at, self.awake_since) > self.timeout:
-                self.end_process(f"rank 0 has not answered for {self.timeout:g} s")
+                self.end_process(f"rank 0 has not responded for {self.timeout:g} s")
 
     def diagnose(self) -> str:
         """Describe the ranks that the others wait for."""
@@ -145,7 +145,7 @@ class Watchdog:
         """Describe the ranks whose heartbeats have stopped; "" if there are none."""
         now = time.monotonic()
         return "; ".join(
-            f"{seen.heartbeat.rank}, last seen at {seen.heartbeat.stage}, no longer answers"
+            f"{seen.heartbeat.rank}, last seen at {seen.heartbeat.stage}, no longer responds"
             for seen in self.seen.values()
             if now - seen.beat_at > 2.5 * self.interval
         )
@@ -157,7 +157,7 @@ class Watchdog:
                 time.sleep(self.interval)
                 self.read_heartbeats()
         except Exception:
-            return "rank 0 no longer answers"
+            return "rank 0 no longer responds"
         return self.dead_ranks()
 
     def end_process(self, reason: str) -> None:
@@ -172,7 +172,7 @@ class Watchdog:
 
 
 def locate_main_thread() -> tuple[str, bool]:
-    """The fields `line` and `in_collective` of this process's Heartbeat."""
+    """Return the fields `line` and `in_collective` of this process's Heartbeat."""
     code = sys._current_frames()[threading.main_thread().ident]
     path = code.f_code.co_filename
     waits = (

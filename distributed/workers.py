@@ -28,13 +28,14 @@ import torch
 from distributed.batch_memory import BatchMemory, prefetch_items
 from utils import STOP_SIGNALS, die_with_parent, hold_stop_signals
 
-QUEUED_BATCHES, MIN_QUEUED = 3, 16  # tasks: of all workers together, in batches; of each
+QUEUED_BATCHES = 3  # tasks queued at all workers together, in batches
+MIN_QUEUED = 16  # but at least this many tasks per worker
 LENGTH = struct.Struct("i")  # of the text in a worker's result, see worker_main
-LONGEST_WAIT = 1e6  # seconds; epoll's limit is near
+LONGEST_WAIT = 1e6  # seconds, close to the limit of epoll
 
 
 class ItemDataset(Protocol):
-    """A data set of which an item is a dict of tensors as in item_spec, or {"error": one line}."""
+    """A data set whose items are dicts of tensors as in item_spec, or {"error": one line}."""
 
     item_spec: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -42,11 +43,11 @@ class ItemDataset(Protocol):
 
 
 class WorkerFailure(str):
-    """The error of an item that crashed or hung its worker: what the item did to it."""
+    """The error of an item that crashed or hung its worker, as a predicate: "crashed its ..."."""
 
 
 class Task(NamedTuple):
-    slot: tuple[int, int]  # its item's: a place of BatchMemory, and the number in that batch
+    slot: tuple[int, int]  # of its item: the place in BatchMemory, and the index in the batch
     key: Any
 
 
@@ -80,16 +81,16 @@ def sample_batches(
 
     The tensors are the caller's own, in page-locked memory with pin_memory. The dict also has
     "errors": for each item None or its error, which is the item's own, or a WorkerFailure if it
-    crashed its worker or took more than `timeout` seconds. Such an item costs itself only.
+    crashed its worker or took more than `timeout` seconds. Other items are not affected.
 
-    The first batch is the largest. retry(key, error) returns another key to take the item's place,
-    or None to keep the error; the item's tensors are then undefined. on_sample is called after each
-    item. `prefetch` items, in whole batches, are read while the caller uses a batch; see
-    prefetch_items. With 0 workers everything happens in this process, crashes included.
+    The first batch must be the largest. retry(key, error) returns another key to take the item's
+    place, or None to keep the error; the item's tensors are then undefined. on_sample is called
+    after each item. `prefetch` items, in whole batches, are read while the caller uses a batch; see
+    prefetch_items. With 0 workers everything happens in this process, including crashes.
 
-    lend: how many batches the caller keeps at a time, the newest included. They are where the
-    workers wrote them; that memory is used again when no tensor of the batch, nor a view of one, is
-    left. While a caller keeps more, it gets copies.
+    lend: how many batches the caller keeps at a time, including the newest. These are not copied:
+    the memory that the workers filled is reused when no tensor of the batch, and no view of one, is
+    left. A caller that keeps more batches gets copies.
     """
     batches = iter(batches)
     first = next(batches, None)
@@ -132,7 +133,7 @@ def sample_batches(
                     pending[place].errors[number] = error
                     pending[place].remaining -= 1
             del pending[batch.place]
-            # Enough places stay free to read ahead, whatever the caller keeps.
+            # Keep enough places free to read ahead, however many batches the caller keeps.
             lent = len(memory.free) >= max(1, depth) - len(pending) and locked == pin_memory
             tensors = memory.lend(batch.place, len(batch.errors))
             if not lent:
@@ -166,7 +167,7 @@ def read_item(
 
 
 class SerialPool:
-    """Has the interface of Pool, without processes."""
+    """A pool with the interface of Pool, but without processes."""
 
     def __init__(self, dataset: ItemDataset, batches: list[dict[str, torch.Tensor]]):
         self.dataset, self.batches = dataset, batches
@@ -184,7 +185,7 @@ class SerialPool:
 
 
 class Pool:
-    """Worker processes. A task costs at most `timeout` seconds, and no other task its result."""
+    """Worker processes. A task takes at most `timeout` seconds, and never affects another task."""
 
     def __init__(
         self,
@@ -194,28 +195,28 @@ class Pool:
         timeout: float,
         queued: int,
     ):
-        """queued: how many tasks a worker has at most, so that none waits for all that follow."""
+        """queued: maximum of tasks per worker, so that a retry does not wait for all read ahead."""
         self.dataset, self.batches, self.timeout = dataset, batches, timeout
         self.queued = queued
-        self.queue: deque[Task] = deque()  # that no worker has yet
-        self.retried: list[Task] = []  # their worker was killed; keys may be unhashable
+        self.queue: deque[Task] = deque()  # tasks that no worker has yet
+        self.retried: list[Task] = []  # a list, as keys may be unhashable; see replace
         self.workers: list[Worker] = []
         self.selector = selectors.DefaultSelector()  # of the workers' pipes
-        self.check_at = math.inf  # no worker is late before
+        self.check_at = math.inf  # no worker is late before this time
         # At the program's exit multiprocessing would send the workers a SIGTERM, which they ignore,
         # and wait for them.
         self.close = Finalize(self, close_pool, (self.workers, self.selector), exitpriority=0)
         for _ in range(workers):
-            with hold_stop_signals():  # a worker that is not in the list would outlive a Ctrl-C
+            with hold_stop_signals():  # a worker missing from the list would outlive a Ctrl-C
                 self.workers.append(Worker(dataset, batches, self.selector))
 
     def submit(self, tasks: list[Task], first: bool = False) -> None:
-        """Queue tasks, or put them first: a batch waits for them."""
+        """Queue tasks, in front of all others if `first`, for a batch that waits for them."""
         self.queue.extendleft(tasks) if first else self.queue.extend(tasks)
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Give tasks to the workers that have done half of theirs, each to the one with fewest."""
+        """Send tasks to the workers that have done half of theirs, first to the least loaded."""
         loads = [(len(worker.tasks), place) for place, worker in enumerate(self.workers)]
         loads = [(load, place) for load, place in loads if load <= self.queued // 2]
         heapq.heapify(loads)
@@ -232,7 +233,7 @@ class Pool:
                 self.check_at = min(self.check_at, worker.since + self.timeout)
 
     def collect(self) -> list[Result]:
-        """Wait for something to happen and return what is done since. Replaces lost workers."""
+        """Wait for an event and return the results so far. Replaces dead and late workers."""
         left = max(0, self.check_at - time.monotonic())
         done = []
         events = self.selector.select(None if left == math.inf else min(left, LONGEST_WAIT))
@@ -250,7 +251,7 @@ class Pool:
     def replace_late_workers(self, done: list[Result]) -> None:
         for worker in list(self.workers):
             if worker.is_late(self.timeout):
-                # The whole job may have been suspended: look again.
+                # The whole job may have been suspended: check again.
                 wait([worker.results], 1)
                 alive = worker.receive(done)
                 if not alive:
@@ -266,7 +267,7 @@ class Pool:
     def replace(self, worker: "Worker", done: list[Result], late: str = "") -> None:
         """Replace a worker that has crashed or been killed, and queue its tasks again.
 
-        late: why it was killed. The task in work has failed, with that reason.
+        late: why it was killed, if it was late. Its current task then fails with that reason.
         """
         status = worker.describe_exit()
         if (
@@ -296,10 +297,10 @@ def close_pool(workers: list["Worker"], selector: selectors.BaseSelector) -> Non
 
 
 class Worker:
-    """A process and the tasks that it was sent.
+    """A worker process and the tasks that it was sent.
 
-    tasks: the first one is in work, since the time `since`. Neither end waits for the other to
-    read: what does not fit into the pipe is sent when selector reports that there is room.
+    tasks: the process has worked on the first one since the time `since`. This process never waits
+    for the worker to read: what does not fit into the pipe is sent when the selector reports room.
     """
 
     def __init__(
@@ -309,16 +310,16 @@ class Worker:
         selector: selectors.BaseSelector,
     ):
         inbox, self.outbox = os.pipe()
-        self.results, answers = os.pipe()
+        self.results, replies = os.pipe()
         context = multiprocessing.get_context("fork")  # shares the data set and the memory
         self.process = context.Process(
-            target=worker_main, args=(dataset, batches, inbox, answers), daemon=True
+            target=worker_main, args=(dataset, batches, inbox, replies), daemon=True
         )
-        gc.freeze()  # a collection in the worker would touch, and so copy, all that it shares
+        gc.freeze()  # a collection in the worker would write to, and so copy, all shared objects
         self.process.start()
         gc.unfreeze()
         os.close(inbox)
-        os.close(answers)
+        os.close(replies)
         self.tasks: deque[Task] = deque()
         self.since = 0.0
         self.unsent = self.unread = b""
@@ -328,8 +329,8 @@ class Worker:
         selector.register(self.results, selectors.EVENT_READ, self)
 
     def send(self, tasks: list[Task]) -> bool:
-        """Return False if the process is dead, as Pool.collect will find; the tasks are unsent."""
-        # Plain tuples are fewer bytes: without the name of the class.
+        """Send tasks. Return False, without sending them, if the process is dead (see collect)."""
+        # Plain tuples take fewer bytes, without the name of the class.
         self.unsent += pickle.dumps([tuple(task) for task in tasks])
         if not self.flush():
             return False
@@ -339,7 +340,7 @@ class Worker:
         return True
 
     def flush(self) -> bool:
-        """Send what there is room for. Return False if the process is dead."""
+        """Send as much as the pipe has room for. Return False if the process is dead."""
         alive, waited = True, self.outbox in self.selector.get_map()
         try:
             self.unsent = self.unsent[os.write(self.outbox, self.unsent) :]
@@ -388,23 +389,23 @@ class Worker:
             if end in self.selector.get_map():
                 self.selector.unregister(end)
             os.close(end)
-        self.process.join(5)  # longer if it hangs in the kernel, on a file system that is gone
+        self.process.join(5)  # takes longer if it hangs in the kernel, on a lost file system
         if self.process.exitcode is not None:
             self.process.close()
 
 
-def worker_main(dataset, batches, inbox: int, answers: int) -> None:
-    """Read the items of a worker's tasks until the parent ends it.
+def worker_main(dataset, batches, inbox: int, replies: int) -> None:
+    """Read the items of the tasks that arrive, until the parent ends this process.
 
-    A task's result is the length of a text and the text, which is the item's error or empty. With a
-    negative length it is the traceback of a bug.
+    The result of a task is the length of a text, and the text: the item's error, or empty. With a
+    negative length, the text is the traceback of a bug.
     """
     die_with_parent()
     for number in STOP_SIGNALS:  # the parent handles them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)
-    with open(inbox, "rb") as tasks, open(answers, "wb", buffering=0) as results:
+    with open(inbox, "rb") as tasks, open(replies, "wb", buffering=0) as results:
         while True:
             for slot, key in pickle.load(tasks):
                 sign = 1
@@ -413,6 +414,6 @@ def worker_main(dataset, batches, inbox: int, answers: int) -> None:
                 except Exception:
                     sign, text = -1, traceback.format_exc()
                 text = text.encode(errors="surrogatepass")
-                answer = LENGTH.pack(sign * len(text)) + text
-                while answer:  # the pipe takes a long one in pieces
-                    answer = answer[results.write(answer) :]
+                result = LENGTH.pack(sign * len(text)) + text
+                while result:  # the pipe takes a long one in pieces
+                    result = result[results.write(result) :]

@@ -1,4 +1,4 @@
-"""Fixtures of several test modules: the toy data, golden weights, shared clips, a browser."""
+"""Fixtures that test modules share: the toy data, golden weights, shared clips, a browser."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def toy(tmp_path_factory):
 def weights(toy, tmp_path_factory):
     """A checkpoint of golden weights: untrained, but with the activations of a trained network.
 
-    An S3D of PyTorch's initial weights embeds all videos alike but for the last bits of a float.
+    With PyTorch's initial weights, an S3D embeds all videos alike up to the last bits of a float.
     """
     path = tmp_path_factory.mktemp("weights") / "s3d.pth"
     state = S3D(word2vec_path=toy / "word2vec.pth").state_dict()
@@ -71,7 +71,7 @@ def weights(toy, tmp_path_factory):
 
 @pytest.fixture
 def ffmpeg_in_path(tmp_path, monkeypatch):
-    """A function that puts a shell script in PATH as the ffmpeg program.
+    """A function that puts a shell script into PATH as the ffmpeg program.
 
     The script prints the version of the real program if asked to, unless `version` is false;
     otherwise it runs the given commands, in which {real} is the real program.
@@ -93,16 +93,16 @@ def ffmpeg_in_path(tmp_path, monkeypatch):
 
 @pytest.fixture
 def milnce_log(caplog, monkeypatch):
-    """The project's log, which otherwise does not reach pytest's."""
+    """pytest's caplog with the lines of the project's log, which it does not get otherwise."""
     monkeypatch.setattr(log, "propagate", True)
     return caplog
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium: a selenium driver. Whatever is not on this machine, it cannot reach.
+    """A selenium driver of headless Chromium, which cannot reach anything but this machine.
 
-    A skip where Chromium or its driver is absent, or with MILNCE_REQUIRE_CHROMIUM a failure.
+    Without Chromium or its driver, skips the test, or fails it with MILNCE_REQUIRE_CHROMIUM.
     """
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if not all(programs):
@@ -115,8 +115,8 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
     options.add_argument("--headless=new")
-    options.add_argument("--no-sandbox")  # which it does not start with as root
-    options.add_argument("--disable-dev-shm-usage")  # /dev/shm of a container is small
+    options.add_argument("--no-sandbox")  # Chromium's sandbox does not start as root
+    options.add_argument("--disable-dev-shm-usage")  # a container's /dev/shm is small
     options.add_argument("--window-size=1280,900")
     here = "EXCLUDE 127.0.0.1, EXCLUDE localhost"
     options.add_argument(f"--host-resolver-rules=MAP * ~NOTFOUND, {here}")

@@ -1,8 +1,8 @@
 """Run main_distributed.py with the faults that the environment variable FAULTS lists as JSON.
 
-crash, hang: part of the name of a video, whose decoding crashes or hangs the worker.
-nan: [rank, first step, last step] in which the rank's clips are NaN.
-stuck: [rank, step] at which the rank hangs.
+crash, hang: part of the name of a video. Decoding it crashes or hangs the worker.
+nan: [rank, first step, last step]. The rank's clips are NaN in these steps.
+stuck: [rank, step]. The rank hangs at this step.
 """
 
 import json

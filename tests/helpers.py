@@ -1,4 +1,4 @@
-"""What several test modules share: golden values, toy flags, small videos, running scripts."""
+"""Helpers that test modules share: golden values, toy flags, small videos, running scripts."""
 
 import contextlib
 import csv
@@ -61,7 +61,7 @@ def golden_weight(name, shape):
 
 
 def toy_flags(toy):
-    """Flags that train on the toy data at a size at which a step takes a moment."""
+    """Return flags that train on the toy data, at a size at which a step takes a moment."""
     return [
         f"--train_csv={toy}/howto100m_videos.csv",
         f"--video_path={toy}/videos",
@@ -80,7 +80,7 @@ def toy_flags(toy):
 
 
 def run_python(script, *flags, cwd=None, timeout=300):
-    """Runs a script of the project as a user does; returns the finished process."""
+    """Run a script of the project as a user does; return the finished process."""
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, flags)],
         check=True,
@@ -92,7 +92,7 @@ def run_python(script, *flags, cwd=None, timeout=300):
 
 
 def run_at_terminal(*command):
-    """Runs a command with a terminal for stdout and stderr; returns what the terminal was sent."""
+    """Run a command with a terminal for stdout and stderr; return what it sent to the terminal."""
     terminal, end = pty.openpty()
     rows_columns = struct.pack("HHHH", 24, 120, 0, 0)
     fcntl.ioctl(end, termios.TIOCSWINSZ, rows_columns)
@@ -103,7 +103,7 @@ def run_at_terminal(*command):
             while True:
                 try:
                     received.append(file.read(1 << 16))
-                except OSError:  # how Linux says that nobody has the other end any more
+                except OSError:  # on Linux, the other end is closed
                     return
 
     reader = threading.Thread(target=receive)
@@ -117,7 +117,7 @@ def run_at_terminal(*command):
 
 
 def scalars(folder):
-    """What TensorBoard shows of a folder of event files: {tag: {step: value}}."""
+    """Return what TensorBoard shows for a folder of event files: {tag: {step: value}}."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()["scalars"]
     shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
@@ -127,12 +127,12 @@ def scalars(folder):
 
 
 def golden_frames(kind):
-    """The rows of frames.json of one kind."""
+    """Return the rows of one kind in frames.json."""
     return [row for row in golden_json("frames") if row["kind"] == kind]
 
 
 def frames_digest(video):
-    """What frames.json has of a clip uint8 [3, T, H, W]: the SHA-256 of [T, H, W, 3]."""
+    """Return the digest of a clip uint8 [3, T, H, W] as in frames.json: SHA-256 of [T, H, W, 3]."""
     return hashlib.sha256(video.permute(1, 2, 3, 0).contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -147,9 +147,9 @@ def vtt_time(seconds):
 
 
 def rolling_vtt(lines):
-    """WebVTT as YouTube makes it of speech: two lines that roll, words with times, cues of 10 ms.
+    """Make WebVTT like YouTube's automatic captions: two rolling lines, timed words, 10 ms cues.
 
-    lines: (start, end, text) of each line that is spoken, in seconds.
+    lines: (start, end, text) of each spoken line, in seconds.
     """
     cues, before = [], " "
     for start, end, text in lines:
@@ -166,7 +166,7 @@ def rolling_vtt(lines):
 
 
 def make_video(path, seconds, *options):
-    """A small moving picture, 96x64 at 10 frames a second."""
+    """Make a small video with motion, 96x64 at 10 frames per second."""
     path.parent.mkdir(parents=True, exist_ok=True)
     source = ["-f", "lavfi", "-i", f"testsrc2=size=96x64:rate=10:duration={seconds}"]
     command = [ffmpeg_program(), "-v", "error", "-nostdin", "-y", *source]
@@ -174,7 +174,7 @@ def make_video(path, seconds, *options):
 
 
 def pack_folder(folder, shard, names=None):
-    """Packs files of a folder, all by default, into a tar file under their names."""
+    """Pack files of a folder, by default all, into a tar file under their names."""
     names = names or sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     shard.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(shard, "w") as tar:
@@ -184,17 +184,17 @@ def pack_folder(folder, shard, names=None):
 
 
 def private_memory():
-    """Bytes that this process has changed and shares with no other (Linux).
+    """Return the bytes that this process has written to and shares with no other (Linux).
 
-    Not what is only read, which may look private as long as no other has come to it: the pages of
-    a file are in memory once, whoever maps them.
+    Pages that are only read do not count. Those of a file are in memory once, whoever maps them,
+    but look private until another process reads them.
     """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty"))
 
 
 def open_page(browser, address):
-    """Has the browser load a page, and forgets what its logs say of those before."""
+    """Load a page in the browser, and drop the log entries of earlier pages."""
     browser.get("about:blank")
     for kind in ("browser", "performance"):
         browser.get_log(kind)
@@ -202,19 +202,19 @@ def open_page(browser, address):
 
 
 def page_errors(browser):
-    """What the browser's console has had of errors since open_page or the last call."""
+    """Return the errors in the browser's console since open_page or the last call."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def requests_of(browser):
-    """The addresses that were asked for since open_page or the last call."""
+    """Return the addresses that were requested since open_page or the last call."""
     events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
     sent = (event["params"] for event in events if event["method"] == "Network.requestWillBeSent")
     return [params["request"]["url"] for params in sent]
 
 
 LIBRARY = "error while loading shared libraries: libx264.so.164: cannot open shared object file"
-# How an ffmpeg program fails that still prints its version: (shell commands, what the error quotes)
+# Failures of an ffmpeg program that still prints its version: (shell commands, text in the error)
 FAILURES = {
     "status 127": (f"echo first >&2; echo '{LIBRARY}' >&2; exit 127", f"status 127: {LIBRARY}"),
     "status 1": ("echo 'Unknown encoder' >&2; exit 1", "status 1: Unknown encoder"),
@@ -225,7 +225,7 @@ FAILURES = {
 
 @functools.cache
 def smallest_memory(program):
-    """The address space, in KiB, in which a program just prints its version."""
+    """Return the smallest address space, in KiB, in which a program can print its version."""
     for limit in range(20_000, 2_000_000, 20_000):
         command = ["sh", "-c", f"ulimit -v {limit}; exec {program} -version"]
         if not subprocess.run(command, capture_output=True).returncode:
@@ -234,7 +234,7 @@ def smallest_memory(program):
 
 
 def await_gone(pid):
-    """Wait for a process of that id to end. It may stay as a zombie if nobody reaps orphans."""
+    """Wait until the process of an id has ended, or is a zombie that nobody reaps."""
     deadline = time.monotonic() + 60
     with contextlib.suppress(psutil.NoSuchProcess):
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
@@ -249,9 +249,9 @@ class Evil:
         return print, ("this must not run",)
 
 
-DETAILS = ["counts", "intervals", "command", "weights_checksum"]  # of a metrics file, at its end
+DETAILS = ["counts", "intervals", "command", "weights_checksum"]  # the last keys of a metrics file
 
 
 def without_command(metrics):
-    """The content of a metrics file, which runs with the same results share."""
+    """Return a metrics file's content without the command, which may differ for equal results."""
     return {name: value for name, value in metrics.items() if name != "command"}

@@ -80,12 +80,10 @@ def test_each_flag_is_known_with_hyphens_and_with_underscores(name):
     value = "" if is_switch else " sgd" if name == "optimizer" else " 1"
     if name == "weight_init":
         value = " uniform"
-    normalize_flags = [vars(parse(f"--{s}{value}"))[name] for s in (name, name.replace("_", "-"))]
-    assert normalize_flags[0] == normalize_flags[1] == (True if is_switch else normalize_flags[0])
+    parsed = [vars(parse(f"--{s}{value}"))[name] for s in (name, name.replace("_", "-"))]
+    assert parsed[0] == parsed[1] == (True if is_switch else parsed[0])
     if not is_switch:
-        assert (
-            vars(parse(f"--{name.replace('_', '-')}={value.strip()}"))[name] == normalize_flags[0]
-        )
+        assert vars(parse(f"--{name.replace('_', '-')}={value.strip()}"))[name] == parsed[0]
 
 
 def test_hyphens_in_values_stay():
@@ -101,7 +99,7 @@ def test_the_releases_command_parses():
     assert (args.num_candidates, args.epochs, args.resume) == (4, 300, True)
 
 
-def test_old_spellings_work_and_stay_out_of_the_help(capsys):
+def test_old_spellings_work_but_the_help_hides_them(capsys):
     assert parse("--momemtum 0.5 --pretrained").momentum == 0.5
     named = parse("--output a.json --report b --features=c.npz")
     assert (named.metrics_json, named.html_report, named.feature_cache) == ("a.json", "b", "c.npz")
@@ -131,7 +129,7 @@ def test_old_spellings_work_and_stay_out_of_the_help(capsys):
         "--eval_subset train",
     ],
 )
-def test_a_wrong_flag_is_one_line_that_names_it_and_status_2(line, capsys):
+def test_a_wrong_flag_exits_with_status_2_and_one_line_that_names_it(line, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(line)
     error = capsys.readouterr().err
@@ -148,7 +146,7 @@ SHARED = [Path(module.__file__).read_text() for module in (args, evaluation_scri
 
 
 def flags_read(source):
-    """The attributes of `args` that a program reads, also in functions that it calls."""
+    """Return the attributes of `args` that a program reads, in functions that it calls, too."""
     functions = {
         node.name: node
         for module in SHARED
@@ -176,14 +174,14 @@ def test_the_help_shows_the_flags_that_the_script_reads(script):
     source = (ROOT / f"{script}.py").read_text()
     read = flags_read(source)
     if script == "main_distributed":
-        read |= {"pin_memory", "multiprocessing_distributed"}  # named as without effect
+        read |= {"pin_memory", "multiprocessing_distributed"}  # listed as having no effect
     if script in args.RECOGNITION:
         read.remove("fps")  # it decodes at the videos' own rate
     assert shown == read
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_takes_every_flag_of_the_release(script):
+def test_every_script_accepts_every_flag_of_the_release(script):
     parsed = vars(get_args("", script, ["--batch_size=4", "--random-flip=0", "--momemtum=0.5"]))
     assert parsed.keys() >= DEFAULTS.keys()
     assert (parsed["batch_size"], parsed["random_flip"], parsed["momentum"]) == (4, 0, 0.5)
@@ -206,7 +204,7 @@ def test_the_help_appears_without_torch(script):
     assert ended.returncode == 0 and "usage: " in ended.stdout, ended.stderr
 
 
-def test_names_that_are_spelled_out_agree_with_their_homes():
+def test_copies_of_constants_agree_with_the_modules_that_define_them():
     assert args.BACKENDS == video_decoder.BACKENDS
     assert tuple(PRECISIONS) == args.PRECISIONS
     assert args.SUBSETS == SUBSETS

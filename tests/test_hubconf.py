@@ -79,7 +79,7 @@ def test_the_hub_lists_the_one_model():
     assert {name for name in hub if not name.startswith("_")} == {"s3d_howto100m"}
 
 
-def test_the_released_format_and_ours_give_one_model(released, tmp_path):
+def test_the_released_format_and_ours_give_the_same_model(released, tmp_path):
     state = torch.load(released / "s3d_howto100m.pth", weights_only=True)
     ours = {"epoch": 1, "state_dict": {f"module.{name}": value for name, value in state.items()}}
     torch.save({**ours, "optimizer": {}, "scheduler": {}}, tmp_path / "epoch0001.pth.tar")
@@ -111,8 +111,8 @@ def test_a_program_may_have_modules_of_the_same_names_as_ours(released, monkeypa
     [
         ("truncated", "s3d.pth is damaged"),
         ("a dict of something else", "s3d.pth holds no state dict .*lr"),
-        ("another model", "s3d.pth is not of an S3D model: it lacks a proper fc.weight"),
-        ("a key less", "s3d.pth does not fit the S3D model: it lacks fc.bias"),
+        ("another model", "s3d.pth has no weights of an S3D model: fc.weight is missing or"),
+        ("a missing key", "s3d.pth does not fit the S3D model: it lacks fc.bias"),
         ("other words", "dict.npy has 3 words, but the word embedding has 66250 rows"),
         ("no words", "dict.npy is not a vocabulary"),
     ],
@@ -138,15 +138,15 @@ def test_bad_input_is_one_line_that_names_the_file(damage, named, released, tmp_
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_absent_is_named(released, tmp_path):
+def test_an_absent_file_is_named(released, tmp_path):
     for files in (("absent", "s3d_dict.npy"), ("s3d_howto100m.pth", "absent")):
         with pytest.raises(FileNotFoundError, match="absent"):
             load(*(released / name for name in files))
 
 
 @pytest.mark.parametrize("script", ["eval_msrvtt", "extract_features"])
-def test_scripts_take_the_released_files(script, released, tmp_path, monkeypatch, capsys):
-    """The other evaluations build their model as these do; for the training see its own tests."""
+def test_scripts_accept_the_released_files(script, released, tmp_path, monkeypatch, capsys):
+    """The other evaluations build their model like these. test_main_distributed has trainings."""
     make_video(tmp_path / "video0.mp4", seconds=2)
     write_csv(tmp_path / "table.csv", COLUMNS, ("ret0", "msr0", "video0", "cut the tomato"))
     flags = [f"--pretrain_cnn_path={released}/s3d_howto100m.pth", "--num_thread_reader=0"]

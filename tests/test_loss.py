@@ -51,7 +51,7 @@ def random_embeddings(batch, candidates, dim=5):
 
 
 @pytest.mark.parametrize(("batch", "candidates"), [(4, 3), (5, 1), (1, 2)])
-def test_gradients_are_those_of_finite_differences(batch, candidates):
+def test_gradients_match_finite_differences(batch, candidates):
     inputs = random_embeddings(batch, candidates)
     assert torch.autograd.gradcheck(MILNCELoss(), inputs)
     # One denominator at a time: the mean gives all of them the same weight.
@@ -66,7 +66,7 @@ def test_a_second_backward_pass_gives_the_same_gradients():
     torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
-# A small two-tower model: the loss must not care what computed the embeddings.
+# A small two-tower model: the loss does not depend on what computes the embeddings.
 def towers():
     torch.manual_seed(0)
     return nn.ModuleList([nn.Linear(6, 5), nn.Sequential(nn.Linear(4, 5), nn.Tanh())]).double()
@@ -100,7 +100,7 @@ def run_rank(rank, world_size, folder):
     torch.save((loss.detach(), gradients), f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # as distributed.process.run_and_exit does, and for its reason
+    os._exit(0)  # for the reason given in distributed.process.run_and_exit
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

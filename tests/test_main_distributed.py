@@ -100,7 +100,7 @@ def test_two_processes_train_write_logs_and_validate_every_video_once(two_epochs
     ]
 
 
-def test_event_files_have_what_the_log_has(two_epochs):
+def test_event_files_match_the_log(two_epochs):
     folder, _ = two_epochs
     steps = [r for r in records(folder) if "loss" in r]
     validations = [r for r in records(folder) if "R10" in r]
@@ -113,7 +113,7 @@ def test_event_files_have_what_the_log_has(two_epochs):
         assert shown[f"validation/{name}"] == expected
 
 
-def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, toy, tmp_path):
+def test_validation_in_two_processes_equals_an_evaluation_in_one(two_epochs, toy, tmp_path):
     folder, flags = two_epochs
     run_python(
         "eval_youcook.py",
@@ -121,10 +121,10 @@ def test_validation_in_two_processes_equals_the_one_process_figures(two_epochs, 
         f"--pretrain_cnn_path={folder}/checkpoint/run/epoch0002.pth.tar",
         f"--metrics_json={tmp_path}/out.json",
     )
-    figures = json.loads((tmp_path / "out.json").read_text())
-    during = records(folder)[-1]
+    evaluated = json.loads((tmp_path / "out.json").read_text())
+    validated = records(folder)[-1]
     names = ("R1", "R5", "R10", "MR", "num_videos", "num_missing")
-    assert [figures[name] for name in names] == [during[name] for name in names]
+    assert [evaluated[name] for name in names] == [validated[name] for name in names]
 
 
 def test_resuming_skips_a_damaged_file_and_ends_with_the_weights_of_the_uninterrupted_run(
@@ -150,7 +150,7 @@ def test_resuming_skips_a_damaged_file_and_ends_with_the_weights_of_the_uninterr
 
 @pytest.mark.slow
 def test_micro_batches_in_float16_resume_to_the_bit(toy, weights, tmp_path):
-    """Two processes, two micro-batches each, activations computed again, and the loss' scale."""
+    """Two processes with two micro-batches each, recomputed activations and loss scaling."""
     flags = [*toy_flags(toy), f"--pretrain_cnn_path={weights}", "--nproc_per_node=2"]
     flags += ["--accum_steps=2", "--amp=fp16", "--grad_checkpoint", "--epochs=3"]
     run_python("main_distributed.py", *flags, *run_flags(tmp_path, "whole"))
@@ -212,7 +212,7 @@ def test_torchvisions_weights_start_a_training_with_the_given_word_vectors(toy, 
     assert torch.equal(model.fc.weight, again.fc.weight)
 
 
-def test_the_shared_clips_train(toy, tmp_path, shared_videos):
+def test_the_shared_clips_can_be_trained_on(toy, tmp_path, shared_videos):
     names = [p.name for p in shared_videos.iterdir() if p.suffix != ".md"]
     for name in names:
         rows = [("start", "end", "text"), (0, 2, "cut the red star"), (2.5, 4, "the star spins")]
@@ -241,16 +241,16 @@ BAD_INPUTS = {
     "missing caption folder": ["--caption_root=absent"],
     "no caption found": ["--caption_root={toy}/hmdb"],
     "missing word vectors": ["--word2vec_path=absent.pth"],
-    "word vectors that are none": ["--word2vec_path={toy}/dict.npy"],
+    "another file as word vectors": ["--word2vec_path={toy}/dict.npy"],
     "missing vocabulary": ["--token_to_word_path=absent.npy"],
-    "vocabulary that is none": ["--token_to_word_path={toy}/word2vec.pth"],
+    "another file as the vocabulary": ["--token_to_word_path={toy}/word2vec.pth"],
     "vocabulary that does not fit": ["--word2vec_path="],
-    "a batch that processes cannot share": ["--batch_size=5", "--nproc_per_node=2"],
+    "a batch that processes cannot divide": ["--batch_size=5", "--nproc_per_node=2"],
     "a batch larger than all the epochs": ["--batch_size=20", "--epochs=2"],
     "a first epoch after the last": ["--epochs=2", "--start_epoch=2"],
     "unknown decoder": ["--decoder=gstreamer"],
     "missing start weights": ["--pretrain_cnn_path=absent.pth"],
-    "start weights that are none": ["--pretrain_cnn_path={toy}/howto100m_videos.csv"],
+    "another file as start weights": ["--pretrain_cnn_path={toy}/howto100m_videos.csv"],
     "start weights of another model": ["--pretrain_cnn_path={toy}/word2vec.pth"],
     "a file where the log folder goes": ["--log_root={toy}/dict.npy"],
     "a file where the checkpoint folder goes": ["--checkpoint_root={toy}/dict.npy"],
@@ -261,7 +261,7 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("fault", BAD_INPUTS)
-def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
+def test_bad_input_exits_with_status_2_and_one_line_that_names_the_flag(
     fault, toy, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -280,10 +280,10 @@ def test_bad_input_is_one_line_that_names_the_flag_and_status_2(
     elif fault.startswith("a first epoch"):
         culprit = "--start_epoch"
     assert culprit in error
-    assert not list(Path("log").glob("*"))  # no empty log of a run that never was
+    assert not list(Path("log").glob("*"))  # no empty log of a run that never started
 
 
-def test_a_file_where_the_event_files_go_is_refused(toy, tmp_path, monkeypatch, capsys):
+def test_a_file_where_the_event_files_go_is_rejected(toy, tmp_path, monkeypatch, capsys):
     (tmp_path / "run.tensorboard").write_text("in the way")
     flags = [f"--log_root={tmp_path}", f"--checkpoint_root={tmp_path}", "--checkpoint_dir=run"]
     monkeypatch.setattr(
@@ -295,15 +295,15 @@ def test_a_file_where_the_event_files_go_is_refused(toy, tmp_path, monkeypatch, 
     assert stopped.value.code == 2 and error.count("\n") == 1 and "--tensorboard" in error
 
 
-def unlike(own):
-    """What a rank sees of another that has found another start."""
+def with_a_different_rank(own):
+    """Return what gather returns if the other rank starts from another checkpoint."""
     return [own, {**own, "checkpoint": "another"}]
 
 
 def test_nothing_is_renamed_before_all_ranks_agree_on_the_start(
     two_epochs, tmp_path, monkeypatch, capsys
 ):
-    """What one rank finds damaged, because of its own memory or network, may be intact."""
+    """A file that one rank finds damaged, because of its memory or network, may be intact."""
     folder, flags = two_epochs
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
     path = tmp_path / "checkpoint/run/epoch0002.pth.tar"
@@ -312,7 +312,9 @@ def test_nothing_is_renamed_before_all_ranks_agree_on_the_start(
     monkeypatch.setattr(
         distributed.process.RankContext,
         "gather",
-        lambda process, value: unlike(value) if isinstance(value, dict) else gather(process, value),
+        lambda context, value: (
+            with_a_different_rank(value) if isinstance(value, dict) else gather(context, value)
+        ),
     )
     flags = without(flags, "--eval", "--checkpoint_root", "--log_root", "--nproc")
     flags = [*flags, *run_flags(tmp_path), "--resume", "--nproc_per_node=1"]
@@ -324,10 +326,10 @@ def test_nothing_is_renamed_before_all_ranks_agree_on_the_start(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_newest_checkpoint_that_cannot_be_read_ends_the_start_and_all_files_stay(
+def test_an_unreadable_newest_checkpoint_ends_the_start_and_no_file_changes(
     processes, two_epochs, tmp_path
 ):
-    """Reading its own memory at address 0 is an I/O error to a process, on Linux."""
+    """On Linux, a process that reads its own memory at address 0 gets an I/O error."""
     folder, flags = two_epochs
     checkpoints = shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint") / "run"
     newest = checkpoints / "epoch0003.pth.tar"
@@ -367,20 +369,20 @@ def test_more_epochs_and_another_learning_rate_take_effect_when_resuming(two_epo
     assert [r["lr"] for r in records(tmp_path)] == pytest.approx(expected)
 
 
-REFUSED_WITH_OLD_CHECKPOINTS = {
+REJECTED_WITH_OLD_CHECKPOINTS = {
     "--checkpoint_dir": [],
     "--resume": ["--resume", "--optimizer=sgd"],
     "--token_to_word_path": ["--resume", "--token_to_word_path={folder}/short.npy"],
 }
 
 
-@pytest.mark.parametrize("named", REFUSED_WITH_OLD_CHECKPOINTS)
+@pytest.mark.parametrize("named", REJECTED_WITH_OLD_CHECKPOINTS)
 def test_old_checkpoints_are_not_overwritten_or_misused(
     named, two_epochs, tmp_path, monkeypatch, capsys
 ):
     folder, flags = two_epochs
     np.save(tmp_path / "short.npy", np.array(["cut"]))
-    more = [flag.format(folder=tmp_path) for flag in REFUSED_WITH_OLD_CHECKPOINTS[named]]
+    more = [flag.format(folder=tmp_path) for flag in REJECTED_WITH_OLD_CHECKPOINTS[named]]
     monkeypatch.setattr("sys.argv", ["main_distributed.py", *flags, *more])
     with pytest.raises(SystemExit) as stopped:
         run_script(main_distributed.main)
@@ -389,8 +391,8 @@ def test_old_checkpoints_are_not_overwritten_or_misused(
 
 
 @pytest.mark.slow
-def test_what_any_process_cannot_read_is_named_once(toy, tmp_path):
-    """Two of the eight videos are absent, a text file stands in for a validation video."""
+def test_a_video_that_any_process_cannot_read_is_listed_once(toy, tmp_path):
+    """Two of the eight videos are absent, and one validation video is a text file."""
     videos = shutil.copytree(toy / "videos", tmp_path / "videos")
     names = sorted(path.name for path in videos.iterdir())
     for name in names[:2]:
@@ -410,7 +412,7 @@ def test_what_any_process_cannot_read_is_named_once(toy, tmp_path):
     reason = f"{videos}/{{}}: No such file or directory"
     assert sorted(bad) == [(name, reason.format(name)) for name in names[:2]]
     assert (
-        "6 bad samples" in text
+        "bad samples: 6" in text
         and [r for r in records(tmp_path) if "loss" in r][-1]["bad_samples"] == 6
     )
     assert f"{video}." in text
@@ -424,7 +426,7 @@ def test_a_space_to_depth_run_resumes_with_its_stem(released_run, toy):
     assert load_model(released_run / "checkpoint/run/epoch0002.pth.tar").space_to_depth
 
 
-def test_an_odd_clip_size_is_refused_with_that_stem(released_run, toy, monkeypatch, capsys):
+def test_an_odd_clip_size_is_rejected_with_that_stem(released_run, toy, monkeypatch, capsys):
     flags = [*toy_flags(toy), f"--pretrain_cnn_path={released_run}/released.pth", "--num_frames=5"]
     monkeypatch.setattr("sys.argv", ["main_distributed.py", *flags])
     with pytest.raises(SystemExit) as stopped:
@@ -433,7 +435,7 @@ def test_an_odd_clip_size_is_refused_with_that_stem(released_run, toy, monkeypat
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_sample_that_the_ffmpeg_program_fails_at_is_a_bad_one(toy, ffmpeg_in_path, failure):
+def test_a_sample_is_bad_if_the_ffmpeg_program_fails(toy, ffmpeg_in_path, failure):
     commands, quoted = FAILURES[failure]
     args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
     dataset = main_distributed.training_set(args, load_words(args.token_to_word_path))
@@ -442,7 +444,7 @@ def test_a_sample_that_the_ffmpeg_program_fails_at_is_a_bad_one(toy, ffmpeg_in_p
     assert quoted in dataset[0, 0]["error"]
 
 
-def test_a_training_counts_what_the_ffmpeg_program_fails_at(toy, ffmpeg_in_path, tmp_path):
+def test_a_training_counts_failures_of_the_ffmpeg_program(toy, ffmpeg_in_path, tmp_path):
     flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
     ffmpeg_in_path(
         'case "$*" in *toy00003*) echo "no libx264" >&2; exit 127;; esac; exec {real} "$@"'
@@ -455,7 +457,7 @@ def test_a_training_counts_what_the_ffmpeg_program_fails_at(toy, ffmpeg_in_path,
 
 
 def test_a_slow_ffmpeg_program_ends_with_its_worker(toy, ffmpeg_in_path, tmp_path):
-    """One limit, that of the worker: it brings the video into quarantine."""
+    """The only limit is that of the worker, which quarantines the video."""
     args = get_args(argv=[*toy_flags(toy), "--decoder=ffmpeg"])
     dataset = main_distributed.training_set(args, load_words(args.token_to_word_path))
     ffmpeg_in_path(
@@ -473,7 +475,7 @@ def test_a_slow_ffmpeg_program_ends_with_its_worker(toy, ffmpeg_in_path, tmp_pat
             await_gone(int(line))
 
 
-def test_the_flag_is_the_limit_of_a_slow_ffmpeg_program(toy, ffmpeg_in_path, tmp_path):
+def test_sample_timeout_limits_a_slow_ffmpeg_program(toy, ffmpeg_in_path, tmp_path):
     flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
     ffmpeg_in_path('case "$*" in *toy00003*) exec sleep 600;; esac; exec {real} "$@"')
     run_python("main_distributed.py", *flags, "--sample_timeout=3", "--max_bad_fraction=0.2")
@@ -483,7 +485,7 @@ def test_the_flag_is_the_limit_of_a_slow_ffmpeg_program(toy, ffmpeg_in_path, tmp
     assert reason == "quarantined: it took its data worker more than 3 s"
 
 
-def test_a_training_ends_if_the_ffmpeg_program_fails_at_all(toy, ffmpeg_in_path, tmp_path):
+def test_a_training_ends_if_the_ffmpeg_program_always_fails(toy, ffmpeg_in_path, tmp_path):
     flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
     for version, named in (
         (True, "samples in a row cannot be read: "),
@@ -497,8 +499,8 @@ def test_a_training_ends_if_the_ffmpeg_program_fails_at_all(toy, ffmpeg_in_path,
         assert named in last and "status 127: no libx264" in last
 
 
-def test_the_micro_batches_of_one_step_only_are_in_memory(toy, weights, tmp_path, monkeypatch):
-    """At 8192 clips of 16 x 224 x 224 they are 20 GB."""
+def test_only_the_micro_batches_of_one_step_are_in_memory(toy, weights, tmp_path, monkeypatch):
+    """They take 20 GB at 8192 clips of 16 x 224 x 224."""
     alive, counts = weakref.WeakSet(), []
 
     def tracked_batches(*args, **options):

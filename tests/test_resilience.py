@@ -1,4 +1,4 @@
-"""Whole trainings that are killed, stopped, starved and fed rubbish."""
+"""Whole trainings that are killed, stopped, suspended, or given bad data."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ MAIN = ROOT / "main_distributed.py"
 
 
 class Run:
-    """A training of the toy set in a folder of its own, as a process that can be watched."""
+    """A training of the toy set in its own folder, as a process that can be watched."""
 
     def __init__(self, toy, weights, folder, *flags, faults=None, before=(), processes=2, **popen):
         script = MAIN if faults is None else ROOT / "tests" / "faulty_training.py"
@@ -48,7 +48,7 @@ class Run:
             )
 
     def family(self):
-        """All processes of the run."""
+        """Return all processes of the run."""
         try:
             return [self.process, *self.process.children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -58,7 +58,7 @@ class Run:
         return [p for p in self.process.children() if "spawn_main" in " ".join(p.cmdline())]
 
     def rank(self, number):
-        """Rank `number`: they are started in their order."""
+        """Return rank `number`. Ranks are started in order."""
         return sorted(self.ranks(), key=psutil.Process.create_time)[number]
 
     def wait(self, timeout=240):
@@ -72,7 +72,7 @@ class Run:
         while not condition():
             assert self.process.poll() is None, text(self.folder)
             assert time.monotonic() < deadline, text(self.folder)
-            time.sleep(pause)  # to look takes from what is watched
+            time.sleep(pause)  # polling takes time from the run
 
     def wait_for_step(self, step):
         self.wait_for(lambda: max(self.steps(), default=0) >= step)
@@ -96,7 +96,7 @@ def final(folder):
 
 
 def assert_same_end(folder, other):
-    """The last checkpoints are equal to the bit: weights, optimizer, schedule, counts."""
+    """Assert that the last checkpoints are bit-identical: weights, optimizer, schedule, counts."""
     one, two = final(folder), final(other)
     assert one["epoch"] == two["epoch"] and one["progress"] == two["progress"]
     for name, value in one["state_dict"].items():
@@ -118,7 +118,7 @@ LONG = [f"--epochs={EPOCHS}", "--checkpoint_every=1", "--n_display=1"]
 
 @pytest.fixture(scope="module")
 def uninterrupted(toy, weights, tmp_path_factory):
-    """40 steps in two processes."""
+    """A run of 40 steps in two processes."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = Run(toy, weights, folder, *LONG)
     assert run.wait() == 0, text(folder)
@@ -183,7 +183,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
     run = Run(toy, weights, tmp_path, *flags)
     run.wait_for_step(21)
     family = run.family()
-    # What a launcher does: everyone gets it, data workers included, and more than once.
+    # As a launcher does: all processes get it, including data workers, and more than once.
     for process in family:
         process.send_signal(number)
     assert run.wait() == 75, text(tmp_path)
@@ -199,7 +199,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_75(
 def test_a_run_from_tar_shards_stops_resumes_and_evaluates_as_one_from_files(
     uninterrupted, toy, weights, tmp_path
 ):
-    """The list is of the shards, in the same order; the captions are found by the videos' ids."""
+    """The list has the videos of the shards in the same order. Captions are found by video id."""
     names = [name for [name] in csv.reader((toy / "howto100m_videos.csv").open())][1:]
     assert names == sorted(names)
     shards, half = tmp_path / "shards", len(names) // 2
@@ -238,7 +238,7 @@ def test_a_run_from_tar_shards_stops_resumes_and_evaluates_as_one_from_files(
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(uninterrupted, toy, weights, tmp_path):
-    """Without --resume: that it is a restart is known from torchrun."""
+    """Without --resume: the run knows from torchrun that this is a restart."""
     before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = Run(toy, weights, tmp_path, *LONG, before=[*before, "--max-restarts=1"])
     run.wait_for_step(13)
@@ -248,7 +248,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(uninterrupted, toy,
     assert_same_end(uninterrupted, tmp_path)
 
 
-def test_a_restart_by_torchrun_does_not_go_on_with_another_runs_checkpoints(
+def test_a_restart_by_torchrun_does_not_resume_from_another_runs_checkpoints(
     uninterrupted, toy, weights, tmp_path
 ):
     shutil.copytree(uninterrupted / "checkpoint", tmp_path / "checkpoint")
@@ -270,7 +270,7 @@ def test_nothing_outlives_a_killed_torchrun(toy, weights, tmp_path):
 
 
 def test_torchrun_on_two_nodes_restarts_both(uninterrupted, toy, weights, tmp_path):
-    """Only the node whose rank failed is told by torchrun that this is a restart."""
+    """torchrun reports the restart only to the node whose rank failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -289,7 +289,7 @@ def test_torchrun_on_two_nodes_restarts_both(uninterrupted, toy, weights, tmp_pa
 
 @pytest.mark.parametrize(("silent", "rank"), [(False, 1), (True, 1), (True, 0)])
 def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, rank, toy, weights, tmp_path):
-    """Rank 0 holds what the ranks report to."""
+    """Rank 0 is a special case: it holds the store that all ranks report to."""
     faults = {} if silent else {"stuck": [rank, 7]}
     flags = [*LONG, "--dist_timeout=10", "--sample_timeout=5"]
     run = Run(toy, weights, tmp_path, *flags, faults=faults)
@@ -299,20 +299,20 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(silent, rank, toy, weights,
         run.rank(rank).suspend()
     began = time.monotonic()
     assert run.wait() == 1
-    assert time.monotonic() - began < 60  # of 10 s, on a busy machine
+    assert time.monotonic() - began < 60  # 10 s, with a margin for a busy machine
     assert_all_gone(family)
     lines = [line for line in text(tmp_path).splitlines() if "stopping: " in line]
-    assert lines  # one of each rank that can still speak
+    assert lines  # one from each rank that still runs
     for line in lines:
         assert f"rank {rank} " in line and f"rank {1 - rank}" not in line
         if rank == 0:
-            assert "has not answered for 10 s" in line
+            assert "has not responded for 10 s" in line
         else:
             assert "no rank made progress for 1" in line
-            assert ("no longer answers" if silent else "step 7, faulty_training.py") in line
+            assert ("no longer responds" if silent else "step 7, faulty_training.py") in line
 
 
-def test_a_job_that_is_suspended_for_long_goes_on(toy, weights, tmp_path):
+def test_a_job_that_was_suspended_for_long_continues(toy, weights, tmp_path):
     run = Run(toy, weights, tmp_path, "--epochs=15", "--dist_timeout=10", "--sample_timeout=5")
     run.wait_for_step(5)
     family = run.family()
@@ -341,7 +341,7 @@ MESSY = ["--max_bad_fraction=1", "--sample_timeout=3", "--epochs=12", "--num_thr
 
 @pytest.fixture(scope="module")
 def messy(toy, tmp_path_factory):
-    """The toy set with an absent video, one that is no video, and captions that are none."""
+    """The toy set with an absent video, one that is a text file, and an empty caption file."""
     folder = tmp_path_factory.mktemp("messy")
     shutil.copytree(toy / "videos", folder / "videos")
     shutil.copytree(toy / "captions", folder / "captions")
@@ -351,7 +351,7 @@ def messy(toy, tmp_path_factory):
     return [*MESSY, f"--video_path={folder}/videos", f"--caption_root={folder}/captions"]
 
 
-def test_bad_samples_cost_one_sample_each_and_resuming_replaces_them_alike(
+def test_bad_samples_are_replaced_one_by_one_and_the_same_after_a_resume(
     messy, toy, weights, tmp_path
 ):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -365,7 +365,7 @@ def test_bad_samples_cost_one_sample_each_and_resuming_replaces_them_alike(
     assert len((one / "log/run.bad.csv").read_text().splitlines()) == 6
     assert "SIGSEGV" in reasons["toy00003.mp4"] and "more than 3 s" in reasons["toy00005.mp4"]
     assert "No such file" in reasons["toy00000.mp4"] and "caption" in reasons["toy00002.mp4"]
-    assert records(one)[-1]["bad_samples"] == 12 * 5  # every visit of one is a place taken
+    assert records(one)[-1]["bad_samples"] == 12 * 5  # once per visit
 
     run = Run(toy, weights, two, *messy, faults=FAULTY)
     run.wait_for_step(9)
@@ -381,9 +381,9 @@ def test_bad_samples_cost_one_sample_each_and_resuming_replaces_them_alike(
 def test_too_many_bad_samples_end_the_run(messy, toy, weights, tmp_path):
     run = Run(toy, weights, tmp_path, *messy, "--max_bad_fraction=0.3")
     assert run.wait() == 2
-    assert text(tmp_path).count("error: --max_bad_fraction: 3 samples of epoch 1, which has 8") == 1
+    assert text(tmp_path).count("error: --max_bad_fraction: 3 of the 8 samples of epoch 1 ") == 1
     assert len(bad_samples(tmp_path)) == 3
-    # The checkpoint it leaves goes on once more is allowed.
+    # Its checkpoint can be resumed from once a larger fraction is allowed.
     assert Run(toy, weights, tmp_path, *messy, "--resume").wait() == 0
     assert final(tmp_path)["epoch"] == 12
 
@@ -395,22 +395,23 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(toy, weights, tmp_pa
     assert [r["loss"] is None for r in shown] == [s in (3, 4) for s in range(1, 9)]
     assert shown[-1]["skipped_steps"] == 2
     assert all(torch.isfinite(v).all() for v in final(tmp_path)["state_dict"].values())
-    assert "1 of the steps up to 4 skipped" in text(tmp_path)
-    assert "(2 in a row now)" in text(tmp_path)
+    assert "skipped 1 of the steps up to 4:" in text(tmp_path)
+    assert "(2 in a row so far)" in text(tmp_path)
 
 
-def test_many_in_a_row_end_the_run_with_its_checkpoints_untouched(toy, weights, tmp_path):
+def test_many_skipped_steps_in_a_row_end_the_run_and_keep_its_checkpoints(toy, weights, tmp_path):
     flags = ["--epochs=4", "--max_bad_steps=3", "--checkpoint_every=1"]
     run = Run(toy, weights, tmp_path, *flags, faults={"nan": [1, 4, 8]})
     assert run.wait() == 2
-    assert text(tmp_path).count("error: --max_bad_steps: 3 steps in a row, up to step 6") == 1
+    assert text(tmp_path).count("error: --max_bad_steps: ") == 1
+    assert "of 3 steps in a row was not finite, at or shortly before step 6;" in text(tmp_path)
     assert all(torch.isfinite(v).all() for v in final(tmp_path)["state_dict"].values())
 
 
-def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_continues(
     toy, weights, tmp_path
 ):
-    """Files are limited to a size that a checkpoint exceeds, as on a full disk."""
+    """The size of files is limited to less than a checkpoint, which fails as on a full disk."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 20, 50 << 20))
@@ -423,7 +424,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(
 
 
 def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights, tmp_path):
-    # Epochs of 100 steps leave time between two checkpoints, which are open files.
+    # Epochs of 100 steps leave time between checkpoints, each of which opens a file.
     _, *videos = (toy / "howto100m_videos.csv").read_text().split()
     (tmp_path / "videos.csv").write_text("\n".join(["video_path", *videos * 25]))
     flags = ["--batch_size=2", "--num_frames=2", "--video_size=16", "--n_display=20"]
@@ -435,14 +436,14 @@ def test_memory_and_open_files_do_not_grow_over_two_thousand_steps(toy, weights,
         run.wait_for_step(step)
         family = run.family()
         assert all(p.status() != psutil.STATUS_ZOMBIE for p in family)
-        # With what they share: a garbage collection in a rank writes to pages that its workers
-        # have too, which makes them its own.
+        # Including shared memory: a garbage collection in a rank writes to pages that it shares
+        # with its workers, and so turns them into private ones.
         memory = sum(p.memory_info().rss for p in family)
-        looks = []
+        counts = []
         for _ in range(50):  # now and then a worker has a video open
-            looks.append(sum(p.num_fds() for p in family))
+            counts.append(sum(p.num_fds() for p in family))
             time.sleep(0.01)
-        samples.append((step, memory / 2**20, min(looks), len(family)))
+        samples.append((step, memory / 2**20, min(counts), len(family)))
         print("step {}: {:.0f} MiB, {} open files, {} processes".format(*samples[-1]))
     run.process.terminate()
     run.wait()

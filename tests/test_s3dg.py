@@ -22,8 +22,10 @@ GOLDEN_NAMES = {"std": "standard", "s2d": "space_to_depth"}
 
 
 def assert_golden(value, expected):
-    """1e-9 relative. What cancels to nearly nothing keeps the rounding errors of its large terms,
-    which differ from processor to processor: 1e-12 of the largest value is allowed for them.
+    """Compare with a relative tolerance of 1e-9.
+
+    1e-12 of the largest value is also allowed, for values that are small because large terms
+    cancel: the rounding errors of the terms differ from processor to processor.
     """
     atol = 1e-12 * np.abs(expected).max()
     np.testing.assert_allclose(value, expected, rtol=1e-9, atol=atol)
@@ -120,7 +122,7 @@ def test_word_embedding_is_frozen_and_sized_by_its_vectors(tmp_path):
     assert torch.equal(table, vectors) and not table.requires_grad
 
 
-def test_word_vectors_of_another_shape_are_refused(tmp_path):
+def test_word_vectors_of_another_shape_are_rejected(tmp_path):
     torch.save(torch.randn(8, 50), tmp_path / "word2vec.pth")
     with pytest.raises(ValueError, match=r"word2vec\.pth.*300"):
         S3D(word2vec_path=tmp_path / "word2vec.pth")
@@ -140,14 +142,14 @@ def test_without_gating_the_network_has_no_gates():
         assert model(torch.rand(1, 3, 8, 32, 32), mode="video").shape == (1, 512)
 
 
-def test_unknown_mode_and_init_are_refused(golden_models):
+def test_unknown_mode_and_init_are_rejected(golden_models):
     with pytest.raises(ValueError, match="mode"):
         golden_models["std"](None, None, mode="audio")
     with pytest.raises(ValueError, match="init"):
         S3D(init="zeros")
 
 
-def test_odd_sizes_are_refused_by_the_space_to_depth_stem(golden_models):
+def test_odd_sizes_are_rejected_by_the_space_to_depth_stem(golden_models):
     with pytest.raises(ValueError, match="even"):
         golden_models["s2d"](torch.rand(1, 3, 7, 64, 64), mode="video")
     for num_frames, size in ((7, 64), (8, 63)):
@@ -163,14 +165,14 @@ def test_tokenizer_matches_the_golden_ids(case):
     assert tokenizer(case["sentence"]).tolist() == case["ids"]
 
 
-def test_a_word_that_the_vocabulary_has_with_its_capitals_keeps_them():
+def test_a_word_that_is_in_the_vocabulary_with_its_capitals_keeps_them():
     tokenizer = Tokenizer(np.array(["Turkey", "turkey", "cut", "McIntosh", "i"]), 6)
     assert tokenizer("Cut Turkey, turkey, TURKEY, McIntosh").tolist() == [3, 1, 2, 2, 4, 0]
     assert tokenizer("mcintosh \u0130").tolist() == [5, 0, 0, 0, 0, 0]  # a dotted capital I
     assert s3dg.tokenize("Cut TURKEY", {"TURKEY"}) == ["cut", "TURKEY"]
 
 
-def test_tokenizer_lower_cases_and_takes_none_and_null_for_words():
+def test_tokenizer_lower_cases_and_treats_none_and_null_as_words():
     tokenizer = Tokenizer(np.array(["none", "null", "cut"]), 4)
     assert tokenizer("CUT None, null").tolist() == [3, 1, 2, 0]
     assert tokenizer(float("nan")).tolist() == [0, 0, 0, 0]
@@ -194,7 +196,7 @@ def test_raw_text_without_a_vocabulary_names_the_missing_file(tmp_path):
         model.text_module(["cut"], raw_text=True)
 
 
-def test_raw_text_with_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
+def test_raw_text_with_a_vocabulary_that_does_not_fit_is_rejected(tmp_path):
     np.save(tmp_path / "dict.npy", np.array(["cut"]))
     model = S3D(token_to_word_path=tmp_path / "dict.npy")
     with pytest.raises(ValueError, match="66250 rows"):
@@ -202,7 +204,7 @@ def test_raw_text_with_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [np.array(["a", 1], dtype=object), np.arange(3)])
-def test_vocabularies_are_data_only(tmp_path, content):
+def test_a_vocabulary_that_is_pickled_or_has_no_strings_is_rejected(tmp_path, content):
     np.save(tmp_path / "dict.npy", content, allow_pickle=True)
     with pytest.raises(ValueError, match="not a vocabulary"):
         s3dg.load_words(tmp_path / "dict.npy")
@@ -266,7 +268,7 @@ def test_keys_and_shapes_that_differ_are_named(tmp_path, small):
 @pytest.mark.parametrize(
     "damage", ["absent", "text", "more text", "empty", "truncated", "pickle", "list", "other model"]
 )
-def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, small, damage, capsys):
+def test_a_file_that_is_not_a_checkpoint_is_an_error_that_names_it(tmp_path, small, damage, capsys):
     path = tmp_path / "weights.pth"
     if damage == "text":
         path.write_text("not a checkpoint")
@@ -300,7 +302,7 @@ def test_safetensors_load_like_torch_save(tmp_path, small):
         s3dg.load_model(tmp_path / "weights.safetensors")
 
 
-def test_safetensors_without_the_package_are_refused_by_its_name(tmp_path, small, monkeypatch):
+def test_safetensors_without_the_package_is_an_error_that_names_it(tmp_path, small, monkeypatch):
     save_file(small.state_dict(), tmp_path / "weights.safetensors")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match=r"weights\.safetensors needs the package safetensors"):
@@ -311,7 +313,7 @@ def test_safetensors_without_the_package_are_refused_by_its_name(tmp_path, small
 
 
 def torchvision_model():
-    """torchvision's S3D, or None where torchvision does not load, as beside another torch."""
+    """Return torchvision's S3D, or None if torchvision does not load, as with another torch."""
     try:
         from torchvision.models.video import s3d
     except (ImportError, RuntimeError):
@@ -320,10 +322,10 @@ def torchvision_model():
 
 
 def kinetics_state():
-    """Weights with the names and shapes of torchvision's S3D.
+    """Make random weights with the names and shapes of torchvision's S3D.
 
-    torchvision_s3d.json lists them, in their order. It was made with torchvision 0.29.1 by loading
-    its models/video/s3d.py and ops/misc.py alone, with stubs for what they import, as
+    torchvision_s3d.json lists these in order. It was made with torchvision 0.29.1, by loading its
+    models/video/s3d.py and ops/misc.py alone, with stubs for their imports, as
     [[name, list(value.shape)] for name, value in s3d().state_dict().items()].
     """
     generator, state = torch.Generator().manual_seed(1), {}
@@ -335,7 +337,7 @@ def kinetics_state():
     return state
 
 
-def test_every_weight_of_torchvision_has_its_place(tmp_path):
+def test_every_weight_of_torchvision_is_loaded_to_its_place(tmp_path):
     state = kinetics_state()
     torch.save(state, tmp_path / "s3d.pth")
     model = s3dg.load_model(tmp_path / "s3d.pth", num_classes=16)
@@ -344,7 +346,7 @@ def test_every_weight_of_torchvision_has_its_place(tmp_path):
     own = {n: v for n, v in own.items() if not n.startswith(("fc.", "text_module."))}
     theirs = {name: value for name, value in state.items() if not name.startswith("classifier")}
     assert len(own) == len(theirs)
-    # Both register their layers in the order of their use, if the branches are in order, too.
+    # Both models register their layers in the order of use, so their weights are in one order.
     for (name, value), other in zip(own.items(), theirs.values(), strict=True):
         assert torch.equal(value, other), name
     assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm3d)} == {1e-3}
@@ -359,7 +361,7 @@ def test_every_weight_of_torchvision_has_its_place(tmp_path):
         assert torch.equal(again.encode_video(video), model.encode_video(video))
 
 
-def test_its_text_network_has_the_given_word_vectors(tmp_path):
+def test_torchvisions_weights_take_the_given_word_vectors(tmp_path):
     torch.save(kinetics_state(), tmp_path / "s3d.pth")
     vectors = torch.randn(8, 300)
     torch.save(vectors, tmp_path / "word2vec.pth")
@@ -367,7 +369,7 @@ def test_its_text_network_has_the_given_word_vectors(tmp_path):
     assert torch.equal(model.text_module.word_embd.weight, vectors)
 
 
-def test_incomplete_weights_of_torchvision_are_refused(tmp_path):
+def test_incomplete_weights_of_torchvision_are_rejected(tmp_path):
     state = kinetics_state()
     del state["features.5.branch1.1.0.0.weight"]
     torch.save(state, tmp_path / "s3d.pth")
@@ -375,7 +377,7 @@ def test_incomplete_weights_of_torchvision_are_refused(tmp_path):
         s3dg.load_model(tmp_path / "s3d.pth")
 
 
-def test_it_has_the_features_of_torchvision(tmp_path):
+def test_torchvisions_weights_give_torchvisions_features(tmp_path):
     theirs = torchvision_model()
     if theirs is None:
         pytest.skip("torchvision does not load here; its names and shapes are tested above")
@@ -394,13 +396,15 @@ def test_it_has_the_features_of_torchvision(tmp_path):
     assert relative_difference(gated, features) < 0.02
 
 
-# --- the same maths, sooner or in less memory -----------------------------------------------------
+# --- the same maths, faster or in less memory -----------------------------------------------------
 
 
 @functools.cache
 def float32_state(stem):
-    """Of a network whose BatchNorms know its activations, as a trained one's do. The golden weights
-    make values of several hundred, saturate the gates and so enlarge every rounding.
+    """Make weights whose BatchNorm statistics fit the activations, like those of a trained model.
+
+    With the golden weights, values reach several hundred and saturate the gates, which amplifies
+    rounding errors.
     """
     torch.manual_seed(0)
     model = S3D(space_to_depth=STEMS[stem], init="kaiming_normal")
@@ -496,8 +500,8 @@ def test_pooling_pads_with_zeros_as_tensorflow_does(kernel, size):
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_temporal_convolution_is_a_three_dimensional_one(frames, dtype):
-    """And so are its gradients: see TemporalConv3d for what they were at two frames."""
+def test_a_temporal_convolution_equals_the_3d_one(frames, dtype):
+    """So do its gradients: see TemporalConv3d for those of the 3-d one at two frames."""
     torch.manual_seed(0)
     conv = s3dg.TemporalConv3d(32, 32, (3, 1, 1), padding=(1, 0, 0), bias=False)
     x = torch.randn(2, 32, frames, 4, 4).to(dtype).double().requires_grad_()
@@ -512,12 +516,12 @@ def test_a_temporal_convolution_is_a_three_dimensional_one(frames, dtype):
         assert one.shape == other.shape and relative_difference(one, other) < tolerance
 
 
-# --- recorded by others ---------------------------------------------------------------------------
+# --- tracing and export ---------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (2, 2, 2)])
-def test_a_recorded_pool_is_right_at_other_sizes(kernel):
+def test_a_traced_or_exported_pool_is_right_at_other_sizes(kernel):
     pool = s3dg.MaxPool3dTFPadding(kernel, tuple(min(k, 2) for k in kernel))
     x = torch.rand(1, 2, 4, 8, 8)
     axes = {axis: torch.export.Dim.DYNAMIC for axis in (2, 3, 4)}
@@ -552,7 +556,7 @@ def test_a_traced_model_is_right_at_other_sizes_and_needs_no_vocabulary():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", [*STEMS, "torchvision"])
-def test_an_exported_model_is_right_at_other_sizes_and_refuses_the_rest(stem):
+def test_an_exported_model_is_right_at_other_sizes_and_rejects_the_rest(stem):
     model = S3D(torchvision=True).eval() if stem == "torchvision" else float32_model(stem)
     video, axes = torch.rand(2, 3, 16, 64, 64), model.clip_dims()
     exported = torch.export.export(VideoTower(model), (video,), dynamic_shapes=(axes,)).module()
@@ -560,9 +564,9 @@ def test_an_exported_model_is_right_at_other_sizes_and_refuses_the_rest(stem):
         for shape in ((2, 3, 16, 64, 64), (1, 3, 14, 50, 70)):
             video = torch.rand(shape)
             assert relative_difference(exported(video), model.encode_video(video)) < 1e-6
-        refused = [(1, 3, 8, 64, 64), (1, 3, 16, 64, 32)]
-        refused += [(1, 3, 15, 64, 64), (1, 3, 16, 65, 64)] * (stem == "s2d")
-        for shape in refused:
+        rejected = [(1, 3, 8, 64, 64), (1, 3, 16, 64, 32)]
+        rejected += [(1, 3, 15, 64, 64), (1, 3, 16, 65, 64)] * (stem == "s2d")
+        for shape in rejected:
             with pytest.raises(AssertionError, match="Guard failed"):
                 exported(torch.rand(shape))
 
@@ -590,13 +594,13 @@ def outputs_and_gradients(layer, x):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_a_layer_of_two_dimensions_equals_that_of_three(name, layout):
+def test_a_layer_computed_in_2d_equals_the_3d_layer(name, layout):
     layer = copy.deepcopy(LAYERS[name]).double().train()
     flat = s3dg.compute_in_2d(copy.deepcopy(layer))
     assert type(flat) is not type(layer)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 8, 4, 9, 9, generator=generator, dtype=torch.float64)
-    x = x.relu().to(memory_format=layout)  # zeros, as of activations, are ties of the pools
+    x = x.relu().to(memory_format=layout)  # many zeros, like activations: ties in the pools
     three, two = outputs_and_gradients(layer, x), outputs_and_gradients(flat, x)
     for found, expected in zip(two, three, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
@@ -622,8 +626,8 @@ def test_frames_are_a_view_of_clips_with_the_channels_innermost():
         pytest.param("s2d", True, marks=pytest.mark.slow),
     ],
 )
-def test_in_two_dimensions_the_network_computes_the_same(stem, train):
-    """BatchNorm of few values would amplify the rounding: clips are larger in training mode."""
+def test_a_network_computed_in_2d_equals_the_3d_network(stem, train):
+    """Clips are larger in training mode: BatchNorm of few values would amplify rounding errors."""
     video, found = torch.rand(*((4, 3, 8, 64, 64) if train else (2, 3, 4, 32, 32))).double(), []
     for flat in (False, True):
         model = float32_model(stem).double().to(memory_format=torch.channels_last_3d).train(train)
@@ -643,7 +647,7 @@ def test_in_two_dimensions_the_network_computes_the_same(stem, train):
         assert torch.equal(own, other) or relative_difference(own, other) < 1e-12
 
 
-def test_an_inference_copy_of_a_model_in_two_dimensions_gives_its_embeddings():
+def test_an_inference_copy_of_a_model_computed_in_2d_gives_its_embeddings():
     model, video = s3dg.compute_in_2d(float32_model("std")), torch.rand(1, 3, 4, 32, 32)
     with torch.inference_mode():
         expected = model.forward_video(video)
@@ -675,7 +679,7 @@ def test_grad_checkpoint_changes_neither_gradients_nor_running_averages(flat):
 
 @pytest.mark.slow
 def test_the_model_compiles_as_one_graph():
-    """With the compiler's front alone: --compile needs a C++ compiler, and minutes."""
+    """Uses only the compiler's front end: --compile needs a C++ compiler and takes minutes."""
     model = float32_model("std").train()
     video, tokens = torch.rand(2, 3, 4, 32, 32), golden_tokens()
     expected = model(video, tokens)
@@ -695,7 +699,7 @@ def test_the_model_compiles_as_one_graph():
         (None, "mode 'video' needs video"),
     ],
 )
-def test_video_that_the_model_does_not_take_is_an_error_that_says_so(video, message):
+def test_invalid_video_is_an_error_that_names_the_fault(video, message):
     with pytest.raises(ValueError, match=message):
         S3D(word2vec_path="").eval()(video, mode="video")
 

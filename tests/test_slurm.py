@@ -14,12 +14,12 @@ from s3dg import read_weights
 from tests.helpers import ROOT, toy_flags
 
 pytestmark = pytest.mark.slow
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # what SLURM starts finds our python
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for jobs to find this python
 STEPS = 30  # of an epoch
 
 
 class Slurm:
-    """Start jobs from the repository's folder, all of them under one name."""
+    """Start jobs from the repository's folder, all with the same name."""
 
     name = f"--job-name=test-{os.getpid()}"
 
@@ -44,12 +44,12 @@ class Slurm:
         return done.stdout.strip()
 
     def job(self, job):
-        """What SLURM reports of a job: JobState, Restarts, ExitCode, .."""
+        """Return what SLURM reports about a job: JobState, Restarts, ExitCode, .."""
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for_end(self, job):
-        """Wait until a job has left the queue; return what SLURM reports of it."""
+        """Wait until a job has left the queue; return what SLURM reports about it."""
         wait_for(lambda: not self.ask("squeue", "--noheader", f"--name={self.name[11:]}"))
         return self.job(job)
 
@@ -69,7 +69,7 @@ def slurm():
     except (OSError, subprocess.CalledProcessError):
         config = ""
     if not any(line.split() == ["ClusterName", "=", "milnce"] for line in config.splitlines()):
-        why = "the cluster of .ci/slurm_cluster.sh does not answer (SLURM_CONF)"
+        why = "the cluster of .ci/slurm_cluster.sh is not running, or not found (SLURM_CONF)"
         if os.environ.get("MILNCE_REQUIRE_SLURM"):
             pytest.fail(why)
         pytest.skip(why)
@@ -104,7 +104,7 @@ def steps(folder):
 
 def submit(slurm, flags, folder, *more):
     """Submit the script that users copy."""
-    folder.mkdir(exist_ok=True)  # else SLURM cannot write the output
+    folder.mkdir(exist_ok=True)  # otherwise SLURM cannot write the output
     return slurm.sbatch(
         *("--cpus-per-task=2", f"--output={folder}/output.txt"),
         *("scripts/slurm/train.sbatch", *flags, *folders(folder), "--nproc_per_node=2"),
@@ -139,7 +139,7 @@ def test_a_task_per_node_and_a_task_per_process_train_alike(slurm, flags, toy, t
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_several_tasks_without_srun_are_refused(slurm, flags, tmp_path):
+def test_several_tasks_without_srun_are_rejected(slurm, flags, tmp_path):
     command = " ".join([sys.executable, "main_distributed.py", *flags, *folders(tmp_path)])
     output = tmp_path / "output.txt"
     job = slurm.sbatch("--ntasks-per-node=2", f"--output={output}", f"--wrap={command}")
@@ -162,7 +162,7 @@ def test_a_job_resumes_to_the_bit_after_a_preemption_and_at_its_time_limit(slurm
     ended = slurm.wait_for_end(job)
     output = (stopped / "output.txt").read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), output
-    assert steps(stopped) == [*range(1, 2 * STEPS + 1)]  # none is lost, none repeated
+    assert steps(stopped) == [*range(1, 2 * STEPS + 1)]  # none is lost or repeated
     log = (stopped / "log/run.txt").read_text()
     assert f"run/epoch{preempted // STEPS:04d}_step{preempted:08d}.pth.tar" in log
     assert log.count("stopped by SIGTERM") == log.count("stopped by SIGUSR1") == 1

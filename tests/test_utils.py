@@ -23,7 +23,7 @@ def test_schedule_matches_the_golden_multipliers(case):
 
 
 def test_an_input_error_is_one_line_and_status_2(capsys):
-    def main():  # as a DataLoader passes on what its worker raised
+    def main():
         raise InputError("--flag: wrong")
 
     with pytest.raises(SystemExit) as stopped:
@@ -46,14 +46,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_refused():
+def test_an_absent_gpu_is_rejected():
     assert pick_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="--device cpu"):
         pick_device("cuda")
 
 
-def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(monkeypatch, tmp_path):
-    """As with an old driver: a training there would take years."""
+def test_auto_rejects_a_gpu_that_pytorch_cannot_use(monkeypatch, tmp_path):
+    """For example with an old driver. The user would not want to train on the CPU instead."""
     monkeypatch.setattr("torch.version.cuda", "12.8")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -71,21 +71,21 @@ def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(monkeypatch, tmp_path)
     assert pick_device("auto").type == "cpu"
 
 
-def test_clips_travel_as_bytes_and_become_unit_floats():
+def test_bytes_become_floats_in_the_unit_range():
     clips = to_unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
     torch.testing.assert_close(clips, torch.tensor([0, 0.2, 1.0]))
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch):
+def test_compiling_without_a_compiler_is_rejected(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="compiler"):
         check_compiler()
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+def test_an_output_that_cannot_be_written_is_rejected_before_the_work(tmp_path):
     with pytest.raises(InputError, match="--metrics_json"):
         check_output(str(tmp_path / "absent" / "out.json"), "metrics_json")
-    with pytest.raises(InputError, match="--out"):  # of a shell variable that is not set
+    with pytest.raises(InputError, match="--out"):  # such as an unset shell variable
         check_output("", "out")
     check_output(str(tmp_path / "out.json"), "out")
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a training: written, pruned, and read to resume from.
+"""Write, prune and read the checkpoints of a training.
 
-A checkpoint is {"epoch", "state_dict", "optimizer", "scheduler", "progress"}. Its keys carry the
-`module.` of DistributedDataParallel, as the public release writes and expects them. Files are read
-as data: nothing pickled is run.
+A checkpoint is {"epoch", "state_dict", "optimizer", "scheduler", "progress"}. The keys of its state
+dict start with the `module.` of DistributedDataParallel, as the public release writes and expects
+them. Files are read without running pickled code.
 """
 
 import io
@@ -20,12 +20,12 @@ import s3dg
 from utils import DataError, atomic_write, log, one_line
 
 KEPT_EPOCHS = 10  # newest checkpoints of a run, one per epoch
-KEPT_STEPS = 2  # and newest ones in the middle of an epoch: to resume from
+KEPT_STEPS = 2  # newest checkpoints in the middle of an epoch
 NAME = re.compile(r"epoch(\d{4,})(?:_step(\d{8,}))?\.pth\.tar")
 
-# Files of PyTorch before 1.6, such as the release's checkpoints, are no zip archives.
+# Files of PyTorch before 1.6, such as the release's checkpoints, are not zip archives.
 OLD_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
-# How torch.load reports, as a RuntimeError, that the content is not what it should be.
+# Messages of the RuntimeErrors that torch.load raises for invalid content.
 CONTENT_FAULT = re.compile(r"PytorchStreamReader failed|record size|hasRecord|unexpected EOF")
 
 
@@ -35,9 +35,9 @@ class DamagedError(Exception):
 
 @dataclass
 class Progress:
-    """How far a run has come. Its checkpoints hold it, as "progress"."""
+    """The progress of a run, which its checkpoints contain as "progress"."""
 
-    epoch: int = 0  # finished ones
+    epoch: int = 0  # finished epochs
     step: int = 0
     bad_samples: int = 0  # replaced by another sample
     bad_in_epoch: int = 0
@@ -45,14 +45,15 @@ class Progress:
     skipped_in_row: int = 0
 
     def content(self, batch_size: int, num_videos: int) -> dict:
-        """Return what a checkpoint holds of it. `batch_size` is that of a step, over all ranks."""
+        """Return the "progress" of a checkpoint. batch_size: clips per step, over all ranks."""
         return {**asdict(self), "clips": self.step * batch_size, "videos": num_videos}
 
     @classmethod
     def resume(cls, checkpoint: dict, batch_size: int, num_videos: int) -> "Progress":
-        """Continue from a checkpoint, with another batch size at the same video.
+        """Return the progress at which to resume from a checkpoint.
 
-        One of another video list, or of the public release, is continued at its epoch.
+        With another batch size that is the step at the same video. A checkpoint of another video
+        list, or of the public release, is resumed at the start of its epoch.
         """
         epoch = checkpoint["epoch"]
         step = steps_before(epoch, num_videos, batch_size)
@@ -64,13 +65,14 @@ class Progress:
 
 
 def steps_before(epoch: int, num_videos: int, batch_size: int) -> int:
-    """Count the steps before an epoch. Batches run on from one epoch into the next, so that each
-    epoch visits every video once.
+    """Return the number of steps before an epoch.
+
+    Batches continue across epochs, so that each epoch visits every video once.
     """
     return epoch * num_videos // batch_size
 
 
-Key = tuple[int, int]  # (finished epochs, step in the middle of an epoch or 0), in order of age
+Key = tuple[int, int]  # (finished epochs, step in the middle of an epoch or 0); sorts by age
 
 
 def list_checkpoints(folder: Path) -> list[tuple[Key, Path]]:
@@ -85,14 +87,14 @@ def list_checkpoints(folder: Path) -> list[tuple[Key, Path]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        reason = f"cannot be listed ({error.strerror}); fix it and start again, or give another"
+        reason = f"cannot be listed ({error.strerror}); fix that, or give another folder"
         raise DataError(folder, reason) from None
     found = ((NAME.fullmatch(name), folder / name) for name in names)
     return sorted((parse_key(match), path) for match, path in found if match)
 
 
 def parse_key(match: re.Match) -> Key:
-    """Read the key of a match of NAME."""
+    """Return the key of a file name, given its match of NAME."""
     return int(match[1]), int(match[2] or 0)
 
 
@@ -107,16 +109,16 @@ def save_checkpoint(
 ) -> Path | None:
     """Write epochNNNN.pth.tar, or epochNNNN_stepNNNNNNNN.pth.tar in the middle of an epoch.
 
-    The write is atomic. Then removes old checkpoints, see prune. `resumed` is (path, step) of the
-    checkpoint that the run resumed from and the step at which it did. Returns the path, or None if
-    it could not be written, which is logged: the older ones are still there.
+    The write is atomic. Old checkpoints are removed after it, see prune. resumed: the path of the
+    checkpoint that the run resumed from, and the step at which it did. Returns the path. If the
+    write fails, logs the error and returns None; the older checkpoints remain.
     """
     folder = Path(folder)
     path = folder / format_name(content["epoch"], step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("epoch*.tmp"):  # by a run that was killed
-            left.unlink(missing_ok=True)
+        for partial in folder.glob("epoch*.tmp"):  # of a run that was killed
+            partial.unlink(missing_ok=True)
         with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when a write fails
@@ -134,9 +136,9 @@ def save_checkpoint(
 def renumber(folder: Path, saved: Key, resumed: Path, first_step: int) -> None:
     """Restore the order of an epoch's files after a resume with larger batches.
 
-    Steps of larger batches have lower numbers, so the file that the run resumed from would pass
-    for newer than the one just saved, `saved`. It gets the number at which the run resumed. The
-    files before it, of the same epoch and also numbered too high, are removed: two newer ones
+    Steps of larger batches have lower numbers, so the file that the run resumed from would look
+    newer than the one just saved, `saved`. It is renamed to the step at which the run resumed. The
+    files before it in the same epoch, whose numbers are also too high, are removed: two newer ones
     exist. Files newer than the resumed one are not of this run and stay.
     """
     last = parse_key(NAME.fullmatch(resumed.name))
@@ -152,8 +154,7 @@ def renumber(folder: Path, saved: Key, resumed: Path, first_step: int) -> None:
 def prune(folder: Path, saved: Key) -> None:
     """Remove all but the newest checkpoints of each kind up to `saved`, never one after it.
 
-    A damaged file has another name by then. What is newer all the same is intact as far as this
-    run knows.
+    Damaged files have been renamed by then, so a newer file is intact as far as this run knows.
     """
     found = [(key, path) for key, path in list_checkpoints(folder) if key <= saved]
     for kept, is_step in ((KEPT_EPOCHS, False), (KEPT_STEPS, True)):
@@ -162,8 +163,8 @@ def prune(folder: Path, saved: Key) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_sums(data: bytes) -> None:
-    """Find what torch.load does not: numbers that have changed on the disk."""
+def verify_checksums(data: bytes) -> None:
+    """Raise DamagedError if a record has changed on the disk, which torch.load does not notice."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             wrong = archive.testzip()
@@ -178,18 +179,19 @@ def check_sums(data: bytes) -> None:
 def load(path: Path) -> dict:
     """Load a checkpoint's content. Raises DamagedError if it is proven damaged.
 
-    The file is read once, into memory: an I/O error cannot come up inside zipfile or torch.load,
-    which report it as a fault of the content, and what is loaded is what was checked. Every other
-    exception (OSError, MemoryError, torch's RuntimeError for lack of memory) proves nothing.
+    The file is read into memory first. So the content that is loaded is the one that was checked,
+    and no I/O error can occur inside zipfile or torch.load, which would report it as invalid
+    content. Other exceptions (OSError, MemoryError, torch's RuntimeError for lack of memory) prove
+    nothing.
     """
     with open(path, "rb") as file:
         data = file.read()
-    if OLD_FORMAT not in data[:32]:  # which has no checksums
-        check_sums(data)
+    if OLD_FORMAT not in data[:32]:  # the old format has no checksums
+        verify_checksums(data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        if "Unsupported" in str(error):  # a type that is not data: strange, but not damaged
+        if "Unsupported" in str(error):  # a type that is not plain data: strange, but not damaged
             raise
         raise DamagedError(f"torch.load rejects its pickle, {type(error).__name__}") from None
     except RuntimeError as error:
@@ -206,9 +208,9 @@ def load(path: Path) -> dict:
 def newest_checkpoint(folder: Path, damaged: dict[Path, str] | None = None) -> dict | None:
     """Return the content of the newest checkpoint that is not damaged, with its "path", or None.
 
-    Changes nothing on the disk. `damaged`, a dict, receives {path: proof} of the files skipped
-    because their content is damaged: see set_aside. Raises DataError if a file cannot be read for
-    any other reason: it may be intact, and training from an older one would overwrite it.
+    Changes nothing on the disk. Files with damaged content are skipped and added to `damaged`, as
+    {path: proof}, for set_aside. Raises DataError if a file cannot be read for any other reason:
+    it may be intact, and training from an older one would overwrite it.
     """
     damaged = {} if damaged is None else damaged
     skipped, gone = set(), None
@@ -224,7 +226,7 @@ def newest_checkpoint(folder: Path, damaged: dict[Path, str] | None = None) -> d
             skipped.add(path)
         except Exception as error:
             if isinstance(error, FileNotFoundError) and path != gone:
-                # Renamed or removed since it was listed: another process may have made newer ones.
+                # Renamed or removed since it was listed. Another process may have made newer ones.
                 gone = path
                 paths = [path for _, path in list_checkpoints(folder)]
                 continue
@@ -250,8 +252,8 @@ def newest_checkpoint(folder: Path, damaged: dict[Path, str] | None = None) -> d
 def set_aside(damaged: dict[Path, str]) -> None:
     """Rename the damaged files that newest_checkpoint found to *.damaged, and log the proof.
 
-    For one process, once all have agreed on what to resume from. No existing file is replaced.
-    Raises DataError if a file cannot be renamed: a new checkpoint would overwrite it.
+    Call it in one process, once all have agreed on the checkpoint to resume from. No existing file
+    is replaced. Raises DataError if a file cannot be renamed: a new checkpoint would overwrite it.
     """
     for path, proof in damaged.items():
         try:
@@ -262,8 +264,8 @@ def set_aside(damaged: dict[Path, str]) -> None:
                     break
                 target = path.with_name(f"{path.name}.{number}.damaged")
             path.rename(target)
-        except FileNotFoundError:  # by another process
-            log.warning("skipped a damaged checkpoint, which is gone now: %s (%s)", path, proof)
+        except FileNotFoundError:  # another process has renamed it
+            log.warning("skipped a damaged checkpoint, now renamed: %s (%s)", path, proof)
         except OSError as error:
             raise DataError(
                 path,

@@ -1,4 +1,4 @@
-"""The logs of a training: lines and a bar for people, JSON and TensorBoard, bad samples."""
+"""The logs of a training: text and a progress bar, JSON, TensorBoard, and the bad samples."""
 
 import contextlib
 import csv
@@ -22,23 +22,23 @@ from video_loader import QUARANTINE
 
 
 class ThroughputMeter:
-    """Count clips and time from one log line to the next.
+    """Measure the clips, the time and the waits for data from one log line to the next.
 
-    The wait for a step's data, from start_wait to end_wait, is the host's on a CPU. On a GPU it is
-    the GPU's: from the end of the work that it was given before to the arrival of the batch.
+    On a CPU, a wait is the host's time from start_wait to end_wait. On a GPU it is the GPU's idle
+    time, from the end of its earlier work to the arrival of the batch.
     """
 
     def __init__(self, device: torch.device, began: float | None = None, steps: int = 0):
         self.device = device
         self.since = time.perf_counter()
-        self.began = began or self.since  # of the epoch's first meter in this process
-        self.steps = steps  # since then
+        self.began = began or self.since  # start of the epoch's first meter in this process
+        self.steps = steps  # since `began`
         self.clips = 0
         self.batch_size = 0  # clips of a step, of all processes
         self.starts, self.ends = [], []  # of the waits: seconds, or events of the GPU
 
     def restart(self) -> "ThroughputMeter":
-        """Make the meter of the next log line."""
+        """Return the meter for the next log line."""
         return ThroughputMeter(self.device, self.began, self.steps)
 
     def start_wait(self) -> None:
@@ -49,7 +49,7 @@ class ThroughputMeter:
             self.starts.append(time.perf_counter())
 
     def end_wait(self) -> torch.cuda.Event | None:
-        """Note that the host has the data. Return what is to be recorded when a GPU has it."""
+        """End the wait on the host. On a GPU, return the event to record at the batch's arrival."""
         if self.device.type == "cuda":
             self.ends.append(torch.cuda.Event(enable_timing=True))
             return self.ends[-1]
@@ -62,7 +62,7 @@ class ThroughputMeter:
         self.steps += 1
 
     def list_waits(self) -> list[int]:
-        """List the microseconds that each step waited. The GPU has to be done with the steps."""
+        """Return the wait of each step, in microseconds. A GPU must have finished the steps."""
         waits = zip(self.starts, self.ends, strict=True)
         if self.device.type == "cuda":
             return [round(1e3 * start.elapsed_time(end)) for start, end in waits]
@@ -70,11 +70,11 @@ class ThroughputMeter:
 
 
 class MetricLogger:
-    """Log a training: lines, and on rank 0 the .jsonl, TensorBoard and a bar of the epoch's steps.
+    """Log a training as text and, on rank 0, to a .jsonl file, TensorBoard and a progress bar.
 
-    records: the .jsonl file. first_step: the step at which this process starts. TensorBoard is told
-    to forget what it has of later ones, from a run that was killed and is resumed before them.
-    tensorboard: the folder of the event files, or None. show_bar: at a terminal.
+    records: the .jsonl file. first_step: the step at which this process starts; TensorBoard drops
+    later ones, which an interrupted run may have logged. tensorboard: the folder of the event
+    files, or None. show_bar: whether to show a bar at a terminal.
     """
 
     def __init__(
@@ -88,27 +88,27 @@ class MetricLogger:
         show_bar: bool = True,
     ):
         self.records, self.rank, self.device = records, rank, device
-        self.hide_bar = True if rank > 0 or not show_bar else None  # None: if there is no terminal
-        # By default bars of all processes share a semaphore, which a spawned rank would leave
-        # behind, because it ends without Python's clean-up.
+        self.hide_bar = True if rank > 0 or not show_bar else None  # None: unless at a terminal
+        # By default the bars of all processes share a semaphore. A spawned rank would leak it,
+        # because it exits without Python's clean-up.
         tqdm.set_lock(threading.RLock())
         self.bar = tqdm(disable=True)
         self.events = None
         if tensorboard and rank == 0:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds, and may be absent
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
             with self.ignore_write_errors():
                 self.events = SummaryWriter(tensorboard, purge_step=first_step + 1)
 
     @contextlib.contextmanager
     def show_epoch(self, epoch: int, done: int, num_steps: int):
-        """Show the bar of an epoch of num_steps steps, of which some are done."""
+        """Show the bar of an epoch of num_steps steps, of which `done` are done."""
         bar = tqdm(
             desc=f"epoch {epoch}",
             total=num_steps,
             initial=done,
             unit="step",
-            leave=False,  # the log has its lines
+            leave=False,  # the log lines remain
             dynamic_ncols=True,
             disable=self.hide_bar,
         )
@@ -125,9 +125,9 @@ class MetricLogger:
         lr: float,
         total_steps: int,
     ) -> None:
-        """Log the steps since the last line; `loss` is a number, so the device has done them.
+        """Log the steps since the last line. `loss` is a number, so the device has finished them.
 
-        waited: for how many seconds the process that was last, in each step, waited for its data.
+        waited: seconds of waiting for data, in each step those of the rank that waited longest.
         """
         now = time.perf_counter()
         elapsed = now - meter.since
@@ -145,8 +145,8 @@ class MetricLogger:
         }
         line = (
             "epoch {epoch}, step {step}: loss {loss:.4f}, lr {lr:.3g}, {clips_per_second:.1f} "
-            "clips/s, {data_wait:.0%} of the time waiting for data, {left} left, {bad_samples} "
-            "bad samples"
+            "clips/s, {data_wait:.0%} of the time waiting for data, {left} left, bad samples: "
+            "{bad_samples}"
         )
         if self.device.type == "cuda":
             record["gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -180,13 +180,13 @@ class MetricLogger:
 
     @contextlib.contextmanager
     def ignore_write_errors(self):
-        """Go on without TensorBoard after an error: a full disk must not end a training.
+        """Continue without TensorBoard after an error: a full disk must not end a training.
 
-        The writer's thread raises its error from the next call, and is of no use after it.
+        An error of the writer's thread is raised by the next call, and no call works after it.
         """
         try:
             yield
-        except Exception as error:  # each file system that it can write to has its own
+        except Exception as error:  # its type depends on the file system
             log.error("continuing without TensorBoard, could not write: %s", one_line(error))
             self.events = None
 
@@ -202,19 +202,19 @@ class BadSamples:
         if context.rank == 0 and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
             rows = [next(csv.reader([line]), []) for line in lines]
-            listed = {row[0]: row[1] for row in rows if len(row) == 2}  # not half a line
+            listed = {row[0]: row[1] for row in rows if len(row) == 2}  # no incomplete line
         listed = context.broadcast(listed)
         self.listed = set(listed)
-        # Skipped by training_batches, which adds to them.
+        # training_batches skips these, and adds to them.
         self.quarantined = {v for v, why in listed.items() if why.startswith(QUARANTINE)}
 
     def add(self, found: Iterable[tuple[str, str]], any_rank: bool) -> None:
-        """Note what this rank has found, and whether any rank has found something."""
+        """Record the videos that this rank has found, and whether any rank has found some."""
         self.found.extend(found)
         self.unlisted |= any_rank
 
     def write(self) -> None:
-        """Add to the list what any rank has found since. All ranks call it together."""
+        """Append the videos that any rank has found since the last call. All ranks must call it."""
         if not self.unlisted:
             return
         rows = {}
@@ -233,13 +233,13 @@ class BadSamples:
 
 
 def append_record(path: Path, record: dict[str, float]) -> None:
-    """Append a line; a number that JSON does not know, such as a diverged loss, becomes null."""
+    """Append a record as a line of JSON. A number that is not finite becomes null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
     append(path, json.dumps(record) + "\n")
 
 
 def read_records(path: Path) -> list[dict]:
-    """Read the records of append_record; a line that was not written to its end is skipped."""
+    """Read the records of append_record. Incomplete lines are skipped."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

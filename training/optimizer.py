@@ -10,12 +10,12 @@ from torch.optim.lr_scheduler import LambdaLR
 def build_optimizer(
     model: torch.nn.Module, name: str, lr: float, *, momentum: float = 0.9, fused: bool = True
 ) -> Optimizer:
-    """Build Adam ("adam") or SGD ("sgd") over the parameters that are trained.
+    """Build Adam ("adam") or SGD ("sgd") for the trainable parameters.
 
     lr: the peak learning rate. fused: one kernel updates all weights, without a device sync.
     """
     trained = [p for p in model.parameters() if p.requires_grad]  # not the word embedding
-    options = {"fused": True if fused else None}  # None: whatever else torch thinks best
+    options = {"fused": True if fused else None}  # None: the default of torch
     if name == "adam":
         optimizer = torch.optim.Adam(trained, lr, **options)
     else:
@@ -25,15 +25,15 @@ def build_optimizer(
 
 
 def resume_optimizer(optimizer: Optimizer, saved: dict) -> None:
-    """Take over the state of a checkpoint, but keep this run's learning rate and kernels.
+    """Load the state of a checkpoint, but keep this run's learning rate and kernels.
 
-    Raises ValueError if the checkpoint's optimizer is another one.
+    Raises ValueError if the checkpoint is of another optimizer.
     """
     own = [{name: group[name] for name in ("lr", "fused")} for group in optimizer.param_groups]
     try:
         was_adam = "betas" in saved["param_groups"][0]
         if was_adam != isinstance(optimizer, torch.optim.Adam):
-            raise ValueError("it is of another --optimizer")
+            raise ValueError("it belongs to another --optimizer")
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"its optimizer cannot be resumed: {error}") from None
@@ -43,11 +43,11 @@ def resume_optimizer(optimizer: Optimizer, saved: dict) -> None:
 
 
 def match_state_layout(optimizer: Optimizer) -> None:
-    """Bring the optimizer's state to the form that its fused kernel takes for granted.
+    """Give the optimizer's state the memory layout that its fused kernel expects.
 
-    The kernel reads parameter and state by their place in memory, so both need one layout, and a
-    checkpoint may have another. And if SGD's very first step is skipped, it would use memory as it
-    finds it for the momentum.
+    The kernel combines parameter and state in the order of memory, so both need the same layout; a
+    checkpoint may have another. Also initialize the momentum of SGD: if its first step is skipped,
+    the kernel would use uninitialized memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -64,7 +64,7 @@ def match_state_layout(optimizer: Optimizer) -> None:
 def build_scheduler(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, first_step: int = 0
 ) -> LambdaLR:
-    """Build the schedule, which moves at every step and follows from the step alone."""
+    """Build the schedule of the learning rate, which depends on the step alone."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return LambdaLR(
@@ -75,7 +75,7 @@ def build_scheduler(
 
 
 def lr_multiplier(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Compute the learning rate over its peak: linear from 0, then half a cosine to 0."""
+    """Return the learning rate relative to its peak: linear warmup, then cosine decay to 0."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

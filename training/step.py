@@ -18,9 +18,10 @@ class TrainingStep:
     """The step of one rank. Call it with the step's micro-batches; it returns the loss.
 
     A step whose loss or gradient is not finite is skipped: model, optimizer and running statistics
-    stay as they were. The device decides, so the host does not wait for it (except without a fused
-    optimizer), and all ranks decide alike. With float16 a gradient that overflows lowers the scale
-    of the loss; that step is skipped too, but is a bad one only if the scale falls below 1.
+    do not change. The device makes this decision, so the host does not wait for it (except without
+    a fused optimizer), and all ranks make the same one. With float16, a gradient that overflows
+    lowers the loss scale. That step is also skipped, but counts as bad only if the scale falls
+    below 1.
 
     network: the S3D, or its DistributedDataParallel. dtype: of convolutions and matrix products.
     enter_stage: called with the name of each stage of the step, for the watchdog. skipped: the
@@ -113,13 +114,13 @@ class TrainingStep:
             return self.network(clips, text.flatten(0, -2))
 
     def no_sync_unless_last(self, last: bool) -> contextlib.AbstractContextManager:
-        """Have DistributedDataParallel sum the ranks' gradients with the last micro-batch only."""
+        """Make DistributedDataParallel sum the ranks' gradients in the last micro-batch only."""
         if last or not isinstance(self.network, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.network.no_sync()
 
     def update(self, loss: torch.Tensor, bn_before: torch.Tensor, bn_after: torch.Tensor) -> None:
-        """Move the weights and the running statistics, if loss and gradient are finite."""
+        """Update the weights and the running statistics, if loss and gradient are finite."""
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         finite = torch.isfinite(loss + get_total_norm(gradients, norm_type=torch.inf))
         skipped = bad = ~finite
@@ -139,17 +140,17 @@ class TrainingStep:
         self.counts = torch.stack((total + skipped, in_row, torch.maximum(most, in_row)))
 
     def skipped(self) -> list[int]:
-        """Count skipped steps: all, the bad ones in a row now, the most in a row.
+        """Return how many steps were skipped: all, bad ones in a row now, the most in a row.
 
         Waits for the device.
         """
         return self.counts.tolist()
 
     def prime_ddp_buckets(self, batch: Batch) -> None:
-        """Take DistributedDataParallel past its first backward pass.
+        """Run the first backward pass of DistributedDataParallel before the first step.
 
-        After that it lays out the gradients again and sums the ranks in another order. Done before
-        the first step, a resumed run computes the same bits as an uninterrupted one.
+        After that pass, it rearranges the gradients and sums the ranks in another order. So without
+        it, a resumed run would not be bit-identical to an uninterrupted one.
         """
         self.network.train()
         before = self.bn_buffers.read()
@@ -161,8 +162,8 @@ class TrainingStep:
 class BatchNormBuffers:
     """The running statistics of a network's BatchNorm layers, read and written as a whole.
 
-    They are few and small: one tensor for all keeps the number of kernels low, and so does counting
-    the steps once instead of in each forward pass of each layer.
+    They are few and small. One tensor for all of them needs fewer kernels, and so does counting the
+    steps once instead of in each forward pass of each layer.
     """
 
     def __init__(self, network: torch.nn.Module):
@@ -183,7 +184,7 @@ class BatchNormBuffers:
 
     @contextlib.contextmanager
     def without_counting(self) -> Iterator[None]:
-        """Have the layers not count their batches. The count takes no part in what they compute."""
+        """Keep the layers from counting their batches. Their outputs do not depend on the count."""
         for layer in self.layers:
             layer.num_batches_tracked = None
         try:
@@ -202,18 +203,18 @@ class HostToDevice:
         self.launched = None  # an event: the work on the batch before the previous one is done
         self.copied = None  # an event: the previous batch has arrived
         self.held = ()  # that batch
-        self.arrival = None  # an event to record when the next batch has arrived, if anyone asks
+        self.arrival = None  # an optional event to record when the next batch has arrived
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.stream is None:
             return tensors
         computing = torch.cuda.current_stream(self.device)
         if self.launched:
-            # The GPU has the previous batch to do meanwhile. A host that never waited would run
+            # Meanwhile the GPU computes the previous batch. Without this wait, the host would run
             # ahead and fill the memory with batches.
             self.launched.synchronize()
-            # PyTorch keeps the memory of a tensor that it has page-locked until it is copied, but
-            # knows nothing of BatchMemory, which reads the next clips into it.
+            # PyTorch keeps tensors that it has page-locked itself until they are copied. It does
+            # not know those of BatchMemory, whose memory is reused for the next clips.
             self.copied.synchronize()
         self.held = tensors
         self.launched = computing.record_event(torch.cuda.Event(blocking=True))
@@ -225,5 +226,5 @@ class HostToDevice:
             self.arrival.record(computing)
             self.arrival = None
         for tensor in moved:
-            tensor.record_stream(computing)  # keeps its memory until that stream is past it
+            tensor.record_stream(computing)  # keeps its memory until that stream has used it
         return moved

@@ -172,7 +172,7 @@ def test_a_table_goes_through_prepare_unchanged(sample, tmp_path):
 def test_an_existing_table_is_not_overwritten(sample, tmp_path):
     name, path, _ = sample
     (tmp_path / "out.csv").write_text("an earlier table")
-    with pytest.raises(InputError, match=r"^--out: .*out\.csv is there already"):
+    with pytest.raises(InputError, match=r"^--out: .*out\.csv already exists"):
         prepare(name, path, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == "an earlier table"
 

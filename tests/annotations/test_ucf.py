@@ -45,7 +45,7 @@ def test_prepare_writes_the_table_that_the_lists_give(tmp_path, capsys):
     assert (
         "10 clips of 2 classes\nsplit1: 6 to train on, 4 to test, 0 in n" in capsys.readouterr().out
     )
-    with pytest.raises(InputError, match=r"^--out: .*out\.csv is there already"):
+    with pytest.raises(InputError, match=r"^--out: .*out\.csv already exists"):
         prepare(folder, tmp_path / "out.csv")
 
 

@@ -148,7 +148,7 @@ WRONG = {
     "no intact video": (broken, "FOLDER: none of its 1 videos can be trained on"),
     "an existing output": (
         lambda folder, video: (folder.parent / "out").mkdir(),
-        "--out: {folder}/../out is there already",
+        "--out: {folder}/../out already exists",
     ),
 }
 

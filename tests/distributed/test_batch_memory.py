@@ -1,4 +1,4 @@
-"""How much memory a training fills by reading ahead. For what is lent see test_workers."""
+"""The memory that a training fills by reading ahead. test_workers.py covers lending."""
 
 import os
 
@@ -8,7 +8,7 @@ from distributed import batch_memory
 from distributed.batch_memory import memory_limit, training_prefetch
 
 
-def test_a_training_reads_ahead_a_thousand_items_or_a_share_of_the_memory(monkeypatch):
+def test_a_training_reads_ahead_a_thousand_items_or_an_eighth_of_the_memory(monkeypatch):
     items = {"video": ((3, 10, 100, 100), torch.uint8), "text": ((5,), torch.int64)}  # 300,040 B
 
     def choose(batch, readers, *, wanted=None, step=0, lend=0, processes=1, memory=10**6):

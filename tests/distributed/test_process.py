@@ -1,4 +1,4 @@
-"""A rank that fails ends its process, whatever the other ranks do."""
+"""The process of a rank that fails ends, whatever the other ranks do."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 from distributed.launch import free_port
 from tests.helpers import ROOT
 
-# NCCL's destroy_process_group may wait for ranks that never come; here it does so for certain.
+# With NCCL, destroy_process_group may wait for ranks that never come. Here it always does.
 FAILING_RUN = """
 import sys, time
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""The nodes of a run meet, or end with the reason, on hosts like those of real clusters."""
+"""The nodes of a run connect, or report why not, on hosts like those of real clusters."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ MEET = [sys.executable, ROOT / "tests/distributed/meet.py"]
 
 
 def meet(*nodes):
-    """Run (prefix of the command, arguments, environment) of each node: (status, error, s) each."""
+    """Run meet.py for nodes (command prefix, arguments, environment): (status, text, s) of each."""
     with ExitStack() as stack:
         began = time.monotonic()
         started = [
@@ -43,18 +43,19 @@ def last_line(text):
     return text.splitlines()[-1]
 
 
-def test_nodes_meet_and_add_up():
+def test_nodes_connect_and_sum_over_their_ranks():
     url = f"tcp://127.0.0.1:{free_port()}"
     for status, text, _ in meet(([], (0, url, 1, 60), {}), ([], (1, url, 1, 60), {})):
         assert status == 0, text
         assert "sum of the ranks: [1]" in text
 
 
-def test_a_node_with_other_processes_is_named():
+def test_a_node_with_another_number_of_processes_is_named():
     url = f"tcp://127.0.0.1:{free_port()}"
     for status, text, _ in meet(([], (0, url, 1, 60), {}), ([], (1, url, 2, 60), {})):
         assert status == 2, text
-        assert "error: node 1 (" in text and "has 2 processes, node 0" in text
+        assert "error: the nodes have different numbers of processes: node 1 (" in text
+        assert ") 2, node 0 (" in text
         assert "give --nproc_per_node" in text
 
 
@@ -62,18 +63,18 @@ def test_a_missing_node_is_named():
     url = f"tcp://127.0.0.1:{free_port()}"
     ((status, text, _),) = meet(([], (0, url, 1, 2), {}))
     assert status == 2
-    assert last_line(text).endswith("nothing heard of node 1")
+    assert last_line(text).endswith("nodes that did not connect: 1")
 
 
 def test_a_host_name_without_an_address_is_an_error_at_once():
     ((status, text, seconds),) = meet(([], (1, "tcp://no-such-host.invalid:5000", 1, 300), {}))
     assert status == 2
-    assert "error: the host no-such-host.invalid of the rendezvous cannot be resolved" in text
+    assert "error: the rendezvous host no-such-host.invalid cannot be resolved" in text
     assert "--dist-url" in text and len(text.splitlines()) == 1
     assert seconds < 60
 
 
-def test_the_interface_of_an_address():
+def test_the_interface_of_an_address_is_found():
     assert route_to("127.0.0.1") == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None
@@ -81,9 +82,9 @@ def test_the_interface_of_an_address():
 
 @pytest.fixture
 def hosts(tmp_path):
-    """Two hosts, as network namespaces with a cable, each of whose names is 127.0.1.1 to itself.
+    """Two hosts, as network namespaces with a cable, that resolve their own name to 127.0.1.1.
 
-    Returns the commands to put before what is to run on them.
+    Yields the prefix of commands to run on each.
     """
     names = [f"milnce{os.getpid()}-{number}" for number in (0, 1)]
     able = os.geteuid() == 0 and shutil.which("ip") and shutil.which("unshare")
@@ -128,8 +129,8 @@ def hosts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("master", ["10.99.0.1", "node0"])
-def test_hosts_meet_whose_own_name_is_a_loopback_address(hosts, master):
-    """Debian and Ubuntu write 127.0.1.1 for it into /etc/hosts, where gloo would listen."""
+def test_hosts_whose_own_name_is_a_loopback_address_connect(hosts, master):
+    """Debian and Ubuntu set it to 127.0.1.1 in /etc/hosts, at which gloo would listen."""
     url = f"tcp://{master}:5000"
     nodes = [(prefix, (number, url, 1, 20), {}) for number, prefix in enumerate(hosts)]
     for status, text, _ in meet(*nodes):
@@ -138,10 +139,10 @@ def test_hosts_meet_whose_own_name_is_a_loopback_address(hosts, master):
 
 
 @pytest.mark.slow
-def test_the_join_has_the_timeout_of_the_flag(hosts):
+def test_connecting_has_the_timeout_of_the_flag(hosts):
     """Collective operations have ten times as long, but only once a watchdog runs.
 
-    Here each host listens where the other does not reach it: one fails, and the other waits.
+    Here each host listens at an address that the other cannot reach: one fails, the other waits.
     """
     url, unreachable = "tcp://10.99.0.1:5000", {"GLOO_SOCKET_IFNAME": "lo"}
     nodes = [(prefix, (number, url, 1, 10), unreachable) for number, prefix in enumerate(hosts)]

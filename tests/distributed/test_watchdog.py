@@ -8,13 +8,13 @@ from distributed.watchdog import Heartbeat, Watchdog
 
 @pytest.fixture
 def dogs():
-    """The watchdogs of three ranks, in one process, that are not started; they share a store."""
+    """The watchdogs of three ranks in one process, with a common store. They are not started."""
     store = dist.HashStore()
     return [Watchdog(store, rank, 3, timeout=600) for rank in range(3)]
 
 
 def exchange(dogs, *, alive=(0, 1, 2)):
-    """The ranks that are alive send a heartbeat, and rank 0 reads them."""
+    """Send a heartbeat from each rank that is alive, and read them as rank 0."""
     for dog in dogs:
         if dog.rank in alive:
             dog.send_heartbeat()
@@ -30,7 +30,7 @@ def test_the_rank_that_has_entered_the_fewest_stages_is_named(dogs):
     assert dogs[0].diagnose().startswith(f"rank 1 ({dogs[1].host}) is at waiting for the data of")
 
 
-def test_of_ranks_in_one_stage_the_one_outside_a_collective_is_named(dogs):
+def test_among_ranks_in_one_stage_the_one_outside_a_collective_is_named(dogs):
     exchange(dogs)
     for dog in dogs:
         heartbeat = Heartbeat(9, 1, 1, f"rank {dog.rank}", "step 8", "line", dog.rank != 2)
@@ -39,7 +39,7 @@ def test_of_ranks_in_one_stage_the_one_outside_a_collective_is_named(dogs):
     assert dogs[0].diagnose() == "rank 2 is at step 8, line"
 
 
-def test_all_are_named_where_none_is_behind(dogs):
+def test_all_are_named_if_none_is_behind(dogs):
     for dog in dogs:
         dog.enter_stage("the backward pass")
     exchange(dogs)
@@ -57,7 +57,7 @@ def test_a_rank_whose_heartbeats_stop_is_named_first(dogs, monkeypatch):
     now[0] += 3 * dogs[0].interval
     exchange(dogs, alive=(0, 2))
     assert dogs[0].dead_ranks() == (
-        f"rank 1 ({dogs[1].host}), last seen at the loss, no longer answers"
+        f"rank 1 ({dogs[1].host}), last seen at the loss, no longer responds"
     )
     assert dogs[0].diagnose() == dogs[0].dead_ranks()
 

@@ -20,11 +20,11 @@ from tests.helpers import ROOT
 from utils import STOP_SIGNALS
 
 FORK = multiprocessing.get_context("fork")  # its events are shared with the workers
-PATIENCE = 60  # seconds, for what takes a moment
+PATIENCE = 60  # seconds, for events that take a moment
 
 
 class Numbers:
-    """Item k holds k and seven times 2k. For some keys, acts[key]() is called before."""
+    """Item k holds k, and 2k seven times. If acts has the key, acts[key]() is called first."""
 
     def __init__(self, acts=None):
         self.item_spec = {"number": ((), torch.int64), "row": ((7,), torch.float32)}
@@ -44,7 +44,7 @@ Read = namedtuple("Read", "numbers errors")
 
 
 def read(dataset, batches, *, workers, timeout=PATIENCE, **settings):
-    """The items of sample_batches: for each batch, its numbers and its errors."""
+    """Return the items of sample_batches: for each batch, its numbers and its errors."""
     found = []
     settings = {"workers": workers, "timeout": timeout, **settings}
     with closing(sample_batches(dataset, batches, **settings)) as loaded:
@@ -79,8 +79,8 @@ def segfault():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_come_in_their_order_with_any_number_of_workers(workers):
-    keys = [[5, 3, 8], [1, 1, 40], [7, 0, 2], [9, 6, 4], [11, 12, 10], [13]]  # a short one, last
+def test_batches_come_in_order_with_any_number_of_workers(workers):
+    keys = [[5, 3, 8], [1, 1, 40], [7, 0, 2], [9, 6, 4], [11, 12, 10], [13]]  # a short one last
     found = read(Numbers(), iter(keys), workers=workers)
     assert found == [(batch, [None] * len(batch)) for batch in keys]
     assert read(Numbers(), [[k] for k in range(9)], workers=workers, prefetch=1) == [
@@ -89,7 +89,7 @@ def test_batches_come_in_their_order_with_any_number_of_workers(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_without_batches_there_is_nothing(workers):
+def test_an_empty_list_of_batches_yields_none(workers):
     assert read(Numbers(), [], workers=workers) == []
 
 
@@ -102,13 +102,13 @@ def test_an_item_that_takes_longer_than_later_ones_keeps_its_place():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_stay_as_they_are_while_later_ones_are_read(workers):
+def test_batches_do_not_change_while_later_ones_are_read(workers):
     keys = batches_of(4, 40)
     batches = list(sample_batches(Numbers(), keys, workers=workers, timeout=PATIENCE))
     assert [batch["number"].tolist() for batch in batches] == keys
 
 
-# --- whose memory it is ---------------------------------------------------------------------------
+# --- the memory of batches ------------------------------------------------------------------------
 
 
 def address(batch):
@@ -116,7 +116,7 @@ def address(batch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_is_where_the_workers_wrote_it_and_dropped_it_is_used_again(workers):
+def test_the_memory_of_a_dropped_batch_is_reused(workers):
     seen = []
     settings = {"workers": workers, "timeout": PATIENCE, "prefetch": 8}
     with closing(sample_batches(Numbers(), batches_of(4, 80), **settings)) as batches:
@@ -126,7 +126,7 @@ def test_a_batch_is_where_the_workers_wrote_it_and_dropped_it_is_used_again(work
     assert len(seen) == 20 and len(set(seen)) <= 4  # two are read, and two may be lent
 
 
-def test_the_memory_of_a_batch_is_kept_by_any_view_of_it():
+def test_any_view_of_a_batch_keeps_its_memory():
     keys, views = batches_of(4, 80), []
     settings = {"workers": 2, "timeout": PATIENCE, "prefetch": 8, "lend": 3}
     with closing(sample_batches(Numbers(), keys, **settings)) as batches:
@@ -138,7 +138,7 @@ def test_the_memory_of_a_batch_is_kept_by_any_view_of_it():
     assert [(number, view.tolist()) for number, view in views] == [(0, [2]), (7, [30])]  # closed
 
 
-def test_a_caller_that_keeps_more_batches_than_it_asked_for_gets_copies():
+def test_a_caller_that_keeps_more_batches_than_it_announced_gets_copies():
     settings = {"workers": 2, "timeout": PATIENCE, "prefetch": 4, "lend": 2}
     with closing(sample_batches(Numbers(), batches_of(4, 80), **settings)) as batches:
         kept = [next(batches) for _ in range(6)]
@@ -152,7 +152,7 @@ def test_a_caller_that_keeps_more_batches_than_it_asked_for_gets_copies():
 
 
 class Runtime:
-    """What of the CUDA runtime is asked for."""
+    """A mock of the CUDA runtime, which records the memory that is registered."""
 
     def __init__(self, code):
         self.code, self.registered = code, []
@@ -164,7 +164,7 @@ class Runtime:
 
 @pytest.fixture
 def runtime(monkeypatch):
-    """A function that puts a runtime in place whose registering returns that code."""
+    """A function that installs a mock runtime whose registration returns a code."""
 
     def put(code):
         made = Runtime(code)
@@ -175,8 +175,8 @@ def runtime(monkeypatch):
     return put
 
 
-def test_all_that_is_lent_is_registered_and_stays_mapped(runtime):
-    """A mock: what a GPU makes of it, it cannot show."""
+def test_lent_memory_is_registered_and_stays_mapped(runtime):
+    """With a mock of the runtime, so copies by a GPU are not tested."""
     made = runtime(0)
     settings = {"workers": 2, "timeout": PATIENCE, "pin_memory": True}
     with closing(sample_batches(Numbers(), batches_of(4, 40), **settings)) as batches:
@@ -223,7 +223,7 @@ def test_prefetch_items_are_read_while_one_is_used():
             assert numbers.read.value == min(4 * (done + 2), 40)
 
 
-def test_an_item_in_anothers_place_does_not_wait_for_all_that_is_read_ahead():
+def test_a_replacement_does_not_wait_for_all_items_that_are_read_ahead():
     numbers = Numbers({0: lambda: "0 is bad"})
     settings = {"workers": 1, "timeout": PATIENCE, "prefetch": 400}
     replacing = sample_batches(
@@ -247,7 +247,7 @@ def test_an_items_own_error_comes_with_its_batch(workers):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_item_that_kills_its_worker_costs_itself_only(workers):
+def test_an_item_that_kills_its_worker_affects_no_other(workers):
     acts = {0: segfault, 7: lambda: os._exit(3), 8: segfault, 29: segfault}
     found = read(Numbers(acts), batches_of(4, 30), workers=workers)
     numbers = [n for batch in found for n in batch.numbers]
@@ -260,7 +260,7 @@ def test_an_item_that_kills_its_worker_costs_itself_only(workers):
 
 
 def test_an_item_whose_worker_is_killed_from_outside_is_read_again():
-    """As by the OOM killer. The keys are unhashable, as those of windows of videos."""
+    """As by the OOM killer. The keys are unhashable, like those of windows of videos."""
 
     class Lists(Numbers):
         def __getitem__(self, key):
@@ -278,7 +278,7 @@ def test_an_item_whose_worker_is_killed_from_outside_is_read_again():
     assert read(Lists({2: kill_once}), keys, workers=2) == [([k], [None]) for k in range(6)]
 
 
-def test_a_crash_loses_none_of_the_hundreds_of_tasks_that_wait_behind_it():
+def test_a_crash_loses_none_of_the_hundreds_of_tasks_behind_it():
     acts = dict.fromkeys([0, 1, 350, 1799], segfault)
     found = read(Numbers(acts), batches_of(600, 1800), workers=1)
     numbers = [n for batch in found for n in batch.numbers]
@@ -286,7 +286,7 @@ def test_a_crash_loses_none_of_the_hundreds_of_tasks_that_wait_behind_it():
 
 
 def test_keys_and_errors_larger_than_a_pipe_pass_through_it():
-    """Neither end waits for the other to read, which would be for ever."""
+    """If both ends waited for the other to read, they would wait forever."""
 
     class Texts(Numbers):
         def __getitem__(self, key):
@@ -304,7 +304,7 @@ def test_keys_and_errors_larger_than_a_pipe_pass_through_it():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_item_that_hangs_costs_itself_only(workers):
+def test_an_item_that_hangs_affects_no_other(workers):
     found = read(Numbers({3: signal.pause}), batches_of(2, 10), workers=workers, timeout=1)
     expected = batches_of(2, 10)
     assert [batch.numbers for batch in found] == [expected[0], [2, None], *expected[2:]]
@@ -313,7 +313,7 @@ def test_an_item_that_hangs_costs_itself_only(workers):
 
 
 def test_an_item_is_not_late_because_the_job_was_suspended(monkeypatch):
-    """The clock leaps during the wait for an item, which is done as soon as it is looked for."""
+    """The clock jumps during the wait for an item, which is done when the pool checks again."""
     resumed, wait, clock = FORK.Event(), workers.wait, time.monotonic
     select = workers.selectors.DefaultSelector.select
 
@@ -339,17 +339,17 @@ def test_an_item_is_not_late_because_the_job_was_suspended(monkeypatch):
     [(0, lambda: "odd", "odd"), (2, lambda: "odd", "odd"), (2, segfault, "SIGSEGV")],
 )
 def test_retry_puts_other_keys_in_an_items_place(workers, act, error):
-    asked = []
+    calls = []
 
     def retry(key, error):
-        asked.append((key, error))
+        calls.append((key, error))
         return key + 100 if key < 200 else None
 
     numbers = Numbers({3: act, 103: act, 4: act, 104: act, 204: act})
     found = read(numbers, batches_of(3, 9), workers=workers, retry=retry)
     assert [batch.numbers for batch in found] == [[0, 1, 2], [203, None, 5], [6, 7, 8]]
-    assert sorted(key for key, _ in asked) == [3, 4, 103, 104, 204]
-    assert all(error in str(reason) for _, reason in asked)
+    assert sorted(key for key, _ in calls) == [3, 4, 103, 104, 204]
+    assert all(error in str(reason) for _, reason in calls)
     assert error in found[1].errors[1]
 
 
@@ -357,7 +357,7 @@ def stumble():
     raise ZeroDivisionError("by a bug")
 
 
-def test_a_bug_ends_it_with_the_workers_traceback():
+def test_a_bug_raises_an_error_with_the_workers_traceback():
     before = psutil.Process().children()
     with pytest.raises(RuntimeError, match=r"(?s)in stumble.*ZeroDivisionError: by a bug"):
         read(Numbers({5: stumble}), batches_of(2, 10), workers=2)
@@ -367,7 +367,7 @@ def test_a_bug_ends_it_with_the_workers_traceback():
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_a_worker_that_dies_while_idle_is_replaced_and_no_item_blamed(prefetch):
+def test_a_worker_that_dies_while_idle_is_replaced_and_no_item_fails(prefetch):
     numbers, before = Numbers(), psutil.Process().children()
     keys = [[k] for k in range(8)]
     with closing(
@@ -383,7 +383,7 @@ def test_a_worker_that_dies_while_idle_is_replaced_and_no_item_blamed(prefetch):
 
 
 def test_closing_leaves_neither_processes_nor_open_files():
-    read(Numbers(), [[0]], workers=1)  # multiprocessing opens a file once, for good
+    read(Numbers(), [[0]], workers=1)  # at first use, multiprocessing opens a file that stays open
     process = psutil.Process()
     files, children = process.num_fds(), process.children()
     numbers = Numbers({1: segfault, 4: signal.pause, 7: segfault})
@@ -397,7 +397,7 @@ def test_closing_leaves_neither_processes_nor_open_files():
     assert process.num_fds() == files
 
 
-def test_signals_to_a_job_do_not_reach_its_workers_items():
+def test_stop_signals_to_a_job_do_not_fail_its_items():
     def signalled():
         for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
@@ -407,7 +407,7 @@ def test_signals_to_a_job_do_not_reach_its_workers_items():
 
 
 def test_workers_compute_with_torch_after_their_parent_did():
-    """OpenMP's threads do not survive a fork: more than one would wait for them for ever."""
+    """OpenMP's threads do not survive a fork: with more than one, a worker would wait forever."""
     matrix = torch.rand(300, 300)
 
     class Products:
@@ -437,7 +437,7 @@ print(*(child.pid for child in psutil.Process().children()), flush=True)
 
 
 def start_script(more):
-    """Runs SCRIPT and more lines; returns it and its workers, one of which is at a task."""
+    """Run SCRIPT and more lines; return its process and its workers, one of which is busy."""
     script = subprocess.Popen(
         [sys.executable, "-c", SCRIPT + more],
         stdout=subprocess.PIPE,
@@ -455,7 +455,7 @@ def test_workers_are_killed_with_their_parent():
     await_(lambda: all(map(is_gone, started)))
 
 
-def test_a_program_that_does_not_close_the_batches_ends_all_the_same():
+def test_a_program_that_does_not_close_the_batches_still_ends():
     script, _ = start_script("")
     try:
         assert script.wait(PATIENCE) == 0
@@ -483,7 +483,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_within_the_start_of_a_worker_is_not_lost():
+def test_ctrl_c_during_the_start_of_a_worker_is_not_lost():
     command = [sys.executable, "-c", FORKING_SCRIPT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout, done.stderr) == ("stopped\n", "")

@@ -36,14 +36,14 @@ def names(folder):
     return [path.name for _, path in list_checkpoints(folder)]
 
 
-def test_the_newest_ten_are_kept_under_their_epochs_names(tmp_path):
+def test_the_newest_ten_epochs_are_kept(tmp_path):
     for epoch in range(1, KEPT_EPOCHS + 4):
         save(tmp_path, epoch)
     assert names(tmp_path) == [f"epoch{epoch:04d}.pth.tar" for epoch in range(4, KEPT_EPOCHS + 4)]
     assert {path.name for path in tmp_path.iterdir()} == set(names(tmp_path))
 
 
-def test_files_of_steps_come_between_those_of_epochs(tmp_path):
+def test_files_of_steps_sort_between_those_of_epochs(tmp_path):
     ordered = [
         "epoch0000_step00000005.pth.tar",
         "epoch0001.pth.tar",
@@ -58,7 +58,7 @@ def test_files_of_steps_come_between_those_of_epochs(tmp_path):
     assert list_checkpoints(tmp_path)[2][0] == (1, 1000)
 
 
-def test_the_newest_two_of_steps_are_kept_besides_the_ten_of_epochs(tmp_path):
+def test_the_newest_two_of_steps_are_kept_in_addition_to_those_of_epochs(tmp_path):
     for epoch in range(KEPT_EPOCHS + 2):
         if epoch:
             save(tmp_path, epoch)
@@ -102,8 +102,8 @@ def test_the_end_of_an_epoch_resumed_with_larger_batches_is_its_newest_file(tmp_
     assert newest_checkpoint(tmp_path)["path"] == path and before.is_file()
 
 
-def test_what_is_newer_than_the_resumed_checkpoint_is_never_removed(tmp_path):
-    """Such as checkpoints that were elsewhere at the start, or weights without an optimizer."""
+def test_a_file_newer_than_the_resumed_checkpoint_is_never_removed(tmp_path):
+    """Such as a checkpoint that was elsewhere at the start, or weights without an optimizer."""
     newer = [(3, 10_100), (4, None), (4, 7), (5, None), *((epoch, None) for epoch in range(7, 20))]
     before = save(tmp_path, 3, 10_000)
     for epoch, step in newer:
@@ -117,7 +117,7 @@ def test_what_is_newer_than_the_resumed_checkpoint_is_never_removed(tmp_path):
 
 
 def assert_not_written(folder, path, log):
-    """Of the folder, which has epoch 1, after a save of epoch 2."""
+    """Assert that saving epoch 2 to a folder with epoch 1 has failed and changed nothing."""
     assert path is None
     assert "epoch0002" in log.text and log.records[-1].levelname == "ERROR"
     assert [path.name for path in folder.iterdir()] == ["epoch0001.pth.tar"]
@@ -161,13 +161,13 @@ def test_a_full_disk_leaves_the_older_files(small_disk, milnce_log, floats):
     assert save(small_disk, 2).is_file()
 
 
-def test_a_folder_that_cannot_be_made_is_a_write_that_fails(tmp_path, milnce_log):
+def test_a_folder_that_cannot_be_created_is_a_failed_write(tmp_path, milnce_log):
     (tmp_path / "file").touch()
     assert save(tmp_path / "file" / "run", 1) is None
     assert "epoch0001" in milnce_log.text
 
 
-def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path):
+def test_the_next_save_removes_partial_files_of_a_killed_run(tmp_path):
     (tmp_path / "epoch0003.pth.tmp").write_bytes(b"half")
     (tmp_path / "epoch0003_step00000031.pth.tmp").write_bytes(b"half")
     assert list_checkpoints(tmp_path) == [] and newest_checkpoint(tmp_path) is None
@@ -175,8 +175,8 @@ def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["epoch0004.pth.tar"]
 
 
-def rewritten(data, change):
-    """The bytes of a checkpoint with the records that change(name, bytes) gives, None for none."""
+def change_records(data, change):
+    """Replace each record of a checkpoint by change(name, bytes), and drop those that are None."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(result, "w") as new:
         for name in old.namelist():
@@ -185,13 +185,13 @@ def rewritten(data, change):
     return result.getvalue()
 
 
-def saved(content, **options):
+def to_bytes(content, **options):
     file = io.BytesIO()
     torch.save(content, file, **options)
     return file.getvalue()
 
 
-def flipped(data, place):
+def flip_bit(data, place):
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
@@ -203,17 +203,17 @@ DAMAGES = {
     "half": lambda data: data[: len(data) // 2],
     "all but the last byte": lambda data: data[:-1],
     "zeros at the end": lambda data: data[: len(data) // 2] + bytes(len(data) // 2),
-    "a flipped bit of a weight": lambda data: flipped(data, 200_000),
-    "a flipped bit of the pickle": lambda data: flipped(data, data.find(b"optimizer")),
-    "a record less": lambda data: rewritten(
+    "a flipped bit of a weight": lambda data: flip_bit(data, 200_000),
+    "a flipped bit of the pickle": lambda data: flip_bit(data, data.find(b"optimizer")),
+    "a missing record": lambda data: change_records(
         data, lambda name, record: None if name.endswith("data/0") else record
     ),
-    "a short record": lambda data: rewritten(
+    "a short record": lambda data: change_records(
         data, lambda name, record: record[:100] if name.endswith("data/0") else record
     ),
-    "a list": lambda data: saved([1, 2]),
-    "no state_dict": lambda data: saved({"epoch": 2, "optimizer": {}, "scheduler": {}}),
-    "half of the old format": lambda data: saved(
+    "a list": lambda data: to_bytes([1, 2]),
+    "no state_dict": lambda data: to_bytes({"epoch": 2, "optimizer": {}, "scheduler": {}}),
+    "half of the old format": lambda data: to_bytes(
         content(2, {"w": torch.rand(1000)}), _use_new_zipfile_serialization=False
     )[:2000],
 }
@@ -228,7 +228,7 @@ def test_a_damaged_newest_file_is_skipped_renamed_and_never_deleted(tmp_path, mi
     damaged = {}
     found = newest_checkpoint(tmp_path, damaged)
     assert found["epoch"] == 1 and found["path"].name == "epoch0001.pth.tar"
-    assert list(damaged) == [path] and path.read_bytes() == data  # looking changes nothing
+    assert list(damaged) == [path] and path.read_bytes() == data  # reading changes nothing
     set_aside(damaged)
     (line,) = [record.getMessage() for record in milnce_log.records]
     for part in (str(path), damaged[path], "renamed to epoch0002.pth.tar.damaged"):
@@ -239,10 +239,10 @@ def test_a_damaged_newest_file_is_skipped_renamed_and_never_deleted(tmp_path, mi
     assert [key for key, _ in list_checkpoints(tmp_path)] == [(epoch, 0) for epoch in range(4, 14)]
 
 
-def test_what_is_intact_but_no_data_ends_the_start(tmp_path):
-    """Its checksums are right, so it is another program's, or an attack: a person has to look."""
+def test_an_intact_file_with_pickled_code_ends_the_start(tmp_path):
+    """Its checksums are right, so it is another program's, or an attack: the user has to check."""
     save(tmp_path, 1)
-    (tmp_path / "epoch0002.pth.tar").write_bytes(saved(content(2, Evil())))
+    (tmp_path / "epoch0002.pth.tar").write_bytes(to_bytes(content(2, Evil())))
     with pytest.raises(DataError, match=r"epoch0002.*Unsupported.*may be intact"):
         newest_checkpoint(tmp_path)
 
@@ -252,7 +252,7 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path):
     data, expected = path.read_bytes(), newest_checkpoint(tmp_path)
     found = 0
     for place in range(0, len(data), 5):
-        path.write_bytes(flipped(data, place))
+        path.write_bytes(flip_bit(data, place))
         try:
             read = newest_checkpoint(tmp_path)
         except DataError:
@@ -275,7 +275,7 @@ def test_no_damaged_file_replaces_another(tmp_path):
 
 def test_a_damaged_file_that_another_process_has_renamed_is_no_error(tmp_path, milnce_log):
     set_aside({tmp_path / "epoch0002.pth.tar": "proof"})
-    assert "gone" in milnce_log.text and not list(tmp_path.iterdir())
+    assert "now renamed" in milnce_log.text and not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_that_cannot_be_renamed_ends_the_start(tmp_path, monkeypatch):
@@ -291,8 +291,8 @@ def test_a_damaged_file_that_cannot_be_renamed_ends_the_start(tmp_path, monkeypa
     assert path.is_file()
 
 
-def failing(real, path, error, where):
-    """An open() whose files fail at one path, when opened or when read."""
+def open_failing_at(path, real, error, where):
+    """Make an open() that fails at one path, when the file is opened or when it is read."""
 
     class File(io.BytesIO):
         def read(self, *size):
@@ -309,7 +309,7 @@ def failing(real, path, error, where):
 
 
 def torch_error():
-    """What torch raises for want of memory, which is no MemoryError."""
+    """Return the error that torch raises for lack of memory, which is not a MemoryError."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50)
     return raised.value
@@ -349,11 +349,11 @@ def test_an_error_that_proves_no_damage_ends_the_start(tmp_path, monkeypatch, ki
         elif where == "zipfile":
             patch.setattr(zipfile.ZipFile, "testzip", fail)
         else:
-            patch.setattr(builtins, "open", failing(open, path, error, where))
+            patch.setattr(builtins, "open", open_failing_at(path, open, error, where))
         damaged = {}
-        with pytest.raises(DataError) as refused:
+        with pytest.raises(DataError) as rejected:
             newest_checkpoint(tmp_path, damaged)
-    message = str(refused.value)
+    message = str(rejected.value)
     reason = error.strerror if isinstance(error, OSError) else type(error).__name__
     for part in (str(path), reason, "start again"):
         assert part in message and "\n" not in message
@@ -363,20 +363,20 @@ def test_an_error_that_proves_no_damage_ends_the_start(tmp_path, monkeypatch, ki
 
 
 def test_an_error_while_an_older_file_is_read_ends_the_start(tmp_path, monkeypatch):
-    """The newest is damaged, and the one before may be intact."""
+    """The newest file is damaged, but the one before may be intact."""
     for epoch in (1, 2, 3):
         path = save(tmp_path, epoch)
     path.write_bytes(b"")
     error = OSError(errno.EIO, "Input/output error")
     older = tmp_path / "epoch0002.pth.tar"
-    monkeypatch.setattr(builtins, "open", failing(open, older, error, "read"))
+    monkeypatch.setattr(builtins, "open", open_failing_at(older, open, error, "read"))
     with pytest.raises(DataError, match="epoch0002"):
         newest_checkpoint(tmp_path)
     assert names(tmp_path) == [f"epoch000{epoch}.pth.tar" for epoch in (1, 2, 3)]
 
 
 def test_a_file_that_is_renamed_after_it_was_listed_is_no_error(tmp_path, monkeypatch):
-    """By another node, for example, which has written a newer one, too."""
+    """For example by another node, which has also written a newer one."""
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     real = open
@@ -417,7 +417,7 @@ def test_a_folder_that_cannot_be_listed_does_not_fail_a_save(tmp_path, monkeypat
     assert "could not remove old checkpoints" in milnce_log.text
 
 
-def test_weights_without_an_optimizer_are_skipped_and_stay(tmp_path, milnce_log):
+def test_weights_without_an_optimizer_are_skipped_and_kept(tmp_path, milnce_log):
     save(tmp_path, 3)
     bare = tmp_path / "epoch0020.pth.tar"
     torch.save({"w": torch.ones(1)}, bare)
@@ -431,25 +431,25 @@ def test_weights_without_an_optimizer_are_skipped_and_stay(tmp_path, milnce_log)
 
 
 def test_a_checkpoint_in_the_old_format_is_resumed_from(tmp_path):
-    """The release's PyTorch wrote it; it is no zip archive."""
+    """The release's PyTorch writes this format, which is not a zip archive."""
     save(tmp_path, 1)
-    old = saved(content(2, {"module.w": torch.ones(3)}), _use_new_zipfile_serialization=False)
+    old = to_bytes(content(2, {"module.w": torch.ones(3)}), _use_new_zipfile_serialization=False)
     (tmp_path / "epoch0002.pth.tar").write_bytes(old)
     found = newest_checkpoint(tmp_path)
     assert found["epoch"] == 2 and torch.equal(found["state_dict"]["w"], torch.ones(3))
 
 
-def test_a_checkpoint_reads_without_its_prefix(tmp_path):
+def test_a_checkpoint_is_read_without_the_prefix_of_its_keys(tmp_path):
     path = save_checkpoint(tmp_path, content(3, {"module.w": torch.ones(1)}))
     assert list(read_weights(path)["state_dict"]) == ["w"]
 
 
-def test_a_checkpoint_of_other_batches_is_resumed_at_the_same_video():
+def test_a_checkpoint_of_another_batch_size_is_resumed_at_the_same_video():
     progress = {"epoch": 2, "step": 60, "bad_samples": 3, "bad_in_epoch": 1, "skipped_steps": 2}
     progress |= {"skipped_in_row": 1, "clips": 240, "videos": 100}
     resumed = {"epoch": 2, "progress": progress}
     assert Progress.resume(resumed, 4, 100) == Progress(2, 60, 3, 1, 2, 1)
     assert Progress.resume(resumed, 8, 100).step == 30
-    # Of another list, the place in the epoch means nothing: from the epoch's start.
+    # With another video list, the position in the epoch is meaningless: start the epoch again.
     assert Progress.resume(resumed, 4, 50).step == 25
     assert Progress.resume({"epoch": 2}, 4, 100).step == 50  # a checkpoint of the release

@@ -50,7 +50,7 @@ def test_each_bad_video_is_listed_once_over_restarts(tmp_path):
     assert listed(path) == expected
 
 
-def test_quarantine_is_read_back_and_learnt_from_other_ranks(tmp_path):
+def test_quarantined_videos_are_read_back_and_shared_by_the_ranks(tmp_path):
     path = tmp_path / "run.bad.csv"
     bad = BadSamples(path, Alone())
     bad.context = SimpleNamespace(
@@ -61,14 +61,14 @@ def test_quarantine_is_read_back_and_learnt_from_other_ranks(tmp_path):
     assert bad.quarantined == BadSamples(path, Alone()).quarantined == {"b.mp4"}
 
 
-def test_what_could_not_be_written_is_tried_again(tmp_path, milnce_log):
+def test_a_failed_write_is_tried_again(tmp_path, milnce_log):
     path = tmp_path / "absent folder" / "run.bad.csv"
     bad = BadSamples(path, Alone())
     bad.add([("a.mp4", "absent")], any_rank=True)
     bad.write()
     assert "could not write" in milnce_log.text
     path.parent.mkdir()
-    bad.add([("a.mp4", "absent")], any_rank=True)  # met again
+    bad.add([("a.mp4", "absent")], any_rank=True)  # found again
     bad.write()
     assert listed(path) == [("a.mp4", "absent")]
 
@@ -84,7 +84,7 @@ def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path, half):
     assert "d.mp4" in BadSamples(path, Alone()).listed
 
 
-def test_json_lines_survive_half_a_line_and_numbers_that_are_none(tmp_path):
+def test_json_lines_survive_half_a_line_and_numbers_that_are_not_finite(tmp_path):
     path = tmp_path / "run.jsonl"
     assert read_records(path) == []
     append_record(path, {"loss": math.nan, "step": 1})
@@ -93,8 +93,8 @@ def test_json_lines_survive_half_a_line_and_numbers_that_are_none(tmp_path):
     assert read_records(path) == [{"loss": None, "step": 1}, {"loss": 2.5, "step": 2}]
 
 
-def report_epochs(folder, first, last, *, loss=2.5, validated=False, tensorboard=True, verbose=1):
-    """Log a training from one epoch to another, of ten steps each, with a line for each."""
+def log_epochs(folder, first, last, *, loss=2.5, validated=False, tensorboard=True, verbose=1):
+    """Log a training of the epochs `first` to `last`, of ten steps each, with a line per step."""
     progress = Progress(epoch=first, step=10 * first)
     logger = MetricLogger(
         Path(folder, "run.jsonl"),
@@ -118,7 +118,7 @@ def report_epochs(folder, first, last, *, loss=2.5, validated=False, tensorboard
 
 
 class Event:
-    """A GPU's timing event (a mock): at which millisecond the GPU comes to it."""
+    """A mock of a GPU's timing event, which the GPU reaches at the millisecond `now`."""
 
     now = 0.0
 
@@ -148,7 +148,7 @@ def test_on_a_gpu_a_step_waits_from_the_end_of_the_last_one_to_the_arrival_of_it
     assert meter.restart().list_waits() == []
 
 
-def test_on_a_cpu_a_step_waits_as_long_as_its_host(monkeypatch):
+def test_on_a_cpu_a_step_waits_as_long_as_the_host(monkeypatch):
     clock = iter([0.0, 1.0, 3.5, 10.0, 10.25])
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: next(clock))
     meter = ThroughputMeter(torch.device("cpu"))
@@ -158,25 +158,25 @@ def test_on_a_cpu_a_step_waits_as_long_as_its_host(monkeypatch):
     assert meter.list_waits() == [2_500_000, 250_000]
 
 
-def report_script(folder, **flags):
-    """A program that sets the log up as the training does, and says something."""
-    sets_up = "from utils import setup_logging; setup_logging({}, {!r})".format(
+def logging_command(folder, **flags):
+    """Return a command that sets up the log as a training does, and logs an epoch."""
+    setup = "from utils import setup_logging; setup_logging({}, {!r})".format(
         flags.get("verbose", 1), str(folder / "run.txt")
     )
     return [
         *(sys.executable, "-c"),
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{sets_up}\n"
-        f"from tests.training.test_log import report_epochs\n"
-        f"report_epochs({str(folder)!r}, 2, 3, tensorboard=False, **{flags!r})",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{setup}\n"
+        f"from tests.training.test_log import log_epochs\n"
+        f"log_epochs({str(folder)!r}, 2, 3, tensorboard=False, **{flags!r})",
     ]
 
 
-LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 3, step (\d+): loss 2\.5000, .* 0 bad samples"
+LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 3, step (\d+): loss 2\.5000, .*, bad samples: 0"
 
 
-def test_at_a_terminal_a_bar_goes_along_below_whole_log_lines(tmp_path):
-    sent = run_at_terminal(*report_script(tmp_path))
-    # A bar goes back to the start of its line; before a log line it is written over with blanks.
+def test_at_a_terminal_a_bar_advances_below_whole_log_lines(tmp_path):
+    sent = run_at_terminal(*logging_command(tmp_path))
+    # A bar returns to the start of its line, and is blanked out before a log line.
     assert re.findall(rf"(?:^|\n|\r *\r){LINE}(?=\r\n)", sent) == [str(s) for s in range(21, 31)]
     bars = [part for part in re.split(r"[\r\n]+", sent) if part.startswith("epoch 3:")]
     assert "0/10" in bars[0] and "10/10" in bars[-1], bars
@@ -184,17 +184,17 @@ def test_at_a_terminal_a_bar_goes_along_below_whole_log_lines(tmp_path):
     assert re.fullmatch(rf"({LINE}\n){{10}}", (tmp_path / "run.txt").read_text())
 
 
-def test_without_a_terminal_there_are_plain_lines_only(tmp_path):
-    run = subprocess.run(report_script(tmp_path), check=True, capture_output=True, text=True)
+def test_without_a_terminal_there_are_only_plain_lines(tmp_path):
+    run = subprocess.run(logging_command(tmp_path), check=True, capture_output=True, text=True)
     assert re.fullmatch(rf"({LINE}\n){{10}}", run.stdout) and run.stderr == ""
 
 
-def test_told_to_be_quiet_it_shows_no_bar(tmp_path):
-    assert run_at_terminal(*report_script(tmp_path, verbose=0)) == ""
+def test_without_verbose_there_is_no_bar(tmp_path):
+    assert run_at_terminal(*logging_command(tmp_path, verbose=0)) == ""
 
 
 def test_tensorboard_shows_the_records(tmp_path):
-    report_epochs(tmp_path, 0, 2, validated=True)
+    log_epochs(tmp_path, 0, 2, validated=True)
     records = read_records(tmp_path / "run.jsonl")
     expected = {}
     for record in records:
@@ -207,37 +207,37 @@ def test_tensorboard_shows_the_records(tmp_path):
 
 
 def test_after_a_resume_tensorboard_has_each_step_once_and_the_later_value(tmp_path):
-    report_epochs(tmp_path, 0, 2, validated=True)
-    report_epochs(tmp_path, 1, 3, loss=1.5)
+    log_epochs(tmp_path, 0, 2, validated=True)
+    log_epochs(tmp_path, 1, 3, loss=1.5)
     shown = scalars(tmp_path / "run.tensorboard")
     assert shown["training/loss"] == {s: 2.5 if s <= 10 else 1.5 for s in range(1, 31)}
     assert shown["validation/R1"].keys() == {10}  # the resumed run began after this one
 
 
-def test_a_loss_that_is_no_number_is_shown_as_such(tmp_path):
-    report_epochs(tmp_path, 0, 1, loss=math.nan)
+def test_tensorboard_shows_a_nan_loss_as_nan(tmp_path):
+    log_epochs(tmp_path, 0, 1, loss=math.nan)
     assert math.isnan(scalars(tmp_path / "run.tensorboard")["training/loss"][3])
 
 
 def test_event_files_that_cannot_be_written_do_not_end_a_training(
     tmp_path, milnce_log, monkeypatch
 ):
-    """The folder goes when the training has begun; the thread that writes ends with an error."""
+    """The folder is removed during the training, and the thread that writes ends with an error."""
     monkeypatch.setattr(threading, "excepthook", lambda ended: None)
     folder, cpu = tmp_path / "run.tensorboard", torch.device("cpu")
-    reporter = MetricLogger(tmp_path / "run.jsonl", device=cpu, tensorboard=folder)
+    logger = MetricLogger(tmp_path / "run.jsonl", device=cpu, tensorboard=folder)
     for step in (1, 2, 3):
-        reporter.write("training", {"loss": 2.5, "step": step})
+        logger.write("training", {"loss": 2.5, "step": step})
         if step == 1:
             shutil.rmtree(tmp_path / "run.tensorboard")
-    reporter.close()
+    logger.close()
     assert len(read_records(tmp_path / "run.jsonl")) == 3
     assert milnce_log.text.count("continuing without TensorBoard") == 1
 
 
 def test_only_the_first_rank_writes(tmp_path):
     folder, cpu = tmp_path / "run.tensorboard", torch.device("cpu")
-    reporter = MetricLogger(tmp_path / "run.jsonl", rank=1, device=cpu, tensorboard=folder)
-    reporter.write("training", {"loss": 2.5, "step": 1})
-    reporter.close()
+    logger = MetricLogger(tmp_path / "run.jsonl", rank=1, device=cpu, tensorboard=folder)
+    logger.write("training", {"loss": 2.5, "step": 1})
+    logger.close()
     assert not list(tmp_path.iterdir())

@@ -43,7 +43,7 @@ def micro_batches(batch, parts):
 
 
 def step_of(network, *flags, dtype=torch.float32):
-    """The step at a learning rate of 0.001, as the flags of main_distributed.py make it."""
+    """Build the step that main_distributed.py would build from the flags, at a rate of 0.001."""
     args = get_args(argv=[*flags])
     fused = bool(args.fused_optimizer)
     optimizer = build_optimizer(network, args.optimizer, args.lr, fused=fused)
@@ -55,7 +55,7 @@ def gradients(network):
 
 
 def one_big_batch(network):
-    """Loss and gradients of the whole batch at once, by autograd alone."""
+    """Compute loss and gradients of the whole batch at once, by autograd alone."""
     batch = clips()
     video, text = to_unit_range(batch["video"]), batch["text"].flatten(0, 1)
     loss = MILNCELoss()(*network(video, text))
@@ -96,7 +96,7 @@ def run_rank(rank, world_size, folder):
     torch.save((loss, gradients(network)), f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # as distributed.process.run_and_exit does, and for its reason
+    os._exit(0)  # for the reason given in distributed.process.run_and_exit
 
 
 def test_two_processes_with_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path):
@@ -109,7 +109,7 @@ def test_two_processes_with_micro_batches_give_the_gradient_of_the_one_big_batch
 
 
 def averages_after(network, batches):
-    """The running averages after each of the batches alone has gone through the network."""
+    """Return the running averages after a forward pass of each of the batches alone."""
     state, found = network.state_dict(), []
     for batch in batches:
         fresh = model().train()
@@ -147,7 +147,7 @@ def test_each_micro_batch_is_normalised_by_its_own_statistics():
 # --- steps that are skipped -----------------------------------------------------------------------
 
 
-class Two(torch.nn.Module):
+class SmallNetwork(torch.nn.Module):
     """A small network with a BatchNorm: which steps are skipped does not depend on the network."""
 
     def __init__(self):
@@ -167,12 +167,16 @@ def state_of(step):
 
 
 BROKEN = {**clips(), "video": clips()["video"] * float("nan")}
-WAYS = [["--optimizer=adam"], ["--optimizer=sgd"], ["--optimizer=adam", "--fused_optimizer=0"]]
+OPTIMIZERS = [
+    ["--optimizer=adam"],
+    ["--optimizer=sgd"],
+    ["--optimizer=adam", "--fused_optimizer=0"],
+]
 
 
-@pytest.mark.parametrize("flags", WAYS, ids=" ".join)
-def test_a_step_that_is_not_finite_leaves_all_as_it_was(flags):
-    step = step_of(Two(), *flags)
+@pytest.mark.parametrize("flags", OPTIMIZERS, ids=" ".join)
+def test_a_step_that_is_not_finite_changes_nothing(flags):
+    step = step_of(SmallNetwork(), *flags)
     for parts in (1, 2):
         step([clips()])
         before = state_of(step)
@@ -183,9 +187,9 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was(flags):
     assert step.skipped() == [2, 1, 1]
 
 
-@pytest.mark.parametrize("flags", WAYS, ids=" ".join)
-def test_a_first_step_that_is_left_out_changes_nothing_of_the_second(flags):
-    plain, after_broken = step_of(Two(), *flags), step_of(Two(), *flags)
+@pytest.mark.parametrize("flags", OPTIMIZERS, ids=" ".join)
+def test_a_skipped_first_step_does_not_change_the_second(flags):
+    plain, after_broken = step_of(SmallNetwork(), *flags), step_of(SmallNetwork(), *flags)
     after_broken([BROKEN])
     plain([clips()])
     after_broken([clips()])
@@ -194,7 +198,7 @@ def test_a_first_step_that_is_left_out_changes_nothing_of_the_second(flags):
 
 
 def test_skipped_steps_are_counted_in_all_and_in_a_row():
-    step = step_of(Two())
+    step = step_of(SmallNetwork())
     resumed = TrainingStep(step.network, step.optimizer, torch.float32, skipped=(5, 2))
     resumed([clips()])
     assert resumed.skipped() == [5, 0, 0]
@@ -207,8 +211,8 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
 
 
 @pytest.mark.parametrize("flags", [["--fused_optimizer=1"], ["--fused_optimizer=0"]], ids=" ".join)
-def test_float16_gradients_that_overflow_lower_the_scale_and_are_no_fault(flags):
-    step = step_of(Two(), *flags, dtype=torch.float16)
+def test_float16_gradients_that_overflow_lower_the_scale_and_are_not_bad_steps(flags):
+    step = step_of(SmallNetwork(), *flags, dtype=torch.float16)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     before = state_of(step)
     step([clips()])
@@ -219,10 +223,10 @@ def test_float16_gradients_that_overflow_lower_the_scale_and_are_no_fault(flags)
     assert step.skipped() == [2, 1, 1]
 
 
-def test_float16_scaling_leaves_the_step_as_it_is_without():
-    plain = step_of(Two(), "--optimizer=sgd")  # which, unlike Adam, knows a gradient's size
-    scaled = step_of(Two(), "--optimizer=sgd", dtype=torch.float16)
-    scaled.dtype = torch.float32  # scaling alone
+def test_float16_scaling_does_not_change_the_step():
+    plain = step_of(SmallNetwork(), "--optimizer=sgd")  # unlike Adam, sensitive to the scale
+    scaled = step_of(SmallNetwork(), "--optimizer=sgd", dtype=torch.float16)
+    scaled.dtype = torch.float32  # only scale the loss
     plain([clips()])
     scaled(micro_batches(clips(), 1))
     for name, value in plain.network.state_dict().items():
@@ -245,13 +249,13 @@ def test_embeddings_and_loss_are_float32_under_bfloat16():
 
 
 def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
-    """Of 16 frames, so that the last blocks have a T of 2."""
+    """The clips have 16 frames, so that T is 2 in the last blocks."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         network = S3D(init="kaiming_normal").eval()
         step = step_of(network, dtype=dtype)
-        # Untrained, it embeds all clips alike: differences between them, the loss, are rounding.
+        # An untrained network embeds all clips alike, so MIL-NCE would see rounding errors only.
         step.criterion = lambda video, text: video.square().sum() + text.square().sum()
         step([clips(2, 16, 64)])
         found[dtype] = gradients(network)
@@ -264,20 +268,20 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
     ("flag", "dtype"),
     [("bf16", torch.bfloat16), ("fp16", torch.float16), ("none", torch.float32)],
 )
-def test_amp_names_the_type(flag, dtype):
+def test_amp_selects_the_type(flag, dtype):
     assert training_dtype(flag, CPU) == dtype
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_bfloat16_is_the_default_where_the_processor_computes_in_it(monkeypatch, able):
+def test_bfloat16_is_the_default_if_the_processor_supports_it(monkeypatch, able):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     expected = torch.bfloat16 if able else torch.float32
     assert training_dtype("auto", CPU) == expected
 
 
-@pytest.mark.parametrize("flags", WAYS, ids=" ".join)
-def test_a_resumed_optimizer_goes_on_whatever_layout_its_state_has(flags):
-    """A checkpoint of the public release, or of --channels_last=0, has weights laid out plainly."""
+@pytest.mark.parametrize("flags", OPTIMIZERS, ids=" ".join)
+def test_an_optimizer_resumes_from_a_state_of_any_layout(flags):
+    """Checkpoints of the public release, and of --channels_last=0, have contiguous weights."""
 
     def trained(layout, resumed=None):
         torch.manual_seed(0)
@@ -313,28 +317,28 @@ def test_the_optimizer_leaves_the_frozen_word_embedding_alone():
     assert names == {"text_module.word_embd.weight"}
 
 
-def test_averages_are_read_and_written_back():
-    network = Two()
-    averages = BatchNormBuffers(network)
-    before = averages.read()
-    with averages.without_counting():
+def test_batchnorm_buffers_are_read_and_written_back():
+    network = SmallNetwork()
+    buffers = BatchNormBuffers(network)
+    before = buffers.read()
+    with buffers.without_counting():
         network.train()(torch.rand(4, 3, 2, 2, 2), torch.zeros(4, 3, dtype=torch.int64))
     assert not torch.equal(network.bn1.running_mean, torch.zeros(5))
     assert network.bn1.num_batches_tracked == 0
-    averages.write(before)
-    averages.count(torch.tensor(2))
+    buffers.write(before)
+    buffers.count(torch.tensor(2))
     assert torch.equal(network.bn1.running_mean, torch.zeros(5))
     assert network.bn1.num_batches_tracked == 2
 
 
-# --- batches on their way to a GPU ----------------------------------------------------------------
+# --- copies of batches to a GPU -------------------------------------------------------------------
 
 
 class Gpu:
-    """A mock of what HostToDevice uses of torch.cuda. It notes the order of what is asked of it."""
+    """A mock of the parts of torch.cuda that HostToDevice uses. It records the order of calls."""
 
     def __init__(self, monkeypatch):
-        self.asked = []
+        self.calls = []
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self, "copying"))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda d: Stream(self, "computing"))
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -350,7 +354,7 @@ class Stream:
         return event
 
     def wait_event(self, event):
-        self.gpu.asked.append(f"{self.name} waits for {event.name}")
+        self.gpu.calls.append(f"{self.name} waits for {event.name}")
 
 
 class Event:
@@ -358,11 +362,11 @@ class Event:
         self.gpu = gpu
 
     def record(self, stream):
-        self.name = f"{stream.name} at {len(self.gpu.asked)}"
-        self.gpu.asked.append(f"event {self.name}")
+        self.name = f"{stream.name} at {len(self.gpu.calls)}"
+        self.gpu.calls.append(f"event {self.name}")
 
     def synchronize(self):
-        self.gpu.asked.append(f"host waits for {self.name}")
+        self.gpu.calls.append(f"host waits for {self.name}")
 
 
 class HostTensor:
@@ -371,7 +375,7 @@ class HostTensor:
 
     def to(self, device, non_blocking):
         assert non_blocking
-        self.gpu.asked.append(f"copy {self.name}")
+        self.gpu.calls.append(f"copy {self.name}")
         return self
 
     def record_stream(self, stream):
@@ -379,42 +383,42 @@ class HostTensor:
 
 
 def test_a_batch_is_held_until_its_copy_to_the_gpu_is_done(monkeypatch):
-    """Workers write into its memory as soon as nothing holds it (a mock, in place of a GPU)."""
+    """Workers write into its memory as soon as nothing holds it (with a mock of a GPU)."""
     gpu = Gpu(monkeypatch)
     to_device = HostToDevice(torch.device("cuda"))
     freed = {}
     for name in "abc":
         batch = HostTensor(gpu, name)
-        weakref.finalize(batch, lambda name=name: freed.update({name: len(gpu.asked)}))
+        weakref.finalize(batch, lambda name=name: freed.update({name: len(gpu.calls)}))
         to_device(batch)
         del batch
     assert freed.keys() == {"a", "b"}
     for name, later in zip("ab", "bc", strict=True):
-        copied = gpu.asked[gpu.asked.index(f"copy {name}") + 1].removeprefix("event ")
+        copied = gpu.calls[gpu.calls.index(f"copy {name}") + 1].removeprefix("event ")
         assert copied.startswith("copying")
-        assert gpu.asked.index(f"computing waits for {copied}") < gpu.asked.index(f"copy {later}")
-        assert gpu.asked.index(f"host waits for {copied}") < freed[name]
+        assert gpu.calls.index(f"computing waits for {copied}") < gpu.calls.index(f"copy {later}")
+        assert gpu.calls.index(f"host waits for {copied}") < freed[name]
 
 
-def test_the_arrival_of_a_batch_is_recorded_once_behind_its_copy(monkeypatch):
+def test_the_arrival_of_a_batch_is_recorded_once_after_its_copy(monkeypatch):
     gpu = Gpu(monkeypatch)
     to_device = HostToDevice(torch.device("cuda"))
     to_device.arrival = arrival = Event(gpu)
     for name in "ab":
         to_device(HostTensor(gpu, name))
-    behind = gpu.asked[gpu.asked.index("copy a") : gpu.asked.index("copy b")]
-    assert [what.split(" at ")[0] for what in behind[1:4]] == [
+    after = gpu.calls[gpu.calls.index("copy a") : gpu.calls.index("copy b")]
+    assert [what.split(" at ")[0] for what in after[1:4]] == [
         "event copying",
         "computing waits for copying",
         "event computing",
     ]
-    assert behind[3] == f"event {arrival.name}"
-    assert "computing waits for" in gpu.asked[-1]  # nothing is recorded behind the second copy
+    assert after[3] == f"event {arrival.name}"
+    assert "computing waits for" in gpu.calls[-1]  # nothing is recorded after the second copy
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("parts", [1, 2])
-def test_the_gpu_gives_the_processors_gradients(parts):
+def test_a_gpu_gives_the_gradients_of_the_cpu(parts):
     expected, network = model().train(), model().train().cuda()
     step_of(expected)(micro_batches(clips(), parts))
     pinned = {name: tensor.pin_memory() for name, tensor in clips().items()}
