@@ -5,8 +5,9 @@ source "$(dirname "$0")/setup_env.sh" requirements-dev.txt
 ruff check .
 ruff format --check .
 if [ $# -eq 0 ]; then
-    # A process per core; the tests of a file share its trainings, so they stay together. The slow
-    # proofs run one by one: they start processes of their own, and some watch the clock.
-    set -- -m "not slow" -n auto --dist loadfile
+    set -- -m "not slow"
 fi
-python -m pytest --durations=15 "$@"
+# A process per core; the tests of a file share its trainings, so they stay together. With more
+# threads each, the processes would wait for one another.
+export OMP_NUM_THREADS=1
+python -m pytest -n auto --dist loadfile --durations=15 "$@"
