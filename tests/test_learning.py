@@ -9,14 +9,12 @@ import pytest
 
 from tests.helpers import ROOT, run_python
 
-# In float32, so that it is the same training on every processor. At the default rate of 0.001, the
-# results of a batch of 32 vary: this training ended at a median rank of 32.5, and one of 160 steps
-# at 22.5. At 0.0005 three seeds ended at 13, 12 and 10 (R@10: 0.42, 0.43, 0.53), and at 0.0003 at
-# 14, 12 and 15.
+# The demo's training, in float32, so that it is the same on every processor. benchmarks/RESULTS.md
+# has the results of five seeds (Batch and learning rate).
 BUDGET = [
-    *("--num_frames=8", "--video_size=64", "--crop_only=0", "--centercrop=1", "--batch_size=32"),
-    *("--num_candidates=1", "--min_time=3", "--warmup_steps=50", "--epochs=25", "--lr=0.0005"),
-    *("--n_display=25", "--num_thread_reader=2", "--nproc_per_node=2", "--amp=none"),
+    *("--num_frames=4", "--fps=3", "--video_size=64", "--crop_only=0", "--centercrop=1"),
+    *("--batch_size=32", "--num_candidates=1", "--min_time=3", "--warmup_steps=50", "--lr=0.0003"),
+    *("--epochs=50", "--n_display=25", "--num_thread_reader=2", "--nproc_per_node=2", "--amp=none"),
 ]
 
 
@@ -61,7 +59,7 @@ def test_retrieval_is_learned_from_captions_but_not_from_shuffled_ones(
     run_python(
         "eval_youcook.py",
         *data,
-        f"--pretrain_cnn_path={tmp_path}/checkpoint/epoch0025.pth.tar",
+        f"--pretrain_cnn_path={tmp_path}/checkpoint/epoch0050.pth.tar",
         f"--eval_csv={whole_toy}/validation_youcook.csv",
         f"--eval_video_root={whole_toy}/youcook",
         f"--metrics_json={tmp_path}/out.json",
@@ -70,6 +68,6 @@ def test_retrieval_is_learned_from_captions_but_not_from_shuffled_ones(
     print(figures)
     # Of 100 segments, chance has a median rank of 50.5 +- 5 and R10 of 0.10 +- 0.03.
     if narrated:
-        assert figures["MR"] < 30 and figures["R10"] > 0.22
+        assert figures["MR"] < 20 and figures["R10"] > 0.4
     else:
         assert figures["MR"] > 35 and figures["R10"] < 0.2
