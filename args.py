@@ -434,7 +434,12 @@ def get_search_args(description: str, argv: list[str] | None = None) -> argparse
         add("--token_to_word_path", default="", help="New path of the vocabulary, if it has moved.")
         add("--video_path", default="", help="New path of FOLDER, if it has moved.")
     add = query.add_argument
-    add("text", metavar="TEXT", nargs="+", help="What to find; quotes are optional.")
+    add(
+        "text",
+        metavar="TEXT",
+        nargs="+",
+        help="Words to search for, in a row.",
+    )
     add("--top", type=positive(int), default=10, help="Number of moments to print.")
     add("--json", action="store_true", help="Print a JSON object, see docs/search.md.")
     serve.add_argument("--host", default="127.0.0.1", help="Address to listen on.")

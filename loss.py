@@ -21,7 +21,9 @@ def all_gather_batch(local: torch.Tensor) -> torch.Tensor:
     if get_world_size() == 1:
         return local
     gathered = local.new_empty((get_world_size() * local.shape[0], *local.shape[1:]))
-    dist.all_gather_single(gathered, local.contiguous())
+    # Its name in older versions is all_gather_into_tensor.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, local.contiguous())
     return gathered
 
 

@@ -139,7 +139,7 @@ def index_videos(options: argparse.Namespace) -> None:
     index = open_index(options.out, "out")
     log.info("%s: %d windows, %d videos", options.out, len(index.starts), len(index.videos))
     if failed:
-        log.error("%d of %d videos could not be used", failed, len(index.videos))
+        log.error("videos that could not be used: %d of %d", failed, len(plan.to_do))
         sys.exit(1)
 
 
@@ -387,7 +387,7 @@ def moments_to_json(
     """Convert the result of a query to the JSON object that docs/search.md describes."""
     return {
         "text": text,
-        "notes": notes,
+        "notes": notes if moments else [*notes, explain_no_moments(index)],
         "moments": [
             {
                 "score": moment.score,

@@ -118,21 +118,18 @@ def hold_stop_signals() -> Iterator[None]:
     Python would drop the KeyboardInterrupt of a handler that runs during a fork. The child starts
     with these signals blocked.
     """
-    arrived, handlers = [], {}
-    if threading.current_thread() is threading.main_thread():  # the only one that runs handlers
-        for number in STOP_SIGNALS:
-            if callable(signal.getsignal(number)):
-                handlers[number] = signal.signal(number, lambda got, frame: arrived.append(got))
-    # For the child. Other threads of this process, such as a library's, still receive the signals.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
+    arrived = []
+    with contextlib.ExitStack() as stack:  # which restores all, even if a handler raises meanwhile
+        stack.callback(lambda: [signal.raise_signal(number) for number in arrived])
+        if threading.current_thread() is threading.main_thread():  # only it runs handlers
+            for number in STOP_SIGNALS:
+                if callable(handler := signal.getsignal(number)):
+                    stack.callback(signal.signal, number, handler)
+                    signal.signal(number, lambda got, frame: arrived.append(got))
+        # For the child. Other threads of this process, such as a library's, still receive them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
 
 
 def die_with_parent(parent: int | None = None) -> None:

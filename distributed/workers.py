@@ -285,7 +285,7 @@ class Pool:
         place = self.workers.index(worker)
         with hold_stop_signals():
             self.workers[place] = Worker(self.dataset, self.batches, self.selector)
-        worker.close()
+            worker.close()
 
 
 def close_pool(workers: list["Worker"], selector: selectors.BaseSelector) -> None:

@@ -151,7 +151,7 @@ def draw(runs: dict[str, Run]) -> Figure:
     for panel in grid[-1]:
         panel.set_xlabel("step")
     handles, names = panels["loss"].get_legend_handles_labels()
-    columns = min(4, len(names), max(1, LEGEND_WIDTH // max(map(len, names))))
+    columns = min(4, len(names), max(1, LEGEND_WIDTH // max(map(len, names), default=1)))
     figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
     return figure
 

@@ -1,8 +1,8 @@
 """Take the README's pictures of the demo's pages: python scripts/screenshots.py
 
-Run it after `bash scripts/demo.sh`; after `--quick`, give log/demo_quick.evaluations. It indexes
-the toy CrossTask videos, which takes about a minute, and writes docs/images/search.png and
-docs/images/report.png, the page of the toy YouCook2. Needs Chromium and its driver, and selenium.
+Run it after `bash scripts/demo.sh`. It indexes the toy CrossTask videos, which takes about a
+minute, and writes docs/images/search.png and docs/images/report.png, the page of the toy YouCook2.
+Needs Chromium and its driver, and selenium.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         "evaluations",
         type=Path,
         nargs="?",
-        default=Path("log/demo.evaluations"),
+        default=Path("log/toy.evaluations"),
         help="What the demo's evaluate_all.py wrote (default: %(default)s).",
     )
     parser.add_argument("--text", default="make the green ring fall", help="What to search for.")

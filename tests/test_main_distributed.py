@@ -503,7 +503,6 @@ def test_a_training_ends_if_the_ffmpeg_program_always_fails(toy, ffmpeg_in_path,
         assert named in last and "status 127: no libx264" in last
 
 
-@pytest.mark.slow
 def test_only_the_micro_batches_of_one_step_are_in_memory(toy, weights, tmp_path, monkeypatch):
     """They take 20 GB at 8192 clips of 16 x 224 x 224."""
     alive, counts = weakref.WeakSet(), []

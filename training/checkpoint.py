@@ -265,7 +265,7 @@ def set_aside(damaged: dict[Path, str]) -> None:
                 target = path.with_name(f"{path.name}.{number}.damaged")
             path.rename(target)
         except FileNotFoundError:  # another process has renamed it
-            log.warning("skipped a damaged checkpoint, now renamed: %s (%s)", path, proof)
+            log.warning("skipped a damaged checkpoint, which is gone now: %s (%s)", path, proof)
         except OSError as error:
             raise DataError(
                 path,

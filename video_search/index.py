@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils import DataError, atomic_write, escapes_root, one_line, printable
+from utils import DataError, atomic_write, escapes_root, one_line, plural, printable
 from video_decoder import EXTENSIONS
 
 FORMAT = "MIL-NCE search index"
@@ -234,12 +234,14 @@ def explain_no_moments(index: Index) -> str:
     """Explain why best_moments returns nothing: the problem, then the fix."""
     if len(index.starts):
         return "no score is a finite number; index the videos again, with other weights"
-    for video in index.videos:
-        if video.reason:
-            return (
-                f"no video could be used ({printable(video.reason)}); repair them, or index others"
-            )
-    return "the videos show nothing but black; index others"
+    failed = [video.reason for video in index.videos if video.reason]
+    if not failed:
+        return "the videos show nothing but black; index others"
+    rest = "" if len(failed) == len(index.videos) else ", and the others show nothing but black"
+    return (
+        f"{plural(len(failed), 'video')} could not be used ({printable(failed[0])}){rest}; repair "
+        "them, or index others"
+    )
 
 
 def format_scores(scores: Sequence[float]) -> list[str]:

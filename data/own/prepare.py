@@ -83,9 +83,7 @@ def prepare(options: argparse.Namespace) -> None:
         for name in sorted((names | packed.skipped.keys()) - firsts.keys()):
             print(f"skipped: the captions of {printable(name)}: there is no such video")
         if not pairs:
-            raise InputError(
-                f"FOLDER: none of its {len(videos):,} videos can be trained on; see above"
-            )
+            raise InputError(f"FOLDER: no video of {len(videos):,} can be trained on; see above")
         with input_error("--out"):
             write_list(partial / LIST, pairs.values())
         if not options.word2vec_path:

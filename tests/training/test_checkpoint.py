@@ -275,7 +275,7 @@ def test_no_damaged_file_replaces_another(tmp_path):
 
 def test_a_damaged_file_that_another_process_has_renamed_is_no_error(tmp_path, milnce_log):
     set_aside({tmp_path / "epoch0002.pth.tar": "proof"})
-    assert "now renamed" in milnce_log.text and not list(tmp_path.iterdir())
+    assert "which is gone now" in milnce_log.text and not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_that_cannot_be_renamed_ends_the_start(tmp_path, monkeypatch):

@@ -107,7 +107,8 @@ def test_an_empty_index_has_no_moments(make_index):
         ([video_of("a.mp4", [], [])], "the videos show nothing but black; index others"),
         (
             [video_of("a.mp4", [], []), video_of("b.mp4", [], [], "b.mp4: broken")],
-            "no video could be used (b.mp4: broken); repair them, or index others",
+            "1 video could not be used (b.mp4: broken), and the others show nothing but black; "
+            "repair them, or index others",
         ),
         (
             [video_of("a.mp4", [0], [[np.nan, 1]])],
