@@ -56,7 +56,7 @@ from ways import (
 from s3dg import to_unit_range
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from distributed.device import training_dtype
+from distributed.device import BF16_UNITS, cpu_flags, training_dtype
 
 
 class Row(NamedTuple):
@@ -278,8 +278,7 @@ def measure_effective(options, row, device):
 
 def print_header(device, short):
     """Print the processor and the versions."""
-    able = torch.cpu.get_capabilities()
-    units = [name for name in ("avx512_bf16", "amx_bf16") if able.get(name)]
+    units = sorted(cpu_flags() & BF16_UNITS)
     print(
         f"{processor()} ({', '.join(units) or 'no bf16'}), {torch.get_num_threads()} threads; "
         f"torch {torch.__version__}, Python {platform.python_version()}"

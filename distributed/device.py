@@ -1,7 +1,9 @@
 """Choose the device and the data type that a process computes with."""
 
 import os
+import re
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -9,6 +11,7 @@ from utils import one_line
 
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0")  # of NVIDIA's driver
 
+BF16_UNITS = {"avx512_bf16", "amx_bf16"}  # of a CPU
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
 
@@ -23,9 +26,14 @@ def training_dtype(amp: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = torch.cpu.get_capabilities()
-        native = able.get("avx512_bf16") or able.get("amx_bf16")
+        native = cpu_flags() & BF16_UNITS
     return torch.bfloat16 if native else torch.float32
+
+
+def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
+    """Return what Linux says the processor can do, such as "avx512_bf16"."""
+    found = re.search(r"^flags\s*:(.*)", Path(path).read_text(), re.MULTILINE)
+    return set(found[1].split()) if found else set()
 
 
 def inference_amp(amp: str) -> str:

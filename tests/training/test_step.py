@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from args import get_args
-from distributed.device import training_dtype
+from distributed import device as device_module
+from distributed.device import cpu_flags, training_dtype
 from loss import MILNCELoss
 from s3dg import S3D, to_unit_range
 from tests.helpers import golden_weight
@@ -272,11 +273,20 @@ def test_amp_selects_the_type(flag, dtype):
     assert training_dtype(flag, CPU) == dtype
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_bfloat16_is_the_default_if_the_processor_supports_it(monkeypatch, able):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
-    expected = torch.bfloat16 if able else torch.float32
-    assert training_dtype("auto", CPU) == expected
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("fpu avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)],
+)
+def test_bfloat16_is_the_default_if_the_processor_supports_it(monkeypatch, flags, dtype):
+    monkeypatch.setattr(device_module, "cpu_flags", lambda: set(flags.split()))
+    assert training_dtype("auto", CPU) == dtype
+
+
+def test_the_flags_of_the_processor_are_read(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor: 0\nflags\t\t: fpu avx512_bf16\nbugs: amx_bf16\n")
+    assert cpu_flags(tmp_path / "cpuinfo") == {"fpu", "avx512_bf16"}
+    (tmp_path / "cpuinfo").write_text("Features: bf16\n")  # of ARM
+    assert cpu_flags(tmp_path / "cpuinfo") == set()
 
 
 @pytest.mark.parametrize("flags", OPTIMIZERS, ids=" ".join)
