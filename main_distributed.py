@@ -55,7 +55,7 @@ from training.checkpoint import (
 )
 from training.log import BadSamples, MetricLogger, ThroughputMeter, read_records
 from training.optimizer import build_optimizer, build_scheduler, resume_optimizer
-from training.step import TrainingStep
+from training.step import TrainingStep, distribute
 from utils import InputError, input_error, log, run_script, setup_logging
 from video_loader import TRAINING_WORDS, HowTo100M, StepSampler, read_video_list, training_batches
 from youcook_loader import YouCook2
@@ -582,9 +582,7 @@ def build_step(state, context):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             network, ["text_module.word_embd.weight"]
         )
-        ids = [context.device] if context.device.type == "cuda" else None
-        # Training does not use the running statistics. Validation and checkpoints use rank 0's.
-        network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
+        network = distribute(network, context.device)
     dtype = training_dtype(args.amp, context.device)
     log.info("convolutions and matrix products in %s", str(dtype).removeprefix("torch."))
     skipped = state.progress.skipped_steps, state.progress.skipped_in_row

@@ -48,7 +48,6 @@ import torch.distributed as dist
 import ways
 from bench_decode import processor
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "toy")]
@@ -60,7 +59,7 @@ from distributed.device import check_compiler, pick_device, training_dtype  # no
 from main_distributed import training_set  # noqa: E402
 from training.checkpoint import list_checkpoints  # noqa: E402
 from training.log import read_records  # noqa: E402
-from training.step import TrainingStep  # noqa: E402
+from training.step import TrainingStep, distribute  # noqa: E402
 from utils import atomic_write, die_with_parent, input_error, one_line, run_script  # noqa: E402
 from video_loader import StepSampler, training_batches  # noqa: E402
 
@@ -869,9 +868,7 @@ def compare_with_group(bench: Bench, backend: str) -> dict[str, Any]:
     store = f"file://{bench.folder}/store"
     dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
     try:
-        ids = [bench.device] if bench.gpu else None
-        ranked = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
-        joined = TrainingStep(ranked, step.optimizer, torch.float32)
+        joined = TrainingStep(distribute(network, bench.device), step.optimizer, torch.float32)
         joined.prime_ddp_buckets(batch)
         found = bench_step.numbers(lambda: ways.compute_gradients(network, joined, [batch]))
         total = torch.ones(2**20, device=bench.device)

@@ -14,6 +14,18 @@ from s3dg import input_format, to_unit_range
 Batch = dict[str, torch.Tensor]  # "video" uint8 [b, 3, T, H, W], "text" int64 [b, (K,) words]
 
 
+def distribute(network: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Wrap a network to average its gradients over all ranks.
+
+    The weights and buffers of rank 0 are broadcast here, and buffers never again: training does not
+    use the running statistics. Validation and checkpoints use those of rank 0.
+    """
+    ids = [device] if device.type == "cuda" else None
+    network = DistributedDataParallel(network, device_ids=ids)
+    network.broadcast_buffers = False  # in forward; the argument would exclude them here, too
+    return network
+
+
 class TrainingStep:
     """The step of one rank. Call it with the step's micro-batches; it returns the loss.
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
 from args import get_args
 from distributed import device as device_module
@@ -16,7 +15,7 @@ from loss import MILNCELoss
 from s3dg import S3D, to_unit_range
 from tests.helpers import golden_weight
 from training.optimizer import build_optimizer, resume_optimizer
-from training.step import BatchNormBuffers, HostToDevice, TrainingStep
+from training.step import BatchNormBuffers, HostToDevice, TrainingStep, distribute
 
 CPU = torch.device("cpu")
 BATCH, CANDIDATES = 4, 2
@@ -91,7 +90,7 @@ def run_rank(rank, world_size, folder):
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
     network = model().eval()
-    step = step_of(DistributedDataParallel(network, forward_sync_buffers=False))
+    step = step_of(distribute(network, CPU))
     own = micro_batches(clips(), world_size)[rank]
     loss = step(micro_batches(own, 2))
     torch.save((loss, gradients(network)), f"{folder}/rank{rank}.pt")
