@@ -67,7 +67,7 @@ class Run:
     def steps(self):
         return [record["step"] for record in records(self.folder) if "loss" in record]
 
-    def wait_for(self, condition, pause=0.1, timeout=120):
+    def wait_for(self, condition, pause=0.1, timeout=300):
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, text(self.folder)
