@@ -25,7 +25,7 @@ python main_distributed.py --nproc_per_node=2 --resume --checkpoint_dir=toy --ep
 echo "3/3  evaluating"
 weights=$(ls checkpoint/toy/epoch*.pth.tar | tail -n 1)
 python evaluate_all.py --pretrain_cnn_path="$weights" --token_to_word_path=$data/dict.npy $clips \
-    --verbose=0 --out=log/toy.evaluations \
+    --verbose=0 --out=log/toy.evaluations >log/toy.evaluations.txt \
     --youcook_root=$data/youcook --youcook_csv=$data/validation_youcook.csv \
     --msrvtt_root=$data/msrvtt --msrvtt_csv=$data/msrvtt_test.csv \
     --hmdb_root=$data/hmdb --hmdb_csv=$data/hmdb51.csv \
@@ -35,4 +35,4 @@ python evaluate_all.py --pretrain_cnn_path="$weights" --token_to_word_path=$data
 
 python scripts/demo_table.py log/toy.evaluations $data
 echo "checkpoint: $weights"
-echo "log:        log/toy.txt, log/toy.jsonl"
+echo "logs:       log/toy.txt, log/toy.jsonl, log/toy.evaluations.txt"
