@@ -459,8 +459,11 @@ def test_a_query_of_an_index_without_moments_explains_why(run, index, tmp_path, 
     capsys.readouterr()
     assert run("query", tmp_path / "index", "stir") == 0
     shown = capsys.readouterr().out
-    assert re.match(r"no moments found: no video could be used \(.*a\.mp4.*\); repair", shown)
+    assert re.match(r"no moments found: 1 video could not be used \(.*a\.mp4.*\); repair", shown)
     assert shown.count("\n") == 1
+    assert run("query", tmp_path / "index", "stir", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["moments"] == [] and "could not be used" in found["notes"][0]
 
 
 def test_words_beyond_the_limit_are_reported(run, made, capsys):

@@ -145,7 +145,7 @@ WRONG = {
         lambda folder, video: fill(folder, video, ["a.mp4"], {"a.vtt": rolling_vtt([(0, 1, "-")])}),
         "has words",
     ),
-    "no intact video": (broken, "FOLDER: none of its 1 videos can be trained on"),
+    "no intact video": (broken, "FOLDER: no video of 1 can be trained on"),
     "an existing output": (
         lambda folder, video: (folder.parent / "out").mkdir(),
         "--out: {folder}/../out already exists",

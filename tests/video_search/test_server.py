@@ -124,7 +124,7 @@ def test_an_index_without_moments_is_explained(index, folder, tmp_path):
     about = index.metadata
     write_index(tmp_path / "index", about, [index.videos[1]])
     client = create_app(read_index(tmp_path / "index"), embed, str(folder)).test_client()
-    reason = r"no video could be used \(films/\\xff.mp4: moov atom not found\); repair"
+    reason = r"1 video could not be used \(films/\\xff.mp4: moov atom not found\); repair"
     assert re.search(reason, client.get("/moments?text=stir").get_json()["error"])
     page = client.get("/").text
     assert re.search(f"0 moments of 0 videos in .*: {reason}", page) and "for example" not in page
