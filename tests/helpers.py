@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import pty
+import re
+import signal
 import struct
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import tarfile
 import termios
 import threading
 import time
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -89,6 +92,28 @@ def run_python(script, *flags, cwd=None, timeout=300):
         cwd=cwd,
         timeout=timeout,
     )
+
+
+def use_search_server(*arguments, text, cwd=None):
+    """Start `search.py serve` with these arguments, search for a text, and stop it by Ctrl-C.
+
+    Return the line and the errors that it prints, and the moments that it responds with, as JSON.
+    """
+    command = [sys.executable, ROOT / "search.py", "serve", *arguments, "--port=0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, cwd=cwd)
+    try:
+        line = process.stdout.readline()
+        address = re.match(r"http://127\.0\.0\.1:\d+/", line)
+        assert address, process.stderr.read()
+        with urllib.request.urlopen(f"{address[0]}moments?text={text}") as response:
+            moments = response.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        return line, process.stderr.read(), moments
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def run_at_terminal(*command):

@@ -8,10 +8,8 @@ import json
 import math
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ import torch
 
 from args import FLAGS, get_search_args
 from s3dg import load_model, read_weights
-from tests.helpers import ROOT, golden_json, golden_weight, make_video
+from tests.helpers import ROOT, golden_json, golden_weight, make_video, use_search_server
 from video_decoder import ffmpeg_program
 
 PAGE = ROOT / "docs" / "recipes.md"
@@ -88,7 +86,9 @@ class Workspace:
         else:
             command = [sys.executable, str(ROOT / words[0]), *words[1:]]
             if words[1] == "serve":
-                return run_server([*command, "--port=0"])
+                line, _, moments = use_search_server(*words[2:], text="star")
+                assert b'"thumbnail"' in moments
+                return line
             if words[1] != "query":
                 command += cheap
         options = {"capture_output": True, "text": True, "timeout": 600}
@@ -106,24 +106,6 @@ def check_flags(script, *words):
     used = {name for flag in flags if Path(script).stem in flag.scripts for name in flag.names}
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert given <= used, f"{script} does not use {given - used}"
-
-
-def run_server(command):
-    """Start the server, have it search, and stop it; return the line that it prints."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **pipes, text=True)
-    try:
-        line = process.stdout.readline()
-        address = re.match(r"http://127\.0\.0\.1:\d+/", line)
-        assert address, process.stderr.read()
-        with urllib.request.urlopen(f"{address[0]}moments?text=star") as answer:
-            assert b'"thumbnail"' in answer.read()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.communicate()
-    return line
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 
 import search
 from s3dg import S3D, load_model, to_unit_range
-from tests.helpers import ROOT, golden_weight, make_video, pack_folder
+from tests.helpers import ROOT, golden_weight, make_video, pack_folder, use_search_server
 from utils import InputError
 from video_decoder import ClipSpec, decode_windows
 from video_search.index import read_index, write_index
@@ -562,19 +560,6 @@ def test_weights_and_words_may_have_moved_but_not_changed(run, made, weights, tm
 
 
 def test_the_server_prints_its_url_responds_and_stops_at_ctrl_c(made):
-    command = [sys.executable, ROOT / "search.py", "serve", made, "--port=0"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path("/")
-    )
-    try:
-        told = process.stdout.readline()
-        match = re.match(r"(http://127\.0\.0\.1:\d+/) searches \d+ moments; Ctrl-C stops it", told)
-        assert match, process.stderr.read()
-        with urllib.request.urlopen(f"{match[1]}moments?text=stir") as answer:
-            assert b'"thumbnail"' in answer.read()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
+    line, errors, moments = use_search_server(made, text="stir", cwd=Path("/"))
+    assert re.match(r"(http://127\.0\.0\.1:\d+/) searches \d+ moments; Ctrl-C stops it", line)
+    assert b'"thumbnail"' in moments and "Traceback" not in errors
