@@ -7,10 +7,10 @@ default, it serves only requests whose Host header is a loopback name, which pro
 rebinding.
 """
 
-import contextlib
 import functools
 import io
 import ipaddress
+import itertools
 import math
 import os
 import secrets
@@ -132,12 +132,14 @@ def create_app(index: Index, embed: Embed, folder: str, host: str | None = "loca
 
 def suggest_searches(embed: Embed) -> list[str]:
     """Pick the first SUGGESTED of SUGGESTIONS whose words are all in the vocabulary."""
-    known = []
-    for text in SUGGESTIONS:
-        with contextlib.suppress(InputError):
-            if not embed(text).notes:
-                known.append(text)
-    return known[:SUGGESTED]
+
+    def is_known(text):
+        try:
+            return not embed(text).notes
+        except InputError:
+            return False
+
+    return list(itertools.islice(filter(is_known, SUGGESTIONS), SUGGESTED))
 
 
 def protect(app: Flask, host: str | None) -> None:
