@@ -27,6 +27,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils import run_script
 from video_decoder import ffmpeg_program
 
 HERE = Path(__file__).parent
@@ -92,6 +93,16 @@ def run_python(script, *flags, cwd=None, timeout=300):
         cwd=cwd,
         timeout=timeout,
     )
+
+
+def run_main(script, monkeypatch, capsys, *arguments):
+    """Run an imported script in this process; return its exit status and stderr."""
+    monkeypatch.setattr("sys.argv", [Path(script.__file__).name, *map(str, arguments)])
+    try:
+        run_script(script.main)
+    except SystemExit as ended:
+        return ended.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
 
 
 def use_search_server(*arguments, text, cwd=None):

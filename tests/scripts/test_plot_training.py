@@ -9,6 +9,7 @@ from PIL import Image
 
 from loss import MILNCELoss
 from scripts import plot_training
+from tests.helpers import run_main
 from training.log import append_record
 from utils import append, run_script
 
@@ -31,16 +32,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-def plot(monkeypatch, capsys, *arguments):
-    """Runs the script; returns its exit status and what it said on stderr."""
-    monkeypatch.setattr("sys.argv", ["plot_training.py", *map(str, arguments)])
-    try:
-        run_script(plot_training.main)
-    except SystemExit as ended:
-        return ended.code, capsys.readouterr().err
-    return 0, capsys.readouterr().err
 
 
 def test_a_run_is_read_by_steps(write):
@@ -152,23 +143,25 @@ def test_a_file_that_is_not_a_log_is_rejected(content, tmp_path, monkeypatch, ca
     path = tmp_path / "run.jsonl"
     if content is not None:
         path.write_bytes(content)
-    status, error = plot(monkeypatch, capsys, path, f"--out={tmp_path}/out.png")
+    status, error = run_main(plot_training, monkeypatch, capsys, path, f"--out={tmp_path}/out.png")
     assert status == 2 and error.count("\n") == 1 and str(path) in error
     assert not (tmp_path / "out.png").exists()
 
 
 def test_a_folder_is_rejected(tmp_path, monkeypatch, capsys):
-    status, error = plot(monkeypatch, capsys, tmp_path, f"--out={tmp_path}/out.png")
+    status, error = run_main(
+        plot_training, monkeypatch, capsys, tmp_path, f"--out={tmp_path}/out.png"
+    )
     assert status == 2 and error.count("\n") == 1 and str(tmp_path) in error
 
 
 @pytest.mark.parametrize("out", ["absent/out.png", "."])
 def test_an_unwritable_output_is_rejected(out, write, tmp_path, monkeypatch, capsys):
     path = write("run.jsonl", training(1))
-    status, error = plot(monkeypatch, capsys, path, f"--out={tmp_path / out}")
+    status, error = run_main(plot_training, monkeypatch, capsys, path, f"--out={tmp_path / out}")
     assert status == 2 and error.count("\n") == 1 and "--out" in error
 
 
 def test_a_missing_argument_is_rejected(monkeypatch, capsys):
-    status, error = plot(monkeypatch, capsys)
+    status, error = run_main(plot_training, monkeypatch, capsys)
     assert status == 2 and error.count("\n") == 1 and "RUN.jsonl" in error

@@ -10,8 +10,7 @@ from evaluation.report import retrieval_data, write_page
 from evaluation.results import Results
 from retrieval_loader import Pair
 from scripts import screenshots
-from tests.helpers import make_video
-from utils import run_script
+from tests.helpers import make_video, run_main
 
 
 @pytest.fixture
@@ -32,22 +31,12 @@ def evaluations(tmp_path, toy, weights):
     return folder
 
 
-def take(monkeypatch, capsys, *arguments):
-    """Run the script; return its exit status and stderr."""
-    monkeypatch.setattr("sys.argv", ["screenshots.py", *map(str, arguments)])
-    try:
-        run_script(screenshots.main)
-    except SystemExit as ended:
-        return ended.code, capsys.readouterr().err
-    return 0, capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_both_pages_are_taken_at_one_width(browser, evaluations, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(screenshots, "ROWS", 0.2)  # of the five columns: the only moment
     out = tmp_path / "images"
     arguments = (evaluations, f"--out={out}", "--text=red ball")
-    assert take(monkeypatch, capsys, *arguments) == (0, "")
+    assert run_main(screenshots, monkeypatch, capsys, *arguments) == (0, "")
     for name in ("report", "search"):
         path = out / f"{name}.png"
         assert path.stat().st_size < screenshots.MAX_BYTES
@@ -66,8 +55,8 @@ def test_a_picture_of_many_colors_is_made_small(monkeypatch):
 
 
 def test_a_missing_browser_or_result_is_one_line(evaluations, tmp_path, monkeypatch, capsys):
-    status, error = take(monkeypatch, capsys, tmp_path, f"--out={tmp_path}")
+    status, error = run_main(screenshots, monkeypatch, capsys, tmp_path, f"--out={tmp_path}")
     assert status == 2 and "results.json" in error and error.count("\n") == 1
     monkeypatch.setenv("PATH", str(tmp_path))
-    status, error = take(monkeypatch, capsys, evaluations, f"--out={tmp_path}")
+    status, error = run_main(screenshots, monkeypatch, capsys, evaluations, f"--out={tmp_path}")
     assert status == 2 and "chromium, chromedriver" in error and error.count("\n") == 1
