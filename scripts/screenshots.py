@@ -18,6 +18,7 @@ import sys
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -50,9 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextlib.contextmanager
-def open_browser() -> Iterator:
-    """Open a headless Chromium in light mode: a selenium driver."""
+def start_browser(*arguments: str, **capabilities: Any):
+    """Start a headless Chromium with more arguments and capabilities: a selenium driver.
+
+    Raises InputError if something that it needs is missing.
+    """
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
     try:
         from selenium import webdriver
@@ -66,9 +69,18 @@ def open_browser() -> Iterator:
     options.binary_location = programs[0]
     options.add_argument("--headless=new")
     options.add_argument("--disable-dev-shm-usage")  # /dev/shm of a container is small
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # which it does not start with as root
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    for argument in arguments:
+        options.add_argument(argument)
+    for name, value in capabilities.items():
+        options.set_capability(name, value)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+
+
+@contextlib.contextmanager
+def open_browser() -> Iterator:
+    """Open a browser in light mode."""
+    as_root = os.geteuid() == 0  # when Chromium does not start with its sandbox
+    driver = start_browser(*["--no-sandbox"] * as_root)
     try:
         driver.set_script_timeout(TIMEOUT)
         media = {"features": [{"name": "prefers-color-scheme", "value": "light"}]}

@@ -104,23 +104,19 @@ def browser():
 
     Without Chromium or its driver, skips the test, or fails it with MILNCE_REQUIRE_CHROMIUM.
     """
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(programs):
+    if not all(shutil.which(name) for name in ("chromium", "chromedriver")):
         why = "chromium and chromedriver are not installed"
         if os.environ.get("MILNCE_REQUIRE_CHROMIUM"):
             pytest.fail(why)
         pytest.skip(why)
-    from selenium import webdriver
+    from scripts.screenshots import start_browser
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    options.add_argument("--headless=new")
-    options.add_argument("--no-sandbox")  # Chromium's sandbox does not start as root
-    options.add_argument("--disable-dev-shm-usage")  # a container's /dev/shm is small
-    options.add_argument("--window-size=1280,900")
     here = "EXCLUDE 127.0.0.1, EXCLUDE localhost"
-    options.add_argument(f"--host-resolver-rules=MAP * ~NOTFOUND, {here}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    driver = start_browser(
+        "--no-sandbox",  # Chromium's sandbox does not start as root
+        "--window-size=1280,900",
+        f"--host-resolver-rules=MAP * ~NOTFOUND, {here}",
+        **{"goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}},
+    )
     yield driver
     driver.quit()
